@@ -1,0 +1,85 @@
+"""Steps to each target loss, for each model and batch size, at the best learning rate: from runs to measurements.csv."""
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from scaling_jax.errors import UserError
+from scaling_jax.fitting import steps_to_loss
+from scaling_jax.scan import Experiment, Group
+from scaling_jax.scan.search import Tried, evaluations, finished
+from scaling_jax.training.records import write_atomically
+
+
+class Measurement(NamedTuple):
+    """One model, batch size, seed and target loss."""
+
+    model: str
+    batch_tokens: int
+    seed: int
+    target_loss: float  # nats per token
+    steps: float  # NaN: no learning rate got there within `steps_tried`
+    tokens: float
+    learning_rate: float  # of the run that got there first; NaN if none did
+    tuned: bool  # False: a better rate may lie beyond the grid
+    steps_tried: int  # the longest run
+
+
+def measure(experiment: Experiment, workdir: Path) -> list[Measurement]:
+    """Every measurement of a finished scan, in the order of its groups.
+
+    Raises:
+      UserError: if runs are missing.
+    """
+    return [row for group in experiment.groups for row in _measure_group(group, tried_runs(experiment, group, workdir), workdir)]
+
+
+def tried_runs(experiment: Experiment, group: Group, workdir: Path) -> list[Tried]:
+    """The group's runs, from disk.
+
+    Raises:
+      UserError: if some are missing.
+    """
+    tried = finished(experiment, group, workdir)
+    if tried is None:
+        raise UserError(f"{workdir} isn't complete ({group.name} is missing): run the scan again, it continues")
+    return tried
+
+
+def _measure_group(group: Group, tried: list[Tried], workdir: Path) -> list[Measurement]:
+    targets = group.subject.target_losses
+    crossings = [steps_to_loss(*evaluations(workdir / "runs" / t.run.run_id), targets).steps for t in tried]
+    rows = []
+    for k, target in enumerate(targets):
+        reached = [(steps[k], t) for steps, t in zip(crossings, tried, strict=True) if math.isfinite(steps[k])]
+        steps, best = min(reached, key=lambda pair: pair[0], default=(math.nan, None))
+        indices = [t.rate_index for t in tried]
+        rows.append(
+            Measurement(
+                model=group.subject.model.name,
+                batch_tokens=group.batch_tokens,
+                seed=group.seed,
+                target_loss=target,
+                steps=float(steps),
+                tokens=float(steps) * group.batch_tokens,
+                learning_rate=best.run.learning_rate if best else math.nan,
+                tuned=best is not None and min(indices) < best.rate_index < max(indices),
+                steps_tried=max(t.result.steps for t in tried),
+            )
+        )
+    return rows
+
+
+def write_measurements(path: Path, rows: list[Measurement]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Measurement._fields)
+    for row in rows:
+        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else _cell(v) for v in row])
+    write_atomically(path, text.getvalue())
+
+
+def _cell(value):
+    return f"{value:.10g}" if isinstance(value, float) else value

@@ -1,0 +1,73 @@
+"""The noise scale that training steps measured, window by window of falling loss, in tokens."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scaling_jax.analysis.measurements import tried_runs
+from scaling_jax.fitting import steps_to_loss
+from scaling_jax.noise_scale import Moments, estimate, unbiased
+from scaling_jax.scan import Experiment, Group
+from scaling_jax.scan.search import best_of, evaluations
+from scaling_jax.training import Run, read_metrics
+
+
+class NoiseMeasurement(NamedTuple):
+    """B_simple of one run while its loss fell through a window, with its interval; tokens."""
+
+    model: str
+    batch_tokens: int
+    seed: int
+    loss: float  # the window's geometric middle
+    b_simple: float  # NaN where unresolved
+    low: float
+    high: float  # inf where unresolved
+    resolved: bool
+    steps: int
+
+
+def measure_noise(experiment: Experiment, workdir: Path) -> list[NoiseMeasurement]:
+    """One measurement for each group's best run and each two neighbouring target losses that it passed."""
+    return [row for group in experiment.groups for row in _windows(group, experiment, workdir)]
+
+
+def moments_by_step(folder: Path, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Unbiased |G|² and tr(Σ) of each step; tr(Σ) per example, an example being a sequence of the run's context."""
+    small, big, small_tokens = [], [], 1
+    for line in read_metrics(folder):
+        small += line["small_sq_norm"]
+        big += line["big_sq_norm"]
+        small_tokens = line["small_batch_tokens"]
+    context = run.model.context
+    sizes = small_tokens / context, run.batch_tokens / context
+    return unbiased(Moments(np.array(small, float), np.array(big, float), *sizes))
+
+
+def _windows(group: Group, experiment: Experiment, workdir: Path) -> list[NoiseMeasurement]:
+    run = best_of(tried_runs(experiment, group, workdir)).run
+    folder = workdir / "runs" / run.run_id
+    grad_sq_norm, trace_cov = moments_by_step(folder, run)
+    targets = group.subject.target_losses
+    crossings = steps_to_loss(*evaluations(folder), targets).steps
+    rows = []
+    for k in range(len(targets) - 1):
+        if not np.all(np.isfinite(crossings[k : k + 2])):
+            continue
+        window = slice(int(crossings[k]), max(int(crossings[k + 1]), int(crossings[k]) + 2))
+        found = estimate(grad_sq_norm[window], trace_cov[window]).scaled(run.model.context)
+        rows.append(
+            NoiseMeasurement(
+                model=run.model.name,
+                batch_tokens=run.batch_tokens,
+                seed=run.seed,
+                loss=math.sqrt(targets[k] * targets[k + 1]),
+                b_simple=found.value,
+                low=found.low,
+                high=found.high,
+                resolved=found.resolved,
+                steps=found.steps,
+            )
+        )
+    return rows

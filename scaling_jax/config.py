@@ -1,0 +1,64 @@
+"""Frozen dataclasses to JSON and back: exact, with unknown keys refused."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from typing import Any, TypeVar
+
+from scaling_jax.errors import UserError
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dataclasses as plain JSON values; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
+    """The inverse of `to_dict`.
+
+    Raises:
+      UserError: naming the key that is unknown, missing or of the wrong type, and what was expected.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(fields)}"
+            raise UserError(f"unknown key {where + key!r} for {cls.__name__}: {hint}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"missing key {where + name!r} for {cls.__name__}")
+    return cls(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def config_hash(*configs: Any) -> str:
+    """Twelve hex digits that change with any value of any of the configs."""
+    text = json.dumps([to_dict(c) if dataclasses.is_dataclass(c) else c for c in configs], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(hint, value, where + ".")  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise UserError(f"{where} = {value!r}: choose from {', '.join(map(str, args))}")
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    raise UserError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}")

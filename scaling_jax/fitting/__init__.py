@@ -1,0 +1,21 @@
+"""From steps-to-loss measurements, anybody's, to critical batch sizes and their law, with intervals."""
+
+from scaling_jax.fitting.crossings import Crossings, steps_to_loss
+from scaling_jax.fitting.loss_law import LossLaw, fit_loss_law
+from scaling_jax.fitting.published_laws import PublishedLaw, published
+from scaling_jax.fitting.scan_fit import CriticalBatch, ScanFit, fit_scan
+from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoff
+
+__all__ = [
+    "CriticalBatch",
+    "Crossings",
+    "LossLaw",
+    "PublishedLaw",
+    "ScanFit",
+    "Tradeoff",
+    "fit_loss_law",
+    "fit_scan",
+    "fit_tradeoff",
+    "published",
+    "steps_to_loss",
+]

@@ -1,0 +1,148 @@
+"""Many steps-tokens hyperbolas fitted at once, in log space.
+
+McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.11, as log S = log S_min + log(1 + B_crit/B). For a given B_crit the
+best log S_min is an average, so that a fit is a search along log B_crit alone.
+
+Dimension letters: n points of a fit; everything before it is a batch of independent fits.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from scaling_jax.fitting.robust import huber_limit, huber_weights
+
+NUM_PARAMETERS = 2
+REACH = 7.0  # log B_crit is looked for this far outside of the batches; beyond it nothing can be told apart
+
+
+class Hyperbolas(NamedTuple):
+    """Robust fits, `[...]` unless said otherwise; natural logs of tokens and steps."""
+
+    log_b_crit: np.ndarray
+    log_s_min: np.ndarray
+    residuals: np.ndarray  # [..., n], zero where there is no point
+    information: np.ndarray  # inverse variance of log_b_crit per unit variance of log S
+    limit: np.ndarray  # [..., 1], where Huber's loss turns linear
+
+
+def log_overhead(log_b_crit: np.ndarray, log_batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log(1 + B_crit/B) and its slope along log B_crit."""
+    difference = log_b_crit - log_batch
+    small = np.exp(-np.abs(difference))
+    slope = np.where(difference > 0, 1.0, small) / (1.0 + small)
+    return np.maximum(difference, 0.0) + np.log1p(small), slope
+
+
+def fit_hyperbolas(log_batch, log_steps, mask, start=None, num_rounds=3, num_iterations=6) -> Hyperbolas:
+    """Fits each row by damped Gauss-Newton along log B_crit, with Huber weights renewed each round.
+
+    Args:
+      log_batch, log_steps: `[..., n]`, broadcast against each other; anything finite where `mask` is False.
+      mask: `[..., n]`, True where there is a point.
+      start: `[...]`, log B_crit to start from; None looks for the best of a grid.
+      num_rounds, num_iterations: fixed, so that results don't depend on what else is fitted along.
+    """
+    points = mask.astype(float)
+    lowest = np.min(np.where(mask, log_batch, np.inf), axis=-1, keepdims=True) - REACH
+    highest = np.max(np.where(mask, log_batch, -np.inf), axis=-1, keepdims=True) + REACH
+    position = _best_of_grid(log_batch, log_steps, points, lowest, highest) if start is None else start[..., None]
+
+    limit = np.array(np.inf)
+    for _ in range(num_rounds):
+        for _ in range(num_iterations):
+            residuals, slope, weights, curvature = _linearise(position, log_batch, log_steps, points, limit)
+            step = (weights * slope * residuals).sum(-1, keepdims=True) / np.maximum(curvature, 1e-12)
+            position = np.clip(position + np.clip(step, -1.0, 1.0), lowest, highest)
+        residuals, slope, weights, curvature = _linearise(position, log_batch, log_steps, points, limit)
+        limit = huber_limit(residuals, mask, NUM_PARAMETERS)
+
+    overhead, slope = log_overhead(position, log_batch)
+    level = _mean(log_steps - overhead, weights)
+    information = (points * (slope - _mean(slope, points)) ** 2).sum(-1)
+    return Hyperbolas(position[..., 0], level[..., 0], residuals * points, information, limit)
+
+
+def deviance(log_b_crit, fit: Hyperbolas, log_batch, log_steps, mask) -> np.ndarray:
+    """How much worse than the fit a given log B_crit is: F-distributed with (1, n - 2) degrees of freedom if true.
+
+    Huber's loss at the best log S_min, over the scale of the fit (Schrader and Hettmansperger 1980).
+    """
+    points = mask.astype(float)
+    overhead, _ = log_overhead(np.asarray(log_b_crit)[..., None], log_batch)
+    loss_there = _loss_at_best_level(log_steps - overhead, points, fit.limit)
+    loss_here = _huber_loss(fit.residuals, points, fit.limit)
+    inside = _mean(points * (np.abs(fit.residuals) <= fit.limit), points)[..., 0]
+    pull = points * np.clip(fit.residuals, -fit.limit, fit.limit)
+    variance = (pull**2).sum(-1) / np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1)
+    return 2.0 * np.maximum(loss_there - loss_here, 0.0) * inside / np.maximum(variance, 1e-24)
+
+
+def profile_intervals(fit: Hyperbolas, log_batch, log_steps, mask, confidence) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of {log B_crit that the data don't reject}, `[...]` each; infinite where they reject no further one."""
+    freedom = np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1)
+    allowed = special.stdtrit(freedom, 0.5 + confidence / 2) ** 2
+    ends = []
+    for beyond in (-30.0, 30.0):  # so far out that softplus is flat or a straight line to the last digit
+        edge = (np.min if beyond < 0 else np.max)(
+            np.where(mask, log_batch, np.inf if beyond < 0 else -np.inf), axis=-1
+        ) + beyond
+        unbounded = deviance(edge, fit, log_batch, log_steps, mask) <= allowed
+        accepted, rejected = fit.log_b_crit, edge
+        for _ in range(40):
+            middle = 0.5 * (accepted + rejected)
+            keep = deviance(middle, fit, log_batch, log_steps, mask) <= allowed
+            accepted, rejected = np.where(keep, middle, accepted), np.where(keep, rejected, middle)
+        ends.append(np.where(unbounded, np.copysign(np.inf, beyond), accepted))
+    return ends[0], ends[1]
+
+
+def one_sided(fit: Hyperbolas, log_batch, log_steps, mask, confidence=0.99) -> np.ndarray:
+    """True, `[...]`, unless the data show at this confidence that B_crit lies between smallest and largest batch."""
+    needed = special.stdtrit(np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1), confidence) ** 2
+    smallest = np.min(np.where(mask, log_batch, np.inf), axis=-1)
+    largest = np.max(np.where(mask, log_batch, -np.inf), axis=-1)
+    between = (smallest < fit.log_b_crit) & (fit.log_b_crit < largest)
+    for edge in (smallest, largest):
+        between &= deviance(edge, fit, log_batch, log_steps, mask) > needed
+    return ~between
+
+
+def _linearise(position, log_batch, log_steps, points, limit):
+    overhead, slope = log_overhead(position, log_batch)
+    remainder = log_steps - overhead
+    residuals = remainder - _mean(remainder, points)
+    weights = points
+    if np.isfinite(limit).any():
+        for _ in range(2):  # the level and the weights depend on each other
+            weights = points * huber_weights(residuals, limit)
+            residuals = remainder - _mean(remainder, weights)
+    slope = slope - _mean(slope, weights)
+    return residuals, slope, weights, (weights * slope**2).sum(-1, keepdims=True)
+
+
+def _best_of_grid(log_batch, log_steps, points, lowest, highest):
+    fractions = np.linspace(0.0, 1.0, 121).reshape(-1, *([1] * lowest.ndim))
+    positions = lowest + (highest - lowest) * fractions
+    overhead, _ = log_overhead(positions, log_batch)
+    remainder = log_steps - overhead
+    loss = (points * np.abs(remainder - _mean(remainder, points))).sum(-1, keepdims=True)
+    return np.take_along_axis(positions + 0 * loss, np.argmin(loss, axis=0, keepdims=True), axis=0)[0]
+
+
+def _mean(values, weights):
+    return (weights * values).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
+
+
+def _huber_loss(residuals, points, limit):
+    size = np.abs(residuals)
+    clipped = np.minimum(size, limit)
+    return (points * clipped * (size - 0.5 * clipped)).sum(-1)
+
+
+def _loss_at_best_level(remainder, points, limit):
+    level = _mean(remainder, points)
+    for _ in range(8):
+        level = _mean(remainder, points * huber_weights(remainder - level, limit))
+    return _huber_loss(remainder - level, points, limit)

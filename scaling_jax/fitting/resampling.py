@@ -1,0 +1,145 @@
+"""What a scan's law would have come out as, had its runs' errors fallen otherwise.
+
+Points of B_crit(L) at neighbouring losses come from the same runs, so their errors move together. The errors of a run
+(log steps measured over fitted, one entry per target loss) are taken as one draw from a normal law whose covariance
+along the run is estimated from all runs. A resample draws such a vector for every run and fits the whole chain again.
+
+Intervals are studentised (bootstrap-t; Efron and Tibshirani 1993, section 12.5): with two parameters on seven batch
+sizes, residuals are smaller than errors, and a run that bends the law also shows in the residuals of other losses. Each
+resample's shift is therefore measured in units of the standard error that the same resample would have reported.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from scaling_jax.fitting.hyperbolas import Hyperbolas, fit_hyperbolas, log_overhead
+from scaling_jax.fitting.loss_law import Lines, fit_lines
+from scaling_jax.fitting.scan_table import ScanTable
+
+CHUNK = 500  # resamples fitted at once; keeps the arrays within a core's cache
+
+
+class Chain(NamedTuple):
+    """One pass through the chain, or a batch of them."""
+
+    hyperbolas: Hyperbolas
+    line: Lines  # log B_crit against log L, weighted by what each fit knows of its B_crit
+
+
+class LawErrors(NamedTuple):
+    """Shifts of the law and what each resample takes for their variance, by `1, x`, x = log L - centre."""
+
+    centre: float
+    level: float
+    slope: float
+    variance: np.ndarray  # `[3]`, of level, of slope, and covariance
+    shifts: np.ndarray  # `[resamples, 2]`, of level and slope
+    variances: np.ndarray  # `[resamples, 3]`
+
+    def interval(self, at, confidence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Value, low and high of u·level + v·slope for `at = (u, v)`, each `[...]`."""
+        u, v = (np.asarray(x, float)[..., None] for x in at)
+        here = (u * self.level + v * self.slope)[..., 0]
+        error = np.sqrt(_quadratic(self.variance, u, v))[..., 0]
+        pivots = np.abs(u * self.shifts[:, 0] + v * self.shifts[:, 1]) / np.sqrt(_quadratic(self.variances.T, u, v))
+        half = np.quantile(pivots, confidence, axis=-1) * error
+        return here, here - half, here + half
+
+
+def fit_chain(table: ScanTable, log_steps=None, start=None, num_rounds=3, num_iterations=6) -> Chain:
+    """Trade-offs `[..., G]` of steps `[..., G, n]` (the table's own by default), and the law through them `[...]`."""
+    log_steps = table.log_steps if log_steps is None else log_steps
+    fits = fit_hyperbolas(table.log_batch, log_steps, table.mask, start, num_rounds, num_iterations)
+    log_loss = np.broadcast_to(np.log(table.losses), fits.log_b_crit.shape)
+    weights = np.maximum(fits.information, 1e-12)
+    return Chain(fits, fit_lines(log_loss, fits.log_b_crit, weights, np.ones(log_loss.shape, bool)))
+
+
+def law_errors(table: ScanTable, resamples: int, seed: int) -> LawErrors:
+    """Fits the chain to the table and to resamples of its runs' errors."""
+    chain = fit_chain(table)
+    fits, line = chain
+    slopes = _centred_slopes(table, fits)
+    freedom = _degrees_of_freedom(table, slopes)
+    errors = _run_errors(table, fits)
+    root = _square_root(errors.T @ errors / np.maximum(freedom, 1.0))
+    # Per unit of error in run r at target t, the law moves by influence[:, r, t]; by it errors become a variance.
+    influence = _influence(table, fits, slopes, line.centre)
+    forms = np.stack([influence[i].T @ influence[j] for i, j in ((0, 0), (1, 1), (0, 1))]) / np.maximum(freedom, 1.0)
+
+    generator = np.random.default_rng(seed)
+    fitted = table.log_steps - fits.residuals
+    shifts, variances = [], []
+    for first in range(0, resamples, CHUNK):
+        count = min(CHUNK, resamples - first)
+        drawn = generator.standard_normal((count, *errors.shape)) @ root.T
+        log_steps = fitted + drawn[:, table.run_index, table.target_index[:, None]]
+        start = np.broadcast_to(fits.log_b_crit, (count, len(table.losses)))
+        again = fit_chain(table, log_steps, start, num_rounds=2, num_iterations=4)
+        level = again.line.level + again.line.slope * (line.centre - again.line.centre)
+        shifts.append(np.stack([level - line.level, again.line.slope - line.slope], axis=-1))
+        variances.append(_variance(forms, _run_errors(table, again.hyperbolas)))
+    return LawErrors(
+        centre=float(line.centre),
+        level=float(line.level),
+        slope=float(line.slope),
+        variance=_variance(forms, errors),
+        shifts=np.concatenate(shifts),
+        variances=np.concatenate(variances),
+    )
+
+
+def _run_errors(table, fits):
+    """`[..., R, T]`: residuals by run and target, held back like the fit does; zero where there is none."""
+    num_runs, num_targets = table.run_index.max() + 1, table.target_index.max() + 1
+    inside = (table.mask & (np.abs(fits.residuals) <= fits.limit)).sum(-1) / table.mask.sum(-1)
+    pull = np.clip(fits.residuals, -fits.limit, fits.limit) / np.maximum(inside, 0.5)[..., None]
+    errors = np.zeros((*pull.shape[:-2], num_runs, num_targets))
+    g, i = np.nonzero(table.mask)
+    errors[..., table.run_index[g, i], table.target_index[g]] = pull[..., g, i]
+    return errors
+
+
+def _centred_slopes(table, fits):
+    points = table.mask.astype(float)
+    _, slopes = log_overhead(fits.log_b_crit[:, None], table.log_batch)
+    return points * (slopes - (points * slopes).sum(-1, keepdims=True) / points.sum(-1, keepdims=True))
+
+
+def _degrees_of_freedom(table, slopes):
+    """`[T, T]`: expected sum over runs of products of residuals at two targets, per unit of error covariance."""
+    num_runs, num_targets = table.run_index.max() + 1, table.target_index.max() + 1
+    leftover = np.zeros((num_targets, num_runs, num_runs))  # residuals are this projection of the errors
+    for g, t in enumerate(table.target_index):
+        mask = table.mask[g]
+        runs, slope = table.run_index[g, mask], slopes[g, mask]
+        leftover[t][np.ix_(runs, runs)] += np.eye(len(runs)) - 1 / len(runs) - np.outer(slope, slope) / (slope @ slope)
+    flat = leftover.reshape(num_targets, -1)
+    return flat @ flat.T
+
+
+def _influence(table, fits, slopes, centre):
+    num_runs, num_targets = table.run_index.max() + 1, table.target_index.max() + 1
+    weights = np.maximum(fits.information, 1e-12)
+    x = np.log(table.losses) - centre
+    on_line = np.stack([weights / weights.sum(), weights * x / (weights * x**2).sum()])
+    on_point = slopes / (slopes**2).sum(-1, keepdims=True)
+    influence = np.zeros((2, num_runs, num_targets))
+    g, i = np.nonzero(table.mask)
+    influence[:, table.run_index[g, i], table.target_index[g]] = on_line[:, g] * on_point[g, i]
+    return influence
+
+
+def _variance(forms, errors):
+    return np.stack([((errors @ form) * errors).sum((-2, -1)) for form in forms], axis=-1)
+
+
+def _quadratic(variance, u, v):
+    return np.maximum(u**2 * variance[0] + v**2 * variance[1] + 2 * u * v * variance[2], 1e-24)
+
+
+def _square_root(covariance):
+    # Missing entries and unequal degrees of freedom can leave small negative eigenvalues.
+    values, vectors = np.linalg.eigh(covariance)
+    return vectors * np.sqrt(np.maximum(values, 0.0))

@@ -1,0 +1,118 @@
+"""From the runs of a batch-size scan to B_crit(L) and its law, with intervals that resample runs.
+
+McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.11, at each loss; Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.4,
+through the critical batch sizes.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from scaling_jax.fitting.loss_law import LossLaw
+from scaling_jax.fitting.resampling import LawErrors, law_errors
+from scaling_jax.fitting.scan_table import ScanTable, scan_table
+from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoffs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CriticalBatch:
+    """One point of B_crit(L)."""
+
+    model: str
+    loss: float  # target, nats per token
+    tradeoff: Tradeoff
+    not_reached: int  # runs of the model that didn't reach the target; they don't enter the fit
+    in_law: bool  # False: the data bound B_crit on one side at most, so that the law can't use it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScanFit:
+    """Trade-offs of every model and target loss, and the one law through them."""
+
+    points: tuple[CriticalBatch, ...]  # by model in order of appearance, then by falling loss
+    law: LossLaw | None  # None where B_crit is identified at fewer than three losses
+    notes: tuple[str, ...]  # what was left out, and why
+    confidence: float
+    errors: LawErrors | None = dataclasses.field(repr=False)
+
+    def band(self, loss) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper end of the law's interval at each loss, tokens.
+
+        Raises:
+          ValueError: if there is no law.
+        """
+        if self.errors is None:
+            raise ValueError(f"no band without a law: {self.notes[-1]}")
+        x = np.log(np.asarray(loss, float)) - self.errors.centre
+        _, low, high = self.errors.interval((np.ones_like(x), x), self.confidence)
+        return np.exp(low), np.exp(high)
+
+
+def fit_scan(
+    model,
+    batch_tokens,
+    target_loss,
+    steps,
+    *,
+    run=None,
+    confidence: float = 0.95,
+    resamples: int = 4_000,
+    seed: int = 0,
+) -> ScanFit:
+    """Fits a whole scan, given as columns of one long table with a row for each run and target loss.
+
+    Args:
+      model: `[rows]`, names.
+      batch_tokens: `[rows]`, tokens per step.
+      target_loss: `[rows]`, nats per token.
+      steps: `[rows]`, optimizer steps to the target; NaN where the run didn't reach it.
+      run: `[rows]`, what tells runs of one model and batch size apart (seeds); None where there is one of each.
+      confidence: of all intervals.
+      resamples: sets of run-level errors for the law's intervals; drawn from `seed`, so that the result repeats.
+
+    Raises:
+      ValueError: naming the row, for values out of range, unequal columns, or two rows for one run and target.
+    """
+    table = scan_table(model, batch_tokens, target_loss, steps, run)
+    notes = []
+    num_batches = np.array([np.unique(row[mask]).size for row, mask in zip(table.log_batch, table.mask, strict=True)])
+    for few in np.flatnonzero(num_batches < 3):
+        notes.append(f"{_place(table, few)}: {num_batches[few]} batch sizes reached it, too few to fit")
+    table = table.select(num_batches >= 3)
+
+    tradeoffs = fit_tradeoffs(table.log_batch, table.log_steps, table.mask, confidence) if table.models else []
+    identified = np.array(
+        [np.isfinite(tradeoff.b_crit_interval[1]) and tradeoff.b_crit_interval[0] > 0 for tradeoff in tradeoffs], bool
+    )
+    points = []
+    for g, tradeoff in enumerate(tradeoffs):
+        low, high = tradeoff.b_crit_interval
+        if not identified[g]:
+            notes.append(f"{_place(table, g)}: B_crit is in [{low:.3g}, {high:.3g}] tokens, left out of the law")
+        elif tradeoff.one_sided:
+            notes.append(f"{_place(table, g)}: batches on both sides of B_crit ≈ {tradeoff.b_crit:.3g} aren't shown")
+        missed = int(table.not_reached[g])
+        points.append(CriticalBatch(table.models[g], float(table.losses[g]), tradeoff, missed, bool(identified[g])))
+
+    num_losses = np.unique(table.losses[identified]).size
+    if num_losses < 3:
+        notes.append(f"no law: B_crit is identified at {num_losses} distinct losses, and a power law takes at least 3")
+        return ScanFit(tuple(points), None, tuple(notes), confidence, None)
+
+    used = table.select(identified)
+    errors = law_errors(used, resamples, seed)
+    exponent, *exponent_interval = errors.interval((0.0, 1.0), confidence)
+    log_b_star, *log_b_star_interval = errors.interval((1.0, -errors.centre), confidence)
+    law = LossLaw(
+        b_star=float(np.exp(log_b_star)),
+        exponent=float(exponent),
+        exponent_interval=(float(exponent_interval[0]), float(exponent_interval[1])),
+        b_star_interval=(float(np.exp(log_b_star_interval[0])), float(np.exp(log_b_star_interval[1]))),
+        loss_range=(float(used.losses.min()), float(used.losses.max())),
+        confidence=confidence,
+    )
+    return ScanFit(tuple(points), law, tuple(notes), confidence, errors)
+
+
+def _place(table: ScanTable, g) -> str:
+    return f"model {table.models[g]} at loss {table.losses[g]:g}"

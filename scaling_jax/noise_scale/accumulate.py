@@ -1,0 +1,145 @@
+"""The whole batch's mean from its parts: microbatches on a device, devices on a mapped axis.
+
+`jax.shard_map` with `check_vma=True` turns the gradient of replicated parameters into its sum over devices. Here the
+parameters are first marked as varying, so every device keeps its own gradient under both settings.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from scaling_jax.noise_scale.norms import path_name
+
+
+class Split(NamedTuple):
+    """One device's share of a batch, ready to be differentiated part by part."""
+
+    params: Any  # marked as varying over `axes` where shard_map tracks that
+    batch_MxB: Any
+    axes: tuple[str, ...]
+    tracked: frozenset[str]  # the axes over which shard_map tracks what varies
+    local_batch: int
+    num_devices: int
+
+
+def split(params, batch, num_microbatches, axis_name) -> Split:
+    """Check a batch and its mapped axes at trace time and cut it into microbatches; ValueError or TypeError if not."""
+    axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    try:
+        num_devices = jax.lax.axis_size(axes) if axes else 1
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} isn't a mapped axis here ({error}): use pmap, shard_map or vmap's"
+        ) from None
+    local_batch = _local_batch(batch, num_microbatches)
+    _check_params(params)
+    tracked = frozenset(axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
+    _check_axes(params, batch, axes, tracked)
+    params = jax.tree.map(lambda x: mark_varying(x, tracked), params)
+    batch_MxB = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch)
+    return Split(params, batch_MxB, axes, tracked, local_batch, num_devices)
+
+
+def mean(one, split: Split):
+    """Mean of `one(microbatch)` over microbatches and devices, accumulated in float32 or wider."""
+    num_microbatches = jax.tree.leaves(split.batch_MxB)[0].shape[0]
+    first = jax.tree.map(lambda x: x[0], split.batch_MxB)
+    if num_microbatches == 1:
+        total = jax.tree.map(_widen, one(first))
+    else:
+        zeros = jax.tree.map(
+            lambda s: mark_varying(jnp.zeros(s.shape, _wide(s.dtype)), varying(s)), jax.eval_shape(one, first)
+        )
+
+        def add(total, microbatch):
+            return jax.tree.map(lambda t, x: t + _widen(x), total, one(microbatch)), None
+
+        total, _ = jax.lax.scan(add, zeros, split.batch_MxB)
+    return mean_over_devices(jax.tree.map(lambda x: x / num_microbatches, total), split)
+
+
+def mean_over_devices(tree, split: Split):
+    """`jax.lax.pmean` along the split's axes; the tree itself where there are none."""
+    return (
+        jax.lax.pmean(jax.tree.map(lambda x: mark_varying(x, split.tracked), tree), split.axes) if split.axes else tree
+    )
+
+
+def names(params) -> list[str]:
+    """Paths of all parameters."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def check_outputs(loss, aux, split: Split):
+    """Refuse a loss that already is a mean over devices, and an aux that can't be averaged."""
+    if missing := split.tracked - varying(loss):
+        raise ValueError(
+            f"loss_fn already reduces over {sorted(missing)}: return the mean over the device's own examples"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"aux leaf {path_name(path)!r} is {jnp.result_type(leaf)}: aux is averaged, so return floats"
+            )
+    return loss, jax.tree.map(jnp.asarray, aux)
+
+
+def varying(x) -> frozenset[str]:
+    """The axes over which shard_map tracks that x differs between devices; none where it doesn't track."""
+    mat = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None)
+    return frozenset() if mat is None else mat.varying
+
+
+def mark_varying(x, axes):
+    """Mark x as differing between devices along axes that shard_map tracks."""
+    missing = tuple(sorted(frozenset(axes) - varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _local_batch(batch, num_microbatches):
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches={num_microbatches} must be at least 1")
+    shapes = {path_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
+    if not shapes:
+        raise ValueError("the batch has no arrays")
+    if any(not shape for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"the batch's leaves need one common leading axis of examples, not shapes {shapes}")
+    local_batch = next(iter(shapes.values()))[0]
+    if local_batch == 0 or local_batch % num_microbatches:
+        raise ValueError(
+            f"a device's batch of {local_batch} examples doesn't split into {num_microbatches} microbatches"
+        )
+    return local_batch
+
+
+def _check_params(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("the parameters have no arrays")
+    for path, x in leaves:
+        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            raise TypeError(
+                f"parameter {path_name(path)!r} is {jnp.result_type(x)}: gradients need floats; pass it in extra"
+            )
+
+
+def _check_axes(params, batch, axes, tracked):
+    batch_axes = frozenset().union(*map(varying, jax.tree.leaves(batch)))
+    if same := tracked - batch_axes:
+        raise ValueError(
+            f"every device along {sorted(same)} holds the same batch: shard it, or leave the axis out of axis_name"
+        )
+    own_params = frozenset.intersection(*map(varying, jax.tree.leaves(params)))
+    if unnamed := batch_axes - frozenset(axes) - own_params:
+        raise ValueError(
+            f"the batch varies over {sorted(unnamed)}, which axis_name doesn't name: its gradients would be summed"
+        )
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _widen(x):
+    return x.astype(_wide(x.dtype))

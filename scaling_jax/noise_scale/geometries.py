@@ -1,0 +1,198 @@
+"""Noise scales of optimizers that don't live in Euclidean space: ℓ1 for sign descent and Adam, spectral for Muon.
+
+arXiv 2602.03001: B_ℓ1 = ‖σ‖₁²/‖G‖₁² with σ the standard deviations of the one-example gradient's coordinates, and
+B_spectral = (tr C^{1/2})²/‖G‖_*² with C its row covariance. Noise makes the norm of an average gradient too large, so
+‖G‖ is bounded from both sides: from above by E‖ĝ‖ ≥ ‖G‖ (Jensen), from below by E⟨dual(h₁), h₂⟩ ≤ ‖G‖ with h₁, h₂ the
+gradients of two independent halves and dual the sign or the polar factor, whose dual norm is at most 1.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling_jax.noise_scale import accumulate
+from scaling_jax.noise_scale.newton_schulz import nuclear_norm, polar_factor, trace_sqrt
+from scaling_jax.noise_scale.norms import path_name
+
+RIDGE = 3e-7  # of the trace of the raw second moment; a few roundings in float32
+
+
+class NormBounds(NamedTuple):
+    """One step's noise and bounds on the gradient in a norm; float32 scalars of which means over steps make sense."""
+
+    noise: jax.Array  # ‖σ‖₁ or tr C^{1/2}, bias corrected
+    grad_low: jax.Array  # in expectation at most ‖G‖; may be negative
+    grad_high: jax.Array  # in expectation at least ‖G‖
+
+
+def bounds(series: NormBounds) -> tuple[float, float]:
+    """(low, high) of the noise scale in examples from a series of steps, each quantity averaged over them first.
+
+    `high` is inf where the mean of grad_low isn't positive.
+    """
+    noise, grad_low, grad_high = (float(np.mean(np.asarray(x, np.float64))) for x in series)
+    return noise**2 / grad_high**2, noise**2 / grad_low**2 if grad_low > 0 else math.inf
+
+
+def l1(loss_fn: Callable, *, num_microbatches: int, axis_name=None) -> Callable[..., NormBounds]:
+    """‖σ‖₁ and bounds on ‖G‖₁ from the spread of small gradients.
+
+    Each coordinate's standard deviation over n small batches is divided by c₄(n), which is exact for normal gradients.
+
+    Args:
+      loss_fn, axis_name: as for `value_and_grad`.
+      num_microbatches: even; the first half of them is the first independent half.
+
+    Returns:
+      `(params, batch, *extra) -> NormBounds`, for one more gradient of the batch; see `every`.
+    """
+
+    def measure(params, batch, *extra):
+        split = accumulate.split(params, batch, num_microbatches, axis_name)
+
+        def one(microbatch):
+            grads = _gradients(loss_fn, split, microbatch, extra)
+            return grads, jax.tree.map(jnp.square, grads)
+
+        n = _count(num_microbatches, split.num_devices, at_least=2)
+        (first, first_sq), (second, second_sq) = _halves(one, split)
+        mean = jax.tree.map(_mid, first, second)
+
+        def std(sq1, sq2, g):
+            # Below zero by rounding only, where all small gradients agree.
+            return jnp.sqrt(jnp.maximum(_mid(sq1, sq2) - jnp.square(g), 0.0) * (n / (n - 1)))
+
+        small_batch = split.local_batch // num_microbatches
+        noise = _sum(jax.tree.map(std, first_sq, second_sq, mean)) * math.sqrt(small_batch) / _c4(n)
+        low = _mid(_sum(jax.tree.map(_sign_dot, first, second)), _sum(jax.tree.map(_sign_dot, second, first)))
+        return NormBounds(noise, low, _sum(jax.tree.map(jnp.abs, mean)))
+
+    return measure
+
+
+def spectral(
+    loss_fn: Callable,
+    *,
+    num_microbatches: int,
+    axis_name=None,
+    stacked: Callable[[str], bool] = lambda name: False,
+    select: Callable[[str], bool] = lambda name: True,
+) -> Callable[..., NormBounds]:
+    """tr C^{1/2} and bounds on ‖G‖_*, summed over all matrices among the parameters; rows are a matrix's first axis.
+
+    tr Ĉ^{1/2} is too small by about a/(degrees of freedom): the halves, with about half of them, give a (Richardson).
+    The cost grows as rows³, so leave embeddings out, as Muon does.
+
+    Args:
+      loss_fn, axis_name: as for `value_and_grad`.
+      num_microbatches: even; at least 4 small batches on all devices together.
+      stacked: parameter path -> whether its leading axis counts layers, each with a matrix of its own.
+      select: parameter path -> whether a matrix is used.
+
+    Returns:
+      `(params, batch, *extra) -> NormBounds`, for one more gradient of the batch; see `every`.
+    """
+
+    def matrices(tree) -> list[jax.Array]:
+        leaves = [(path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+        wanted = [x if stacked(name) else x[None] for name, x in leaves if select(name) and x.ndim == 2 + stacked(name)]
+        if not wanted:
+            raise ValueError(f"none of the parameters {[name for name, _ in leaves]} is a selected matrix")
+        return wanted
+
+    def measure(params, batch, *extra):
+        split = accumulate.split(params, batch, num_microbatches, axis_name)
+
+        def one(microbatch):
+            grads = matrices(_gradients(loss_fn, split, microbatch, extra))
+            return grads, [_gram(g) for g in grads]
+
+        n = _count(num_microbatches, split.num_devices, at_least=4)
+        (first, first_sq), (second, second_sq) = _halves(one, split)
+        mean = jax.tree.map(_mid, first, second)
+        small_batch = split.local_batch // num_microbatches
+
+        def noise(count, mean_sq, mean):
+            def covariance(sq, g):
+                # Rounding may leave eigenvalues just below zero, from which the iteration would run away.
+                ridge = RIDGE * jnp.trace(sq, axis1=1, axis2=2)[:, None, None] * jnp.eye(sq.shape[-1])[None]
+                return (sq - _gram(g) + ridge) * (small_batch * count / (count - 1))
+
+            return _over_matrices(trace_sqrt, jax.tree.map(covariance, mean_sq, mean))
+
+        whole = noise(n, jax.tree.map(_mid, first_sq, second_sq), mean)
+        half = _mid(noise(n // 2, first_sq, first), noise(n // 2, second_sq, second))
+        corrected = ((n - 1) * whole - (n // 2 - 1) * half) / (n - n // 2)
+        low = _mid(_over_matrices(_polar_dot, first, second), _over_matrices(_polar_dot, second, first))
+        return NormBounds(corrected, low, _over_matrices(nuclear_norm, mean))
+
+    return measure
+
+
+def every(k: int, step: jax.Array, measure: Callable[..., Any], *args) -> tuple[jax.Array, Any]:
+    """`(True, measure(*args))` on steps that k divides, `(False, zeros)` on the others, which cost nothing.
+
+    `step` must be the same on all devices, and not be mapped by `vmap`, which would run both branches.
+    """
+    zeros = jax.tree.map(
+        lambda s: accumulate.mark_varying(jnp.zeros(s.shape, s.dtype), accumulate.varying(s)),
+        jax.eval_shape(measure, *args),
+    )
+    measured = step % k == 0
+    return measured, jax.lax.cond(measured, lambda: measure(*args), lambda: zeros)
+
+
+def _gradients(loss_fn, split, microbatch, extra):
+    loss, grads = jax.value_and_grad(loss_fn)(split.params, microbatch, *extra)
+    accumulate.check_outputs(loss, (), split)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+
+def _halves(one, split):
+    half = jax.tree.leaves(split.batch_MxB)[0].shape[0] // 2
+    return tuple(
+        accumulate.mean(one, split._replace(batch_MxB=jax.tree.map(lambda x, s=s: x[s], split.batch_MxB)))
+        for s in (slice(None, half), slice(half, None))
+    )
+
+
+def _count(num_microbatches, num_devices, at_least):
+    n = num_microbatches * num_devices
+    if num_microbatches % 2 or n < at_least:
+        raise ValueError(
+            f"{num_microbatches} microbatches on {num_devices} devices don't make two halves of "
+            f"{at_least // 2} small batches: use an even num_microbatches >= {at_least}"
+        )
+    return n
+
+
+def _c4(n):
+    return math.sqrt(2 / (n - 1)) * math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2))
+
+
+def _sign_dot(a, b):
+    return jnp.sign(a) * b
+
+
+def _polar_dot(a, b):
+    return jnp.sum(polar_factor(a) * b)
+
+
+def _over_matrices(fn, *lists):
+    return sum((jnp.sum(jax.vmap(fn)(*xs)) for xs in zip(*lists, strict=True)), start=jnp.zeros(()))
+
+
+def _gram(g_LxMxN):
+    return jnp.einsum("lmn,lkn->lmk", g_LxMxN, g_LxMxN, precision="highest")
+
+
+def _mid(a, b):
+    return (a + b) / 2
+
+
+def _sum(tree):
+    return sum((jnp.sum(x) for x in jax.tree.leaves(tree)), start=jnp.zeros(()))

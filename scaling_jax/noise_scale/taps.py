@@ -1,0 +1,277 @@
+"""Layers that tell every example's squared gradient norm, without any per-example gradient being kept.
+
+A parameter travels as `Tapped(value, probe)`, where the probe is one zero per example. No output depends on the probe;
+its *cotangent* is set, in the backward pass, to the squared norm of each example's gradient of the value. A plain array
+in the parameter's place gives the plain layer, so one model serves both (Goodfellow 2015, arXiv 1510.01799; Li et al.
+2022, arXiv 2110.05679; Gray et al. 2024, arXiv 2411.00999).
+
+Each use of a parameter adds its own norm to the probe. For a parameter used twice that misses the cross term; the
+`*_tied` pair has it for an embedding that is also the output head. `per_example.check_taps` finds what is missing.
+"""
+
+from functools import partial
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MAX_ELEMENTS = 2**24  # of one layer's per-example gradients at a time; beyond it examples take turns
+
+
+class Tapped(NamedTuple):
+    """A parameter and its probe, (B,) zeros in float32 with B the examples of the microbatch."""
+
+    value: jax.Array
+    probe: jax.Array
+
+    def astype(self, dtype) -> "Tapped":
+        """Cast the value; the probe stays float32."""
+        return Tapped(self.value.astype(dtype), self.probe)
+
+
+def einsum(spec: str, x, w):
+    """`jnp.einsum(spec, x, w)` of activations and a weight: dense layers, attention projections.
+
+    Args:
+      spec: two operands, explicit output, no ellipsis: "btd,dhk->bthk". The first letter of `x` and of the output is
+        the example's, and isn't in `w`.
+      x: activations (B, …).
+      w: array or `Tapped`.
+
+    Raises:
+      ValueError: if the spec isn't of that form.
+    """
+    if not isinstance(w, Tapped):
+        return jnp.einsum(spec, x, w)
+    x_dims, w_dims, y_dims = _parse(spec)
+    _check_probe(x, w)
+    return _einsum((x_dims, w_dims, y_dims), x, w.value, w.probe)
+
+
+def scale(x, w):
+    """x * w with `w`, array or `Tapped`, of the shape of x's last axes: the scale of LayerNorm or RMSNorm."""
+    return _tapped_elementwise(_scale, jnp.multiply, x, w)
+
+
+def add(x, w):
+    """x + w with `w`, array or `Tapped`, of the shape of x's last axes: biases, learned positions."""
+    return _tapped_elementwise(_add, jnp.add, x, w)
+
+
+def embed(table, ids):
+    """table[ids]: (V, D) array or `Tapped`, integers (B, …) -> (B, …, D)."""
+    if not isinstance(table, Tapped):
+        return table[ids]
+    _check_probe(ids, table)
+    return _embed(table.value, ids, table.probe, None)[0]
+
+
+def embed_tied(table, ids):
+    """`embed` for a table that is the output head too: -> (activations, link); hand the link to `unembed_tied`."""
+    if not isinstance(table, Tapped):
+        return table[ids], None
+    _check_probe(ids, table)
+    link = jnp.zeros((*ids.shape, table.value.shape[1]), jnp.float32)
+    return _embed(table.value, ids, table.probe, link)
+
+
+def unembed_tied(x, table, ids, link):
+    """Logits (B, T, V) = x · tableᵀ of the table that `embed_tied(table, ids)` looked up; x (B, T, D), ids (B, S)."""
+    if not isinstance(table, Tapped):
+        return jnp.einsum("btd,vd->btv", x, table)
+    _check_probe(x, table)
+    return _unembed_tied(x, table.value, ids, link, table.probe)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(dims, x, w, probe):
+    return jnp.einsum(_spec(dims), x, w)
+
+
+def _einsum_fwd(dims, x, w, probe):
+    return _einsum(dims, x, w, probe), (x, w)
+
+
+def _einsum_bwd(dims, residuals, dy):
+    x, w = residuals
+    _, pullback = jax.vjp(partial(jnp.einsum, _spec(dims)), x, w)
+    dx, dw = pullback(dy)
+    if _gram_is_smaller(dims, x, w):
+        xx, dd = (_gram(z, z_dims, dims) for z, z_dims in ((x, dims[0]), (dy, dims[2])))
+        return dx, dw, jnp.sum(xx * dd, axis=tuple(range(1, xx.ndim)))
+
+    def one(xy):
+        return jnp.einsum(f"{dims[0][1:]},{dims[2][1:]}->{dims[1]}", *map(_f32, xy))
+
+    if x.shape[0] * w.size > MAX_ELEMENTS:
+        return dx, dw, jax.lax.map(lambda xy: jnp.sum(jnp.square(one(xy))), (x, dy))
+    per_example = jax.vmap(one)((x, dy))
+    return dx, per_example.sum(0).astype(w.dtype), _sq_norms(per_example)
+
+
+_einsum.defvjp(_einsum_fwd, _einsum_bwd)
+
+
+def _gram_is_smaller(dims, x, w):
+    x_dims, w_dims, y_dims = dims
+    if set(x_dims) - set(w_dims + y_dims):
+        return False
+    size = dict(zip(x_dims + w_dims, x.shape + w.shape, strict=True))
+    return 2 * prod(size[d] for d in _positions(dims)) ** 2 <= w.size / prod(size[d] for d in _shared(dims))
+
+
+def _positions(dims):
+    return [d for d in dims[2][1:] if d in dims[0] and d not in dims[1]]
+
+
+def _shared(dims):
+    return [d for d in dims[1] if d in dims[0] and d in dims[2]]
+
+
+def _gram(z, z_dims, dims):
+    """Inner products between the positions of each example: (B, positions, positions again, shared letters)."""
+    again = {d: d.upper() for d in _positions(dims)}
+    other = "".join(again.get(d, d) for d in z_dims)
+    out = "".join([z_dims[0], *again.keys(), *again.values(), *_shared(dims)])
+    return jnp.einsum(f"{z_dims},{other}->{out}", _f32(z), _f32(z))
+
+
+@jax.custom_vjp
+def _scale(x, w, probe):
+    return x * _expand(w, x)
+
+
+def _scale_fwd(x, w, probe):
+    return _scale(x, w, probe), (x, w)
+
+
+def _scale_bwd(residuals, dy):
+    x, w = residuals
+    per_example = _sum_positions(_f32(dy) * _f32(x), w)
+    return dy * _expand(w, x), per_example.sum(0).astype(w.dtype), _sq_norms(per_example)
+
+
+_scale.defvjp(_scale_fwd, _scale_bwd)
+
+
+@jax.custom_vjp
+def _add(x, w, probe):
+    return x + _expand(w, x)
+
+
+def _add_fwd(x, w, probe):
+    return _add(x, w, probe), w
+
+
+def _add_bwd(w, dy):
+    per_example = _sum_positions(_f32(dy), w)
+    return dy, per_example.sum(0).astype(w.dtype), _sq_norms(per_example)
+
+
+_add.defvjp(_add_fwd, _add_bwd)
+
+
+@jax.custom_vjp
+def _embed(table, ids, probe, link):
+    return table[ids], link
+
+
+def _embed_fwd(table, ids, probe, link):
+    return _embed(table, ids, probe, link), (table, ids)
+
+
+def _embed_bwd(residuals, cotangents):
+    table, ids = residuals
+    dy, dlink = cotangents
+    _, pullback = jax.vjp(lambda table: table[ids], table)
+    dy_BxTxD = _f32(dy).reshape(len(ids), -1, dy.shape[-1])
+    sq_norms = jax.vmap(_sq_norm_by_id)(ids.reshape(len(ids), -1), dy_BxTxD)
+    if dlink is not None:
+        # |g_embed + g_head|² needs 2⟨g_embed, g_head⟩; the link brought the rows of g_head that were looked up.
+        sq_norms += 2 * jnp.sum(dy_BxTxD * dlink.reshape(dy_BxTxD.shape), axis=(1, 2))
+    return pullback(dy)[0], None, sq_norms, dlink
+
+
+_embed.defvjp(_embed_fwd, _embed_bwd)
+
+
+def _sq_norm_by_id(ids_T, dy_TxD):
+    """|gradient of the table|² of one example: rows of one id add up before they are squared."""
+    _, segments = jnp.unique(ids_T, return_inverse=True, size=len(ids_T))
+    return jnp.sum(jnp.square(jax.ops.segment_sum(dy_TxD, segments, len(ids_T))))
+
+
+_HEAD = ("btd", "vd", "btv")
+
+
+@jax.custom_vjp
+def _unembed_tied(x, table, ids, link, probe):
+    return jnp.einsum("btd,vd->btv", x, table)
+
+
+def _unembed_tied_fwd(x, table, ids, link, probe):
+    return _unembed_tied(x, table, ids, link, probe), (x, table, ids)
+
+
+def _unembed_tied_bwd(residuals, dy):
+    x, table, ids = residuals
+    dx, dtable, sq_norms = _einsum_bwd(_HEAD, (x, table), dy)
+    ids_BxS = ids.reshape(len(ids), -1)
+    dy_BxTxS = jnp.take_along_axis(dy, ids_BxS[:, None, :], axis=2)
+    rows_BxSxD = jnp.einsum("bts,btd->bsd", _f32(dy_BxTxS), _f32(x))
+    return dx, dtable, None, rows_BxSxD.reshape(*ids.shape, -1), sq_norms
+
+
+_unembed_tied.defvjp(_unembed_tied_fwd, _unembed_tied_bwd)
+
+
+def _parse(spec):
+    operands, arrow, y_dims = spec.replace(" ", "").partition("->")
+    x_dims, _, w_dims = operands.partition(",")
+    letters = x_dims + w_dims + y_dims
+    if not (arrow and x_dims and w_dims and y_dims and letters.isalpha() and letters.islower()):
+        raise ValueError(f"einsum {spec!r}: two operands in small letters and an output, as in 'btd,df->btf'")
+    if x_dims[0] != y_dims[0] or x_dims[0] in w_dims:
+        raise ValueError(f"einsum {spec!r}: the first letter of x and of the output is the example's, and not in w")
+    if any(len(set(dims)) < len(dims) for dims in (x_dims, w_dims, y_dims)) or set(w_dims) - set(x_dims + y_dims):
+        raise ValueError(f"einsum {spec!r}: every letter of w stands in x or the output, and none twice in a term")
+    return x_dims, w_dims, y_dims
+
+
+def _spec(dims):
+    return "{},{}->{}".format(*dims)
+
+
+def _check_probe(x, w):
+    if w.probe.shape != x.shape[:1]:
+        raise ValueError(
+            f"a probe of shape {w.probe.shape} for {x.shape[0]} examples: parameters that are scanned over need to be "
+            "named in `stacked`, and the first axis of activations is the example's"
+        )
+
+
+def _tapped_elementwise(tapped, plain, x, w):
+    value = w.value if isinstance(w, Tapped) else w
+    if x.shape[x.ndim - value.ndim :] != value.shape or x.ndim <= value.ndim:
+        raise ValueError(f"a parameter of shape {value.shape} doesn't match the last axes of activations {x.shape}")
+    if not isinstance(w, Tapped):
+        return plain(x, _expand(w, x))
+    _check_probe(x, w)
+    return tapped(x, w.value, w.probe)
+
+
+def _expand(w, x):
+    return w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
+
+
+def _sum_positions(z, w):
+    return z.sum(tuple(range(1, z.ndim - w.ndim)))
+
+
+def _sq_norms(per_example):
+    return jnp.sum(jnp.square(per_example), axis=tuple(range(1, per_example.ndim)))
+
+
+def _f32(x):
+    return x.astype(jnp.float32)

@@ -1,0 +1,108 @@
+"""What a batch-size scan is: models, batch sizes, learning rates and target losses."""
+
+import dataclasses
+import math
+
+from scaling_jax.errors import UserError
+from scaling_jax.models import ModelConfig
+from scaling_jax.training import OptimizerConfig, Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model and the test losses, nats per token, at which its critical batch size is wanted."""
+
+    model: ModelConfig
+    target_losses: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRates:
+    """A geometric grid around lr(B) = peak/√(1 + reference_batch_tokens/B), searched from its middle outwards.
+
+    The rule is √B for small batches and flat for large ones (Malladi et al. 2022; Zhang et al. 2024 for Adam).
+    """
+
+    peak: float
+    reference_batch_tokens: int
+    factor: float = 2.0
+    most: int = 6  # rates tried at most for one batch size
+
+    def rate(self, batch_tokens: int, index: int) -> float:
+        """The grid's rate `index` places above the rule, to three digits."""
+        rule = self.peak / math.sqrt(1 + self.reference_batch_tokens / batch_tokens)
+        return float(f"{rule * self.factor**index:.3g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Every subject at every batch size, each with a learning rate of its own; one run serves all target losses."""
+
+    name: str
+    subjects: tuple[Subject, ...]
+    batch_tokens: tuple[int, ...]
+    learning_rates: LearningRates
+    max_tokens: int  # a run ends here if it doesn't get to the lowest target
+    text: str = "python"
+    seeds: tuple[int, ...] = (0,)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warmup_steps: int = 10
+    eval_tokens: int = 16_384
+
+    def __post_init__(self):
+        if len(set(self.batch_tokens)) < 3:
+            raise UserError(f"batch_tokens = {self.batch_tokens}: a trade-off takes three batch sizes, better seven")
+        names = [subject.model.name for subject in self.subjects]
+        if len(set(names)) < len(names) or not names:
+            raise UserError(f"subjects {names} must be one or more models of different size")
+        for subject in self.subjects:
+            if not subject.target_losses or min(subject.target_losses) <= 0:
+                raise UserError(f"target_losses of {subject.model.name} must be positive losses in nats per token")
+            for group in (Group(subject, batch, seed) for batch in self.batch_tokens for seed in self.seeds):
+                self.run(group, 0, None)  # so that an impossible batch is refused before anything is trained
+
+    @property
+    def groups(self) -> tuple["Group", ...]:
+        """The runs, by what shares a compiled program and a learning-rate search."""
+        return tuple(
+            Group(subject, batch, seed) for subject in self.subjects for batch in self.batch_tokens for seed in self.seeds
+        )
+
+    def run(self, group: "Group", rate_index: int, max_steps: int | None) -> Run:
+        """The run of a group at one learning rate; `max_steps` is where it can no longer be the group's best."""
+        return Run(
+            model=group.subject.model,
+            batch_tokens=group.batch_tokens,
+            learning_rate=self.learning_rates.rate(group.batch_tokens, rate_index),
+            optimizer=self.optimizer,
+            warmup_steps=self.warmup_steps,
+            seed=group.seed,
+            text=self.text,
+            target_loss=min(group.subject.target_losses),
+            max_steps=max_steps,
+            max_tokens=self.max_tokens if max_steps is None else None,
+            eval_tokens=self.eval_tokens,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The runs of one model, batch size and seed: they differ in learning rate alone and share one program."""
+
+    subject: Subject
+    batch_tokens: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.subject.model.name} · {self.batch_tokens:,} tokens" + (f" · seed {self.seed}" if self.seed else "")
+
+
+def powers_of_two(low: int, high: int) -> tuple[int, ...]:
+    """low, 2·low, … up to high."""
+    return tuple(low * 2**k for k in range(int(math.log2(high / low) + 1e-9) + 1))
+
+
+def log_spaced(high: float, low: float, count: int) -> tuple[float, ...]:
+    """`count` losses from high to low in equal ratios, to four digits."""
+    return tuple(float(f"{high * (low / high) ** (k / (count - 1)):.4g}") for k in range(count))

@@ -1,0 +1,107 @@
+"""A whole scan: trains what is missing in a results folder, continues what was interrupted."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from scaling_jax.config import to_dict
+from scaling_jax.data import prepare
+from scaling_jax.errors import UserError
+from scaling_jax.scan.experiment import Experiment, Group
+from scaling_jax.scan.pool import Event, available_cores, run_groups
+from scaling_jax.scan.search import finished
+from scaling_jax.scan.worker import run_group
+from scaling_jax.training.records import write_json
+
+_MOST_WORKERS = 8  # each holds a JAX of its own: memory, not speed, is the limit
+
+
+def scan(
+    experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Event], None] = lambda _: None
+) -> Path:
+    """Trains every run of an experiment that `workdir` doesn't hold yet; returns `workdir`.
+
+    On CPUs a worker process a core shares the groups; on accelerators this process drives all devices, a group after
+    the other.
+
+    Args:
+      on_event: called with {"event": "progress" | "done", "group": number, …} as they come.
+
+    Raises:
+      UserError: if the folder holds another experiment or is in use, or a run is refused.
+      KeyboardInterrupt: once all that was trained is saved; the same call continues it.
+    """
+    workdir = Path(workdir)
+    with _locked(workdir):
+        _claim(workdir, experiment)
+        missing = [n for n, group in enumerate(experiment.groups) if finished(experiment, group, workdir) is None]
+        if not missing:
+            return workdir
+        for context in {subject.model.context for subject in experiment.subjects}:
+            prepare(experiment.text, context)  # once, before workers ask for it together
+        missing.sort(key=lambda n: -relative_cost(experiment.groups[n]))  # the longest first keeps all cores busy
+        if jax.default_backend() == "cpu":
+            run_groups(workdir, missing, on_event, available_cores()[:_MOST_WORKERS])
+        else:
+            _run_here(experiment, workdir, missing, on_event)
+    return workdir
+
+
+def relative_cost(group: Group) -> float:
+    """Expected FLOPs of a group up to a constant: tokens to a loss grow as 1 + B/B_crit (McCandlish et al. 2018)."""
+    model = group.subject.model
+    typical_b_crit = 2_000  # tokens; small models at the losses that they reach
+    per_token = model.num_params + 2 * model.vocab_size * model.d_model
+    return per_token * (1 + group.batch_tokens / typical_b_crit)
+
+
+def _run_here(experiment: Experiment, workdir: Path, missing: list[int], on_event: Callable[[Event], None]) -> None:
+    for number in missing:
+        run_group(
+            experiment,
+            experiment.groups[number],
+            workdir,
+            should_stop=lambda: False,
+            on_progress=lambda p, n=number: on_event({"event": "progress", "group": n, **p._asdict()}),
+            num_devices=jax.local_device_count(),
+        )
+        on_event({"event": "done", "group": number})
+
+
+def _claim(workdir: Path, experiment: Experiment) -> None:
+    path = workdir / "experiment.json"
+    described: dict[str, Any] = to_dict(experiment)
+    if path.exists() and json.loads(path.read_text()) != described:
+        raise UserError(f"{workdir} holds another experiment (see {path}): choose another folder with --results")
+    if not path.exists():
+        write_json(path, described)
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """One scan at a time in a folder, among processes of this machine."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"can't write results to {workdir}: {error.strerror}; choose another folder") from None
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"{workdir} is in use by process {file.read().strip()}: wait for it, or stop it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

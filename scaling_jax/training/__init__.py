@@ -1,0 +1,17 @@
+"""One run: its configuration, its compiled step, its loop and its records."""
+
+from scaling_jax.training.loop import Interrupted, Progress, train
+from scaling_jax.training.optimizers import OptimizerConfig
+from scaling_jax.training.records import RunResult, read_metrics, read_result
+from scaling_jax.training.run import Run
+
+__all__ = [
+    "Interrupted",
+    "OptimizerConfig",
+    "Progress",
+    "Run",
+    "RunResult",
+    "read_metrics",
+    "read_result",
+    "train",
+]

@@ -1,0 +1,142 @@
+"""The compiled training step: many optimizer steps a call, the noise scale's moments measured inside each."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from scaling_jax.models import ModelConfig, Transformer, next_token_loss
+from scaling_jax.noise_scale import value_and_grad
+from scaling_jax.parallel import AXIS, Backend, spmd
+from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
+from scaling_jax.training.run import Run, split_batch
+
+
+class TrainState(NamedTuple):
+    params: Any
+    opt_state: Any
+    step: jax.Array  # optimizer steps taken, int32
+
+
+class StepMetrics(NamedTuple):
+    """What each step of a call measured, float32 [steps]; norms are of the gradient before clipping."""
+
+    loss: jax.Array  # of the batch, before the step; nats per token
+    small_sq_norm: jax.Array
+    big_sq_norm: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What runs of one shape share: learning rate, warm-up, seed and data are arguments."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    batch_sequences: int
+    num_microbatches: int
+    steps_per_call: int
+    num_devices: int
+    backend: Backend = "pmap"
+
+    @property
+    def small_batch_sequences(self) -> int:
+        return self.batch_sequences // (self.num_devices * self.num_microbatches)
+
+    def init(self, seed: int) -> TrainState:
+        """Parameters and optimizer state as a function of the seed alone."""
+        return _init(self.model, self.optimizer)(jnp.int32(seed))
+
+    def steps(
+        self, state: TrainState, rows: jax.Array, order: np.ndarray, learning_rate: float, warmup_steps: int
+    ) -> tuple[TrainState, StepMetrics]:
+        """Takes a step for each batch of `order`, and donates `state`.
+
+        Args:
+          rows: the corpus [R, T + 1] on every device.
+          order: rows of each step's batch [steps, batch_sequences], at most `steps_per_call` steps.
+        """
+        num_steps = len(order)
+        order_CxB = np.zeros((self.steps_per_call, self.batch_sequences), np.int32)
+        order_CxB[:num_steps] = order
+        order_DxCxB = order_CxB.reshape(self.steps_per_call, self.num_devices, -1).transpose(1, 0, 2)
+        settings = jnp.int32(num_steps), jnp.float32(learning_rate), jnp.int32(warmup_steps)
+        state, metrics = _compile(self)(state, rows, order_DxCxB, settings)
+        return state, jax.tree.map(lambda x: np.asarray(x)[:num_steps], metrics)
+
+
+def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Program:
+    """The program of a run; runs with equal programs compile once.
+
+    Raises:
+      UserError: if the batch can't be shared by the devices.
+    """
+    microbatch_sequences = run.microbatch_tokens // run.model.context
+    return Program(
+        model=run.model,
+        optimizer=run.optimizer,
+        batch_sequences=run.batch_sequences,
+        num_microbatches=split_batch(run.batch_sequences, microbatch_sequences, num_devices),
+        steps_per_call=run.steps_per_call,
+        num_devices=num_devices,
+        backend=backend,
+    )
+
+
+def batch_loss(model: ModelConfig):
+    """`(params, tokens [B, T + 1]) -> nats per token`."""
+    transformer = Transformer(model)
+
+    def loss(params, tokens_BxT1):
+        tokens_BxT1 = tokens_BxT1.astype(jnp.int32)
+        return next_token_loss(transformer.apply({"params": params}, tokens_BxT1[:, :-1]), tokens_BxT1[:, 1:])
+
+    return loss
+
+
+@functools.cache
+def _init(model: ModelConfig, optimizer: OptimizerConfig):
+    def init(seed):
+        params = Transformer(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
+        return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0))
+
+    return jax.jit(init)
+
+
+@functools.cache
+def _compile(program: Program):
+    optimizer = make_optimizer(program.optimizer)
+    loss_and_grad = value_and_grad(
+        batch_loss(program.model), num_microbatches=program.num_microbatches, axis_name=AXIS
+    )
+
+    def one_step(state: TrainState, batch, learning_rate, warmup_steps):
+        (loss, moments), grads = loss_and_grad(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        warm = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1, warmup_steps).astype(jnp.float32))
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * warm * u, updates))
+        metrics = StepMetrics(loss, moments.small_sq_norm, moments.big_sq_norm)
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    def steps(state: TrainState, rows_RxT1, order_CxB, settings):
+        num_steps, learning_rate, warmup_steps = settings
+
+        def body(i, carry):
+            state, series = carry
+            state, metrics = one_step(state, rows_RxT1[order_CxB[i]], learning_rate, warmup_steps)
+            return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), series, metrics)
+
+        empty = StepMetrics(*(jnp.zeros(program.steps_per_call) for _ in StepMetrics._fields))
+        # A traced trip count: calls of any number of steps share one program.
+        return jax.lax.fori_loop(0, num_steps, body, (state, empty))
+
+    return spmd(
+        steps,
+        split=(False, False, True, False),
+        num_devices=program.num_devices,
+        backend=program.backend,
+        donate_argnums=(0,),
+    )

@@ -1,0 +1,136 @@
+"""ℓ1 and spectral noise scales on the quadratic, where both are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from scaling_jax.noise_scale import every, geometries
+from scaling_jax.noise_scale.newton_schulz import nuclear_norm, polar_factor, trace_sqrt
+from tests.noise_scale import quadratic
+
+DRAWS = 5_000
+L1_NOISE = np.sqrt(np.diag(quadratic.COV)).sum()
+L1_GRAD = np.abs(quadratic.G).sum()
+_BY_ROW = quadratic.COV.reshape(quadratic.ROWS, quadratic.COLUMNS, quadratic.ROWS, quadratic.COLUMNS)
+ROW_COV = np.einsum("ikjk->ij", _BY_ROW)
+SPECTRAL_NOISE = np.sqrt(np.linalg.eigvalsh(ROW_COV)).sum()
+SPECTRAL_GRAD = np.linalg.norm(quadratic.G.reshape(quadratic.ROWS, quadratic.COLUMNS), "nuc")
+TRUTH = {"l1": (L1_NOISE, L1_GRAD), "spectral": (SPECTRAL_NOISE, SPECTRAL_GRAD)}
+
+
+def series(metric, num_microbatches, num_devices=1, batch=64):
+    measure = getattr(geometries, metric)(quadratic.loss, num_microbatches=num_microbatches, axis_name="data")
+
+    def one(key):
+        x = quadratic.draw(key, batch)
+        x = x.reshape(num_devices, -1, *x.shape[1:])
+        return jax.vmap(measure, in_axes=(None, 0), axis_name="data", out_axes=None)(quadratic.PARAMS, x)
+
+    return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), DRAWS))
+
+
+@pytest.mark.parametrize(("num_devices", "num_microbatches"), [(1, 2), (1, 4), (4, 2)])
+def test_l1_noise_is_unbiased_even_from_two_small_batches(num_devices, num_microbatches):
+    """Uncorrected it would be 20 % too small at n = 2."""
+    quadratic.assert_mean(series("l1", num_microbatches, num_devices).noise, L1_NOISE)
+
+
+def test_spectral_noise_is_corrected_for_few_small_batches():
+    """Within 1 % of truth from 8 small batches, where the plug-in value is too small by more than 3 %."""
+    noise = np.asarray(series("spectral", 8).noise, np.float64).mean()
+    assert abs(noise / SPECTRAL_NOISE - 1) < 0.01
+
+
+@pytest.mark.parametrize("metric", ["l1", "spectral"])
+@pytest.mark.parametrize("batch", [16, 256])
+def test_gradient_bounds_hold_and_close_with_the_batch(metric, batch):
+    noise, grad = TRUTH[metric]
+    draws = series(metric, 4, batch=batch)
+    low, high = draws.grad_low.mean(), draws.grad_high.mean()
+    assert low <= grad <= high
+    assert (high - low) / grad < (0.6 if batch == 16 else 0.1)
+    low, high = geometries.bounds(draws)
+    assert low < (noise / grad) ** 2 < high
+
+
+def test_bounds_are_one_sided_without_a_gradient():
+    noise, zero = np.ones(3), np.zeros(3)
+    assert geometries.bounds(geometries.NormBounds(noise, zero, noise)) == (1, np.inf)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("metric", ["l1", "spectral"])
+def test_devices_give_what_microbatches_give(metric, check_vma):
+    """Halves are the first and last microbatches of every device, so the order of examples is arranged to match."""
+    x = quadratic.draw(jax.random.key(0), 32)
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    make = getattr(geometries, metric)
+
+    def step(params, x):
+        return every(2, jnp.int32(4), make(quadratic.loss, num_microbatches=2, axis_name="data"), params, x)
+
+    fn = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma))
+    measured, got = fn(quadratic.PARAMS, x)
+    assert measured
+    halves_first = x.reshape(4, 2, 4, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+    want = make(quadratic.loss, num_microbatches=8)(quadratic.PARAMS, halves_first)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), got, want)
+
+
+def test_every_measures_on_its_steps_only():
+    """The other steps don't run the measurement at all: a callback inside it counts."""
+    calls = []
+
+    def measure(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return {"twice": 2 * x}
+
+    fn = jax.jit(lambda step, x: every(3, step, measure, x))
+    outputs = [fn(jnp.int32(step), jnp.float32(5)) for step in range(7)]
+    jax.effects_barrier()
+    assert [bool(measured) for measured, _ in outputs] == [step % 3 == 0 for step in range(7)]
+    assert [float(value["twice"]) for _, value in outputs] == [10.0 if step % 3 == 0 else 0.0 for step in range(7)]
+    assert len(calls) == 3
+
+
+def test_stacked_matrices_count_one_by_one_and_vectors_not_at_all():
+    def loss(params, x):
+        return quadratic.loss({"norm": params["w"][0] + params["w"][1]}, x) + jnp.sum(params["b"])
+
+    x = quadratic.draw(jax.random.key(0), 16)
+    params = {"w": jnp.stack([quadratic.PARAMS["norm"]] * 2), "b": jnp.ones(3)}
+    both = geometries.spectral(loss, num_microbatches=4, stacked=lambda name: name == "w")(params, x)
+    one = geometries.spectral(quadratic.loss, num_microbatches=4)({"norm": params["w"].sum(0)}, x)
+    np.testing.assert_allclose(both.noise, 2 * one.noise, rtol=1e-4)
+    np.testing.assert_allclose(both.grad_high, 2 * one.grad_high, rtol=1e-4)
+    with pytest.raises(ValueError, match="selected matrix"):
+        geometries.spectral(loss, num_microbatches=4)(params, x)
+
+
+@pytest.mark.parametrize(("metric", "num_microbatches"), [("l1", 1), ("l1", 3), ("spectral", 2)])
+def test_too_few_small_batches_are_refused(metric, num_microbatches):
+    with pytest.raises(ValueError, match="two halves"):
+        getattr(geometries, metric)(quadratic.loss, num_microbatches=num_microbatches)(
+            quadratic.PARAMS, quadratic.draw(jax.random.key(0), 12)
+        )
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 0.0])
+def test_newton_schulz_matches_the_singular_value_decomposition(shape, smallest):
+    rng = np.random.default_rng(0)
+    u, _, vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    singular = np.append(np.linspace(1, 3, len(vt) - 1), smallest)
+    g = jnp.asarray((u * singular) @ vt, jnp.float32)
+    np.testing.assert_allclose(nuclear_norm(g), singular.sum(), rtol=1e-4)
+    np.testing.assert_allclose(trace_sqrt(g @ g.T), singular.sum(), rtol=1e-3)
+    if smallest:
+        np.testing.assert_allclose(polar_factor(g), u @ vt, atol=1e-4)
+
+
+def test_newton_schulz_of_zero_is_zero():
+    assert trace_sqrt(jnp.zeros((3, 3))) == 0
+    assert nuclear_norm(jnp.zeros((3, 4))) == 0

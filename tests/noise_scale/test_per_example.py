@@ -1,0 +1,181 @@
+"""Per-example squared norms from taps against `jax.vmap(jax.grad)`."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_jax.noise_scale import check_taps, sq_norm, taps, unbiased, value_and_grad
+from scaling_jax.noise_scale.per_example import loss_and_leaf_norms
+from tests.noise_scale import language_model as lm
+
+
+def per_example_grads(loss, params, batch):
+    return jax.vmap(lambda example: jax.grad(loss)(params, example[None]))(batch)
+
+
+def tapped_and_exact(loss, params, batch):
+    """{path: norms} both ways; only means over examples leave the taps, so examples go through one at a time."""
+
+    def one(example):
+        _, _, norms = loss_and_leaf_norms(
+            loss, params, example[None], (), has_aux=False, tapped=lambda name: True, stacked=lm.is_stacked
+        )
+        return norms
+
+    grads = jax.tree_util.tree_leaves_with_path(per_example_grads(loss, params, batch))
+    exact = {}
+    for path, g in grads:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        first = 2 if lm.is_stacked(name) else 1
+        exact[name] = jnp.sum(jnp.square(g), axis=tuple(range(first, g.ndim)))
+    return jax.lax.map(one, batch), exact
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_norms_of_every_layer_match_vmap_grad(remat):
+    params, batch = lm.init(jax.random.key(0)), lm.tokens(jax.random.key(1), 8)
+    got, want = jax.jit(lambda p, b: tapped_and_exact(lm.make_loss(remat), p, b))(params, batch)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_batch_of_examples_gives_the_mean_of_their_norms():
+    """Eight at a time equals one at a time: no example's gradient leaks into another's norm."""
+    params, batch = lm.init(jax.random.key(0)), lm.tokens(jax.random.key(1), 8)
+    fn = value_and_grad(lm.make_loss(), method="per_example", stacked=lm.is_stacked)
+    (_, moments), _ = jax.jit(fn)(params, batch)
+    exact = jnp.mean(jax.vmap(sq_norm)(per_example_grads(lm.make_loss(), params, batch)))
+    np.testing.assert_allclose(moments.small_sq_norm, exact, rtol=1e-5)
+
+
+def test_gradients_with_taps_are_those_without():
+    params, batch = lm.init(jax.random.key(0)), lm.tokens(jax.random.key(1), 8)
+    loss = lm.make_loss()
+    _, grads = jax.jit(value_and_grad(loss, method="per_example", stacked=lm.is_stacked, num_microbatches=2))(
+        params, batch
+    )
+    difference = jax.tree.map(jnp.subtract, grads, jax.grad(loss)(params, batch))
+    assert sq_norm(difference) < 1e-12 * sq_norm(grads)
+
+
+def test_bfloat16_compute_keeps_norms_in_float32():
+    params, batch = lm.init(jax.random.key(0)), lm.tokens(jax.random.key(1), 8)
+    loss = lm.make_loss(dtype=jnp.bfloat16)
+    (_, moments), grads = jax.jit(value_and_grad(loss, method="per_example", stacked=lm.is_stacked))(params, batch)
+    exact = jnp.mean(jax.vmap(sq_norm)(per_example_grads(loss, params, batch)))
+    assert moments.small_sq_norm.dtype == jnp.float32
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+    np.testing.assert_allclose(moments.small_sq_norm, exact, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("spec", "x", "w"),
+    [
+        ("bi,io->bo", (4, 3), (3, 5)),  # Gram: one position
+        ("bti,io->bto", (4, 6, 3), (3, 5)),  # materialised: more positions than weights
+        ("bti,io->bto", (4, 2, 30), (30, 50)),  # Gram: two positions
+        ("bsti,io->bsto", (4, 2, 2, 30), (30, 50)),  # Gram over two position axes
+        ("bthk,hkj->bthj", (4, 2, 3, 20), (3, 20, 20)),  # Gram, a matrix a head
+        ("bti,oi->bto", (4, 2, 30), (50, 30)),
+        ("btij,io->bto", (4, 2, 3, 4), (3, 5)),  # an axis of x that only it has
+    ],
+)
+@pytest.mark.parametrize("max_elements", [1, 2**24])
+def test_einsum_norms_match_vmap_grad(spec, x, w, max_elements, monkeypatch):
+    monkeypatch.setattr(taps, "MAX_ELEMENTS", max_elements)
+    x, w = jax.random.normal(jax.random.key(0), x), jax.random.normal(jax.random.key(1), w)
+
+    def loss(w, x):
+        return jnp.mean(jnp.square(jnp.tanh(taps.einsum(spec, x, w))))
+
+    (_, moments), _ = value_and_grad(loss, method="per_example")(w, x)
+    exact = jnp.mean(jax.vmap(sq_norm)(per_example_grads(loss, w, x)))
+    np.testing.assert_allclose(moments.small_sq_norm, exact, rtol=1e-5)
+
+
+def test_layers_and_groups_add_up_to_the_whole():
+    params, batch = lm.init(jax.random.key(0)), lm.tokens(jax.random.key(1), 8)
+    for method in ("two_batch", "per_example"):
+
+        def fn(groups, method=method):
+            return value_and_grad(
+                lm.make_loss(), method=method, num_microbatches=2, stacked=lm.is_stacked, groups=groups
+            )
+
+        (_, whole), _ = fn(None)(params, batch)
+        (_, parts), _ = fn(lambda name: name.rsplit("/", 1)[-1] if lm.is_stacked(name) else name)(params, batch)
+        assert set(parts.big_sq_norm) == {"embedding", "position", "final_norm_scale", "0", "1"}
+        for small, big in ((parts.small_sq_norm, whole.small_sq_norm), (parts.big_sq_norm, whole.big_sq_norm)):
+            np.testing.assert_allclose(sum(small.values()), big, rtol=1e-5)
+        grad_sq_norm, _ = unbiased(parts)
+        np.testing.assert_allclose(sum(grad_sq_norm.values()), unbiased(whole)[0], rtol=1e-4)
+
+
+def test_layer_groups_hold_their_own_layer():
+    """Of two layers, the one whose output is cut off has no gradient."""
+
+    def loss(w, x):
+        h, _ = jax.lax.scan(lambda h, layer: (taps.einsum("bi,io->bo", h, layer), None), x, w)
+        return jnp.mean(jnp.square(h))
+
+    w = jnp.stack([jnp.eye(3), jnp.zeros((3, 3))])
+    fn = value_and_grad(lambda w, x: loss(w["w"], x), method="per_example", stacked=lambda name: True, groups=str)
+    (_, moments), _ = fn({"w": w + 0.0}, jnp.arange(12.0).reshape(4, 3))
+    assert set(moments.small_sq_norm) == {"w/0", "w/1"}
+    assert moments.small_sq_norm["w/0"] == 0
+
+
+def test_norm_layers_use_the_norm_layers_only():
+    params, batch = lm.init(jax.random.key(0)), lm.tokens(jax.random.key(1), 8)
+    fn = value_and_grad(lm.make_loss(), method="norm_layers", stacked=lm.is_stacked)
+    (_, moments), grads = jax.jit(fn)(params, batch)
+    norms = (grads["layers"]["norm_scale"], grads["layers"]["norm_bias"], grads["final_norm_scale"])
+    np.testing.assert_allclose(moments.big_sq_norm, sq_norm(norms), rtol=1e-5)
+    exact = per_example_grads(lm.make_loss(), params, batch)
+    norms = (exact["layers"]["norm_scale"], exact["layers"]["norm_bias"], exact["final_norm_scale"])
+    np.testing.assert_allclose(moments.small_sq_norm, jnp.mean(jax.vmap(sq_norm)(norms)), rtol=1e-5)
+
+
+def test_check_taps_finds_an_untapped_use_and_a_missing_cross_term():
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    w = {"w": jax.random.normal(jax.random.key(1), (3, 3))}
+    dense = lambda x, w: taps.einsum("bi,io->bo", x, w)  # noqa: E731
+    check_taps(lambda p, x: jnp.mean(jnp.square(dense(x, p["w"]))), w, x)
+    with pytest.raises(ValueError, match="per-example norms are wrong for w"):
+        check_taps(lambda p, x: jnp.mean(jnp.square(dense(dense(x, p["w"]), p["w"]))), w, x)
+    with pytest.raises(ValueError, match="per-example norms are wrong for w"):
+        check_taps(lambda p, x: jnp.mean(jnp.square(x @ getattr(p["w"], "value", p["w"]))), w, x)
+
+
+def test_a_forgotten_stack_is_refused():
+    fn = value_and_grad(lm.make_loss(), method="per_example")
+    with pytest.raises(ValueError, match="named in `stacked`"):
+        fn(lm.init(jax.random.key(0)), lm.tokens(jax.random.key(1), lm.LAYERS))
+
+
+@pytest.mark.parametrize("spec", ["bti,io", "bti,bio->bto", "bti,io->tbo", "bti,ijo->bto", "...i,io->...o"])
+def test_einsums_that_taps_cannot_follow_are_refused(spec):
+    with pytest.raises(ValueError, match="einsum"):
+        taps.einsum(spec, jnp.ones((2, 2, 2)), taps.Tapped(jnp.ones((2, 2)), jnp.zeros(2)))
+
+
+def test_taps_work_inside_flax_linen_modules():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            w = self.param("kernel", nn.initializers.normal(0.5), (3, 3))
+            return jnp.tanh(taps.einsum("bti,io->bto", x, w)), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return layers(name="layers")(x, None)[0]
+
+    x = jax.random.normal(jax.random.key(0), (4, 5, 3))
+    params = Net().init(jax.random.key(1), x)
+    loss = lambda params, x: jnp.mean(jnp.square(Net().apply(params, x)))  # noqa: E731
+    check_taps(loss, params, x, stacked=lambda name: "layers" in name, rtol=1e-5)

@@ -1,0 +1,106 @@
+"""Moments over 20,000 draws of a batch against their closed forms, for every method, metric and split."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_jax.noise_scale import Moments, adam_norms, curvature, fixed_denominator, unbiased, value_and_grad
+from tests.noise_scale import quadratic
+
+DRAWS, BATCH = 20_000, 16
+
+
+def moments_of_draws(fn, num_devices, seed=0, batch=BATCH):
+    """Moments of `fn(params, x)` on DRAWS batches, each split over `num_devices` virtual ones."""
+
+    def one(key):
+        x = quadratic.draw(key, batch)
+        x = x.reshape(num_devices, -1, *x.shape[1:])
+        (_, moments), _ = jax.vmap(fn, in_axes=(None, 0), axis_name="data", out_axes=None)(quadratic.PARAMS, x)
+        return moments
+
+    return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), DRAWS))
+
+
+SPLITS = [split for split in itertools.product((1, 2, 4, 8), (1, 2, 4)) if split != (1, 1) and np.prod(split) <= 16]
+
+
+@pytest.mark.parametrize(("num_devices", "num_microbatches"), SPLITS)
+def test_two_batch_moments_are_unbiased(num_devices, num_microbatches):
+    fn = value_and_grad(quadratic.loss, num_microbatches=num_microbatches, axis_name="data")
+    g2, tr = unbiased(moments_of_draws(fn, num_devices))
+    quadratic.assert_mean(g2, quadratic.GRAD_SQ_NORM)
+    quadratic.assert_mean(tr, quadratic.TRACE_COV)
+
+
+@pytest.mark.parametrize("method", ["per_example", "norm_layers"])
+@pytest.mark.parametrize(("num_devices", "num_microbatches"), [(1, 1), (1, 4), (4, 1), (4, 4)])
+def test_per_example_moments_are_unbiased(method, num_devices, num_microbatches):
+    fn = value_and_grad(quadratic.loss, method=method, num_microbatches=num_microbatches, axis_name="data")
+    g2, tr = unbiased(moments_of_draws(fn, num_devices))
+    quadratic.assert_mean(g2, quadratic.GRAD_SQ_NORM)
+    quadratic.assert_mean(tr, quadratic.TRACE_COV)
+
+
+def test_adam_norms_are_unbiased_and_apart():
+    nu = jnp.arange(1.0, 1 + quadratic.DIM).reshape(quadratic.ROWS, quadratic.COLUMNS)
+    fn = value_and_grad(quadratic.loss, num_microbatches=2, axis_name="data", norm=adam_norms({"norm": nu}, eps=0.1))
+    g2, tr = unbiased(moments_of_draws(fn, 2))
+    p = np.sqrt(np.arange(1.0, 1 + quadratic.DIM)) + 0.1
+    for name, weight in (("adam_half", 1 / p), ("adam_full", 1 / p**2)):
+        quadratic.assert_mean(g2[name], weight @ quadratic.G**2)
+        quadratic.assert_mean(tr[name], weight @ np.diag(quadratic.COV))
+
+
+def test_curvature_weighted_moments_are_unbiased_with_a_hessian_per_device():
+    """H differs from sample to sample here: loss ½ c(x)·wᵀHw-like terms would; devices hold different Hessian data."""
+
+    def loss(params, x):
+        # A scale of mean 1 that differs by example makes the Hessian noisy, without touching its mean.
+        scale = 1 + 0.5 * jnp.sign(x[:, :1, 0])
+        return quadratic.loss(params, x) + 0.5 * jnp.mean((scale - 1) * jnp.sum(params["norm"]) ** 2)
+
+    def fn(params, x):
+        gradient_x, hessian_x = jnp.split(x, 2)
+        norm = curvature(loss, params, hessian_x)
+        return value_and_grad(quadratic.loss, num_microbatches=2, axis_name="data", norm=norm)(params, gradient_x)
+
+    g2, tr = unbiased(moments_of_draws(fn, 2, batch=2 * BATCH))
+    quadratic.assert_mean(g2, quadratic.G @ quadratic.HESSIAN @ quadratic.G)
+    quadratic.assert_mean(tr, np.trace(quadratic.HESSIAN @ quadratic.COV))
+
+
+def test_unequal_weights_are_unbiased_with_a_fixed_denominator():
+    """Examples of weight 0, 1, 2: dividing by the batch's own weights biases |G|²; a constant doesn't."""
+
+    def weigh(x):
+        return 1 + jnp.sign(x[:, 0, 0]) * (jnp.abs(x[:, 1, 0]) > 0.5)
+
+    def weighted_sum(params, x):
+        difference = (params["norm"][None] - x).reshape(-1, quadratic.DIM)
+        h = jnp.asarray(quadratic.HESSIAN, jnp.float32)
+        return 0.5 * jnp.sum(weigh(x) * jnp.sum((difference @ h) * difference, axis=-1))
+
+    fn = value_and_grad(fixed_denominator(weighted_sum, weight_per_example=1.0), num_microbatches=4, axis_name="data")
+    g2, tr = unbiased(moments_of_draws(fn, 1))
+    x = quadratic.draw(jax.random.key(1), 2_000_000)
+    grads = weigh(x)[:, None] * ((quadratic.PARAMS["norm"][None] - x).reshape(-1, 6) @ quadratic.HESSIAN)
+    mean = np.asarray(grads.mean(0), np.float64)
+    quadratic.assert_mean(g2, mean @ mean)
+    quadratic.assert_mean(tr, np.var(np.asarray(grads), axis=0, dtype=np.float64).sum())
+
+
+def test_without_replacement_moments_enumerate_exactly():
+    """Of all 20 ways to draw 3 of 6 examples, the mean moments equal the finite population's, with its 1/(N − 1)."""
+    population = np.asarray(quadratic.draw(jax.random.key(0), 6), np.float64).reshape(6, -1)
+    grads = (quadratic.W - population) @ quadratic.HESSIAN
+    draws = np.array([grads[list(index)] for index in itertools.permutations(range(6), 3)])
+    small = np.mean(np.sum(draws**2, axis=-1), axis=-1)
+    big = np.sum(draws.mean(1) ** 2, axis=-1)
+    g2, tr = unbiased(Moments(small, big, np.float64(1), np.float64(3)))
+    mean, cov_trace = grads.mean(0), grads.var(axis=0, ddof=1).sum()
+    np.testing.assert_allclose(tr.mean(), cov_trace, rtol=1e-12)
+    np.testing.assert_allclose(g2.mean(), mean @ mean - cov_trace / 6, rtol=1e-12)
