@@ -1,0 +1,71 @@
+"""Measure, fit and plan the critical batch size of language-model training.
+
+Names are imported when they are first used, so that `import scaling_jax` costs little more than Python itself.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaling_jax import data, fitting, models, noise_scale
+    from scaling_jax.analysis import analyse
+    from scaling_jax.errors import UserError
+    from scaling_jax.models import MODELS, ModelConfig, model_config
+    from scaling_jax.report import write_figures
+    from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, scan
+    from scaling_jax.training import OptimizerConfig, Run, train
+
+_SUBPACKAGES = {"data", "fitting", "models", "noise_scale"}
+_HOMES = {
+    "MODELS": "models",
+    "ModelConfig": "models",
+    "model_config": "models",
+    "OptimizerConfig": "training",
+    "Run": "training",
+    "train": "training",
+    "Experiment": "scanning",
+    "LearningRates": "scanning",
+    "Subject": "scanning",
+    "log_spaced": "scanning",
+    "powers_of_two": "scanning",
+    "scan": "scanning",
+    "analyse": "analysis",
+    "write_figures": "report",
+    "UserError": "errors",
+}
+
+__all__ = [
+    "MODELS",
+    "Experiment",
+    "LearningRates",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Run",
+    "Subject",
+    "UserError",
+    "analyse",
+    "data",
+    "fitting",
+    "log_spaced",
+    "model_config",
+    "models",
+    "noise_scale",
+    "powers_of_two",
+    "scan",
+    "train",
+    "write_figures",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"scaling_jax.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"scaling_jax.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'scaling_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -15,7 +15,7 @@ from scaling_jax.analysis.noise import NoiseMeasurement, measure_noise
 from scaling_jax.config import from_dict
 from scaling_jax.errors import UserError
 from scaling_jax.fitting import ScanFit, fit_scan
-from scaling_jax.scan import Experiment
+from scaling_jax.scanning import Experiment
 from scaling_jax.training.records import write_atomically, write_json
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scaling_jax.errors import UserError
-from scaling_jax.fitting import steps_to_loss
-from scaling_jax.scan import Experiment, Group
-from scaling_jax.scan.search import Tried, evaluations, finished
+from scaling_jax.scanning import Experiment, Group
+from scaling_jax.scanning.search import Tried, finished
 from scaling_jax.training.records import write_atomically
 
 
@@ -33,7 +32,7 @@ def measure(experiment: Experiment, workdir: Path) -> list[Measurement]:
     Raises:
       UserError: if runs are missing.
     """
-    return [row for group in experiment.groups for row in _measure_group(group, tried_runs(experiment, group, workdir), workdir)]
+    return [row for group in experiment.groups for row in _measure_group(group, tried_runs(experiment, group, workdir))]
 
 
 def tried_runs(experiment: Experiment, group: Group, workdir: Path) -> list[Tried]:
@@ -48,13 +47,13 @@ def tried_runs(experiment: Experiment, group: Group, workdir: Path) -> list[Trie
     return tried
 
 
-def _measure_group(group: Group, tried: list[Tried], workdir: Path) -> list[Measurement]:
+def _measure_group(group: Group, tried: list[Tried]) -> list[Measurement]:
     targets = group.subject.target_losses
-    crossings = [steps_to_loss(*evaluations(workdir / "runs" / t.run.run_id), targets).steps for t in tried]
     rows = []
     for k, target in enumerate(targets):
-        reached = [(steps[k], t) for steps, t in zip(crossings, tried, strict=True) if math.isfinite(steps[k])]
-        steps, best = min(reached, key=lambda pair: pair[0], default=(math.nan, None))
+        reached = [t for t in tried if math.isfinite(t.steps_to_target[k])]
+        best = min(reached, key=lambda t: t.steps_to_target[k], default=None)
+        steps = float(best.steps_to_target[k]) if best else math.nan
         indices = [t.rate_index for t in tried]
         rows.append(
             Measurement(
@@ -62,8 +61,8 @@ def _measure_group(group: Group, tried: list[Tried], workdir: Path) -> list[Meas
                 batch_tokens=group.batch_tokens,
                 seed=group.seed,
                 target_loss=target,
-                steps=float(steps),
-                tokens=float(steps) * group.batch_tokens,
+                steps=steps,
+                tokens=steps * group.batch_tokens,
                 learning_rate=best.run.learning_rate if best else math.nan,
                 tuned=best is not None and min(indices) < best.rate_index < max(indices),
                 steps_tried=max(t.result.steps for t in tried),

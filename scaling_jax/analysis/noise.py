@@ -7,10 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling_jax.analysis.measurements import tried_runs
-from scaling_jax.fitting import steps_to_loss
 from scaling_jax.noise_scale import Moments, estimate, unbiased
-from scaling_jax.scan import Experiment, Group
-from scaling_jax.scan.search import best_of, evaluations
+from scaling_jax.scanning import Experiment, Group
+from scaling_jax.scanning.search import best_of
 from scaling_jax.training import Run, read_metrics
 
 
@@ -46,11 +45,11 @@ def moments_by_step(folder: Path, run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _windows(group: Group, experiment: Experiment, workdir: Path) -> list[NoiseMeasurement]:
-    run = best_of(tried_runs(experiment, group, workdir)).run
+    best = best_of(tried_runs(experiment, group, workdir))
+    run, crossings = best.run, best.steps_to_target
     folder = workdir / "runs" / run.run_id
     grad_sq_norm, trace_cov = moments_by_step(folder, run)
     targets = group.subject.target_losses
-    crossings = steps_to_loss(*evaluations(folder), targets).steps
     rows = []
     for k in range(len(targets) - 1):
         if not np.all(np.isfinite(crossings[k : k + 2])):

@@ -1,6 +1,8 @@
 """Documents packed into fixed-length rows, once, in a cache folder that later runs reuse."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling_jax.data.cache import cache_folder
-from scaling_jax.data.sources import find_documents, fingerprint
+from scaling_jax.data.sources import find_documents, fingerprint, is_test
 from scaling_jax.data.tokenizers import Bytes, Tokenizer
 from scaling_jax.errors import UserError
 
@@ -51,9 +53,10 @@ def prepare(source: str, context: int, tokenizer: Tokenizer | None = None) -> Co
     text = fingerprint(source, documents)
     folder = cache_folder() / "rows" / f"{text.sha256[:16]}-{tokenizer.name}-{context}"
     if not (folder / "manifest.json").exists():
-        rows = {split: _read_split(documents, text.sha256, split, tokenizer, context) for split in ("train", "test")}
-        for split, rows_RxT1 in rows.items():
-            if not len(rows_RxT1):
+        held_out = {is_test(document.name) for document in documents}
+        rows = _read_splits(documents, text.sha256, tokenizer, context) if len(held_out) == 2 else {}
+        for split in ("train", "test"):
+            if not len(rows.get(split, ())):
                 raise UserError(
                     f"--text {source}: {text.files} files of {text.bytes:,} bytes leave no {split} row of {context} "
                     "tokens (one file in ten, by its name, is held out): add files or shorten the context"
@@ -79,7 +82,7 @@ def _load(folder: Path) -> Corpus:
     return Corpus(train, test, manifest["vocab_size"], manifest)
 
 
-def _read_split(documents, sha256: str, split: str, tokenizer: Tokenizer, context: int) -> np.ndarray:
+def _read_splits(documents, sha256: str, tokenizer: Tokenizer, context: int) -> dict[str, np.ndarray]:
     import absl.logging
     import tensorflow_datasets as tfds  # seconds to import: only who packs pays
 
@@ -88,11 +91,13 @@ def _read_split(documents, sha256: str, split: str, tokenizer: Tokenizer, contex
     absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS announces at length what is normal here
     tfds.disable_progress_bar()
     builder = TextFiles(documents, sha256[:16], data_dir=cache_folder() / "tfds", file_format="array_record")
-    builder.download_and_prepare()
-    if not builder.info.splits[split].num_examples:
-        return np.zeros((0, context + 1), np.uint16)
-    examples = builder.as_data_source(split)
-    return pack_rows((tokenizer.encode(e["text"].decode("utf-8")) for e in examples), tokenizer.separator, context)
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    rows = {}
+    for split in ("train", "test"):
+        texts = (example["text"].decode("utf-8") for example in builder.as_data_source(split))
+        rows[split] = pack_rows(map(tokenizer.encode, texts), tokenizer.separator, context)
+    return rows
 
 
 def _write_atomically(folder: Path, rows: dict[str, np.ndarray], manifest: dict) -> None:

@@ -7,6 +7,8 @@ along the run is estimated from all runs. A resample draws such a vector for eve
 Intervals are studentised (bootstrap-t; Efron and Tibshirani 1993, section 12.5): with two parameters on seven batch
 sizes, residuals are smaller than errors, and a run that bends the law also shows in the residuals of other losses. Each
 resample's shift is therefore measured in units of the standard error that the same resample would have reported.
+In planted scans of 7 batches and 2 sizes (tests/fitting/test_scan_fit.py) plain percentiles covered 92 to 98 % by the
+kind of noise; these intervals 94 to 96 % for the exponent, and 90 to 97 % for the law's band at the ends of its range.
 """
 
 from typing import NamedTuple

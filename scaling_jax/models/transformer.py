@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from scaling_jax.models.sizes import ModelConfig
 
 _INIT = nn.initializers.normal(0.02)
+_MOST_UNROLLED = 4  # layers
 
 
 class Transformer(nn.Module):
@@ -31,7 +32,7 @@ class Transformer(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.n_layer,
-            unroll=c.n_layer if c.n_layer <= 4 else 1,
+            unroll=c.n_layer if c.n_layer <= _MOST_UNROLLED else 1,
         )(c, name="layers")
         x_BxTxD, _ = layers(x_BxTxD, None)
 

@@ -32,7 +32,8 @@ class NormBounds(NamedTuple):
 def bounds(series: NormBounds) -> tuple[float, float]:
     """(low, high) of the noise scale in examples from a series of steps, each quantity averaged over them first.
 
-    `high` is inf where the mean of grad_low isn't positive.
+    They bound what the gradient's norm leaves open; the noise's own correction is taken as exact. `high` is inf where
+    the mean of grad_low isn't positive.
     """
     noise, grad_low, grad_high = (float(np.mean(np.asarray(x, np.float64))) for x in series)
     return noise**2 / grad_high**2, noise**2 / grad_low**2 if grad_low > 0 else math.inf

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from scaling_jax.analysis import Analysis
 from scaling_jax.analysis.measurements import tried_runs
 from scaling_jax.report.style import new_figure
-from scaling_jax.scan.search import best_of, evaluations
+from scaling_jax.scanning.search import best_of, evaluations
 
 
 def batch_scan_figure(analysis: Analysis, workdir: Path) -> Figure:
@@ -39,7 +39,9 @@ def batch_scan_figure(analysis: Analysis, workdir: Path) -> Figure:
     axes[0].set_ylabel("tokens processed")
     axes[0].legend(
         handles=[
-            Line2D([], [], ls="--", color="0.8", marker="o", mfc="0.4", mec="none", ms=3.5, label="a run, one batch size"),
+            Line2D(
+                [], [], ls="--", color="0.8", marker="o", mfc="0.4", mec="none", ms=3.5, label="a run, one batch size"
+            ),
             Line2D([], [], color="0.3", lw=1, label="fit at constant loss"),
         ],
         loc="upper left",

@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scaling_jax.analysis import Analysis
-from scaling_jax.fitting import published
 from scaling_jax.report.style import LAW_COLOUR, MODEL_COLOURS, NOISE_COLOUR, loss_axis, new_figure
 
 
@@ -35,12 +34,12 @@ def critical_batch_figure(analysis: Analysis) -> Figure:
         params = _num_params(analysis, model)
         axis.errorbar([p.loss for p in points], b_crit, error, color=colour, elinewidth=0.8, alpha=0.55, fmt="none")
         axis.plot([p.loss for p in points], b_crit, "o-", color=colour, ms=5, label=f"{model}, N = {params}")
-    kaplan = published["kaplan2020"]
-    axis.plot(x, [kaplan(v) for v in x], ":", color="0.7", label="Kaplan et al. 2020 (WebText2, BPE: another corpus)")
 
     axis.set_yscale("log")
     loss_axis(axis, low, high)
-    values = [p.tradeoff.b_crit for p in fitted] + [n.b_simple for n in analysis.noise if n.resolved and low <= n.loss <= high]
+    values = [p.tradeoff.b_crit for p in fitted] + [
+        n.b_simple for n in analysis.noise if n.resolved and low <= n.loss <= high
+    ]
     if values:
         axis.set_ylim(np.percentile(values, 1) / 3, np.percentile(values, 99) * 3)
     axis.set_xlabel("test loss, nats per token")

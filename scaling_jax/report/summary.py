@@ -21,7 +21,12 @@ def summary(analysis: Analysis, figures: list[str]) -> Rows:
             low, high = point.tradeoff.b_crit_interval
             middle, half = _noise_near(analysis, model, point.loss)
             table.add_row(
-                model, f"{point.loss:.2f}", tokens(point.tradeoff.b_crit), f"{tokens(low)} – {tokens(high)}", middle, half
+                model,
+                f"{point.loss:.2f}",
+                tokens(point.tradeoff.b_crit),
+                f"{tokens(low)} – {tokens(high)}",
+                middle,
+                half,
             )
     return Rows(table, *(Text(line) for line in _sentences(analysis)), Text("figures: " + ", ".join(figures)))
 

@@ -3,9 +3,10 @@
 from scaling_jax.training.loop import Interrupted, Progress, train
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.records import RunResult, read_metrics, read_result
-from scaling_jax.training.run import Run
+from scaling_jax.training.run import Deadline, Run
 
 __all__ = [
+    "Deadline",
     "Interrupted",
     "OptimizerConfig",
     "Progress",

@@ -16,7 +16,7 @@ from scaling_jax.errors import UserError
 from scaling_jax.noise_scale import Moments, unbiased
 from scaling_jax.parallel import Backend, replicate
 from scaling_jax.training.evaluation import evaluator, held_out_rows
-from scaling_jax.training.program import Program, StepMetrics, TrainState, program_for
+from scaling_jax.training.program import Program, StepMetrics, program_for
 from scaling_jax.training.records import (
     RunResult,
     append_metrics,
@@ -127,9 +127,7 @@ def _train_until_done(run, program: Program, corpus, folder, state, save, checkp
             continue
         num_steps = call.last_step - step
         order = example_order(run.seed, step * run.batch_sequences, num_steps * run.batch_sequences, len(rows))
-        state, series = program.steps(
-            state, rows, order.reshape(num_steps, -1), run.learning_rate, run.warmup_steps
-        )
+        state, series = program.steps(state, rows, order.reshape(num_steps, -1), run.learning_rate, run.warmup_steps)
         step = call.last_step
         recent.append(series)
         line = _metrics_line(run, program, len(rows), step, series)
@@ -145,6 +143,8 @@ def _train_until_done(run, program: Program, corpus, folder, state, save, checkp
             return state, "diverged"
         if call.evaluate and _reached(run, losses):
             return state, "reached"
+        if call.evaluate and any(losses[-1] > late.loss for late in run.deadlines if step > late.step):
+            return state, "given up"
         if step >= run.last_step:
             return state, "exhausted"
         stop = should_stop()

@@ -109,9 +109,7 @@ def _init(model: ModelConfig, optimizer: OptimizerConfig):
 @functools.cache
 def _compile(program: Program):
     optimizer = make_optimizer(program.optimizer)
-    loss_and_grad = value_and_grad(
-        batch_loss(program.model), num_microbatches=program.num_microbatches, axis_name=AXIS
-    )
+    loss_and_grad = value_and_grad(batch_loss(program.model), num_microbatches=program.num_microbatches, axis_name=AXIS)
 
     def one_step(state: TrainState, batch, learning_rate, warmup_steps):
         (loss, moments), grads = loss_and_grad(state.params, batch)

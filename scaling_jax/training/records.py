@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from scaling_jax.config import from_dict, to_dict
 
-Status = Literal["reached", "exhausted", "diverged"]
+Status = Literal["reached", "exhausted", "given up", "diverged"]
 
 
 @dataclasses.dataclass(frozen=True)

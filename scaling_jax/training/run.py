@@ -11,11 +11,19 @@ from scaling_jax.training.optimizers import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Deadline:
+    """A run whose test loss is still above `loss` after `step` is given up."""
+
+    loss: float
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A run at constant learning rate after a linear warm-up, so that one run serves every target loss above its last.
 
-    It ends when the test loss has been below `target_loss` at two evaluations in a row, or at `max_steps` or
-    `max_tokens`, of which exactly one is given.
+    It ends when the test loss has been below `target_loss` at two evaluations in a row, when it misses a deadline, or
+    at `max_steps` or `max_tokens`, of which exactly one is given.
     """
 
     model: ModelConfig
@@ -28,6 +36,7 @@ class Run:
     target_loss: float | None = None  # nats per token
     max_steps: int | None = None
     max_tokens: int | None = None
+    deadlines: tuple[Deadline, ...] = ()
     microbatch_tokens: int = 1024  # the noise scale's small batch at most; at least two make a step
     eval_tokens: int = 16_384
     eval_growth: float = 1.07  # evaluations lie at steps in this ratio

@@ -32,13 +32,17 @@ def on_devices(how, num_devices, fn):
     return lambda params, x: mapped(params, x.reshape(num_devices, -1, *x.shape[1:]))
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
-@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+QUICK = [(1, 2), (4, 4), (8, 1)]
+SPLITS = [(d, m) for d in (1, 2, 4, 8) for m in (1, 2, 4) if d * m > 1]
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_microbatches"),
+    [pytest.param(*split, marks=() if split in QUICK else pytest.mark.slow) for split in SPLITS],
+)
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "shard_map_check_vma", "vmap"])
 def test_every_split_gives_the_whole_batch_gradient_and_its_own_small_norms(how, num_devices, num_microbatches):
     """With `shard_map_check_vma` this fails if JAX sums the gradients of replicated parameters over devices."""
-    if num_devices * num_microbatches == 1:
-        pytest.skip("nothing to compare with")
     x = quadratic.draw(jax.random.key(0), BATCH)
     fn = value_and_grad(quadratic.loss, num_microbatches=num_microbatches, axis_name="data")
     (loss, m), grads = on_devices(how, num_devices, fn)(quadratic.PARAMS, x)
@@ -53,8 +57,8 @@ def test_every_split_gives_the_whole_batch_gradient_and_its_own_small_norms(how,
     assert (m.small_batch, m.big_batch) == (BATCH // len(chunks), BATCH)
 
 
-@pytest.mark.parametrize("how", ["pmap", "shard_map", "shard_map_check_vma", "vmap"])
-@pytest.mark.parametrize("method", ["per_example", "norm_layers", "curvature"])
+@pytest.mark.parametrize("how", ["pmap", "shard_map_check_vma", "vmap"])
+@pytest.mark.parametrize("method", ["per_example", "curvature"])
 def test_other_methods_agree_on_every_kind_of_axis(how, method):
     x = quadratic.draw(jax.random.key(0), BATCH)
 
@@ -93,8 +97,9 @@ def test_a_population_inside_scan_gives_every_run_its_own_moments():
 
     _, moments = jax.jit(lambda p: jax.lax.scan(step, p, length=2))(params)
     assert moments.small_sq_norm.shape == (2, 3)
+    one_run = jax.jit(fn)
     for run in range(3):
-        (_, want), _ = fn(jax.tree.map(lambda p, run=run: p[run], params), x[run])
+        (_, want), _ = one_run(jax.tree.map(lambda p, run=run: p[run], params), x[run])
         np.testing.assert_allclose(moments.small_sq_norm[0, run], want.small_sq_norm, rtol=1e-5)
         np.testing.assert_allclose(moments.big_sq_norm[0, run], want.big_sq_norm, rtol=1e-5)
 
@@ -115,7 +120,8 @@ def test_bfloat16_parameters_get_bfloat16_gradients_and_float32_moments():
     params = {"w": jnp.full((64,), 1.0, jnp.bfloat16)}
     loss = lambda p, x: jnp.mean(jnp.sum(p["w"].astype(jnp.float32)[None] * x, axis=-1))  # noqa: E731
     x = jnp.full((64, 64), 1 + 2**-7)
-    (_, m), grads = value_and_grad(loss, num_microbatches=64)(params, x)
+    with jax.disable_jit():  # compiled for CPUs, sums in bfloat16 are carried in float32 whatever we write
+        (_, m), grads = value_and_grad(loss, num_microbatches=64)(params, x)
     assert grads["w"].dtype == jnp.bfloat16
     assert m.big_sq_norm.dtype == jnp.float32
     np.testing.assert_allclose(m.big_sq_norm, 64 * (1 + 2**-7) ** 2, rtol=1e-6)

@@ -28,7 +28,9 @@ def available_cores() -> list[int | None]:
     return [None] * (os.cpu_count() or 1)
 
 
-def run_groups(workdir: Path, groups: Iterable[int], on_event: Callable[[Event], None], cores: list[int | None]) -> None:
+def run_groups(
+    workdir: Path, groups: Iterable[int], on_event: Callable[[Event], None], cores: list[int | None]
+) -> None:
     """Trains the groups, first come first served, with a worker on each of `cores`.
 
     Raises:
@@ -69,7 +71,7 @@ class _Worker:
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "scaling_jax.scan.worker", str(workdir)],
+                [sys.executable, "-m", "scaling_jax.scanning.worker", str(workdir)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -1,4 +1,4 @@
-"""A process that trains groups of a scan on one core: `python -m scaling_jax.scan.worker RESULTS`.
+"""A process that trains groups of a scan on one core: `python -m scaling_jax.scanning.worker RESULTS`.
 
 Group numbers come in on standard input, a line each; events go out on standard output as JSON lines. The end of the
 input, because whoever started it stops or died, means: save and leave.
@@ -9,13 +9,14 @@ import queue
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from scaling_jax.config import from_dict
-from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
-from scaling_jax.scan.experiment import Experiment, Group
-from scaling_jax.scan.search import search
-from scaling_jax.training import Interrupted, Progress, train
+from scaling_jax.scanning.experiment import Experiment
+from scaling_jax.scanning.groups import run_group
+from scaling_jax.training import Interrupted
+from scaling_jax.training.compilation import keep_compiled_programs
 
 
 def main(workdir: Path) -> None:
@@ -29,6 +30,7 @@ def main(workdir: Path) -> None:
         jobs.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
+    keep_compiled_programs()
     experiment = from_dict(Experiment, json.loads((workdir / "experiment.json").read_text()))
     while (number := jobs.get()) is not None:
         group = experiment.groups[number]
@@ -44,28 +46,7 @@ def main(workdir: Path) -> None:
         send("done", number)
 
 
-def run_group(experiment: Experiment, group: Group, workdir: Path, should_stop, on_progress, num_devices: int = 1):
-    """Trains what is missing of a group; a worker's job, or the whole scan's where one process drives the devices."""
-    corpora = {}
-
-    def train_one(run):
-        key = (run.text, run.model.context)
-        if key not in corpora:
-            corpora[key] = prepare(*key)
-        return train(
-            run,
-            workdir,
-            corpus=corpora[key],
-            num_devices=num_devices,
-            keep_checkpoint=False,
-            should_stop=should_stop,
-            on_progress=on_progress,
-        )
-
-    search(experiment, group, train_one)
-
-
-def send(event: str, group: int, **details: str | Progress) -> None:
+def send(event: str, group: int, **details: Any) -> None:
     print(json.dumps({"event": event, "group": group, **details}), flush=True)
 
 

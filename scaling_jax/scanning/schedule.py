@@ -12,18 +12,17 @@ import jax
 from scaling_jax.config import to_dict
 from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
-from scaling_jax.scan.experiment import Experiment, Group
-from scaling_jax.scan.pool import Event, available_cores, run_groups
-from scaling_jax.scan.search import finished
-from scaling_jax.scan.worker import run_group
+from scaling_jax.scanning.experiment import Experiment, Group
+from scaling_jax.scanning.groups import run_group
+from scaling_jax.scanning.pool import Event, available_cores, run_groups
+from scaling_jax.scanning.search import finished
+from scaling_jax.training.compilation import keep_compiled_programs
 from scaling_jax.training.records import write_json
 
 _MOST_WORKERS = 8  # each holds a JAX of its own: memory, not speed, is the limit
 
 
-def scan(
-    experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Event], None] = lambda _: None
-) -> Path:
+def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Event], None] = lambda _: None) -> Path:
     """Trains every run of an experiment that `workdir` doesn't hold yet; returns `workdir`.
 
     On CPUs a worker process a core shares the groups; on accelerators this process drives all devices, a group after
@@ -61,6 +60,7 @@ def relative_cost(group: Group) -> float:
 
 
 def _run_here(experiment: Experiment, workdir: Path, missing: list[int], on_event: Callable[[Event], None]) -> None:
+    keep_compiled_programs()
     for number in missing:
         run_group(
             experiment,

@@ -5,15 +5,7 @@ import math
 
 from scaling_jax.errors import UserError
 from scaling_jax.models import ModelConfig
-from scaling_jax.training import OptimizerConfig, Run
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model and the test losses, nats per token, at which its critical batch size is wanted."""
-
-    model: ModelConfig
-    target_losses: tuple[float, ...]
+from scaling_jax.training import Deadline, OptimizerConfig, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +27,21 @@ class LearningRates:
 
 
 @dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, the test losses (nats per token) at which its critical batch size is wanted, and rates to try."""
+
+    model: ModelConfig
+    target_losses: tuple[float, ...]
+    learning_rates: LearningRates
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Every subject at every batch size, each with a learning rate of its own; one run serves all target losses."""
 
     name: str
     subjects: tuple[Subject, ...]
     batch_tokens: tuple[int, ...]
-    learning_rates: LearningRates
     max_tokens: int  # a run ends here if it doesn't get to the lowest target
     text: str = "python"
     seeds: tuple[int, ...] = (0,)
@@ -59,21 +59,26 @@ class Experiment:
             if not subject.target_losses or min(subject.target_losses) <= 0:
                 raise UserError(f"target_losses of {subject.model.name} must be positive losses in nats per token")
             for group in (Group(subject, batch, seed) for batch in self.batch_tokens for seed in self.seeds):
-                self.run(group, 0, None)  # so that an impossible batch is refused before anything is trained
+                self.run(group, 0)  # so that an impossible batch is refused before anything is trained
 
     @property
     def groups(self) -> tuple["Group", ...]:
         """The runs, by what shares a compiled program and a learning-rate search."""
         return tuple(
-            Group(subject, batch, seed) for subject in self.subjects for batch in self.batch_tokens for seed in self.seeds
+            Group(subject, batch, seed)
+            for subject in self.subjects
+            for batch in self.batch_tokens
+            for seed in self.seeds
         )
 
-    def run(self, group: "Group", rate_index: int, max_steps: int | None) -> Run:
+    def run(
+        self, group: "Group", rate_index: int, max_steps: int | None = None, deadlines: tuple[Deadline, ...] = ()
+    ) -> Run:
         """The run of a group at one learning rate; `max_steps` is where it can no longer be the group's best."""
         return Run(
             model=group.subject.model,
             batch_tokens=group.batch_tokens,
-            learning_rate=self.learning_rates.rate(group.batch_tokens, rate_index),
+            learning_rate=group.subject.learning_rates.rate(group.batch_tokens, rate_index),
             optimizer=self.optimizer,
             warmup_steps=self.warmup_steps,
             seed=group.seed,
@@ -81,6 +86,7 @@ class Experiment:
             target_loss=min(group.subject.target_losses),
             max_steps=max_steps,
             max_tokens=self.max_tokens if max_steps is None else None,
+            deadlines=deadlines,
             eval_tokens=self.eval_tokens,
         )
 
@@ -95,7 +101,9 @@ class Group:
 
     @property
     def name(self) -> str:
-        return f"{self.subject.model.name} · {self.batch_tokens:,} tokens" + (f" · seed {self.seed}" if self.seed else "")
+        return f"{self.subject.model.name} · {self.batch_tokens:,} tokens" + (
+            f" · seed {self.seed}" if self.seed else ""
+        )
 
 
 def powers_of_two(low: int, high: int) -> tuple[int, ...]:

@@ -1,0 +1,90 @@
+import dataclasses
+import json
+
+import pytest
+
+from scaling_jax.config import from_dict, to_dict
+from scaling_jax.errors import UserError
+from scaling_jax.models import model_config
+from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, relative_cost
+from scaling_jax.scanning.demo import DEMO, QUICK
+from scaling_jax.scanning.files import load_experiment
+
+
+@pytest.mark.parametrize("experiment", [DEMO, QUICK])
+def test_an_experiment_survives_json(experiment):
+    assert from_dict(Experiment, json.loads(json.dumps(to_dict(experiment)))) == experiment
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("max_token", 1, "unknown key 'max_token' for Experiment: did you mean 'max_tokens'"),
+        ("max_tokens", "many", "max_tokens = 'many': expected int"),
+        ("batch_tokens", [128, 256, 2.5], r"batch_tokens\[2\] = 2.5: expected int"),
+        ("optimizer", {"name": "lion"}, "optimizer.name = 'lion': choose from adam, sgd"),
+    ],
+)
+def test_a_damaged_description_is_refused_by_its_key(key, value, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(Experiment, {**to_dict(DEMO), key: value})
+
+
+def test_a_missing_key_is_named():
+    described = to_dict(DEMO)
+    del described["subjects"]
+    with pytest.raises(UserError, match="missing key 'subjects'"):
+        from_dict(Experiment, described)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_tokens": (128, 256)}, "a trade-off takes three batch sizes"),
+        ({"batch_tokens": (128, 256, 500)}, "nearest that are: 448 or 512 tokens"),
+        ({"subjects": DEMO.subjects[:1] * 2}, "models of different size"),
+    ],
+)
+def test_an_experiment_that_cannot_work_is_refused_before_it_trains(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(DEMO, **changes)
+
+
+def test_the_demo_has_two_sizes_and_seven_batches():
+    assert len(DEMO.subjects) == 2
+    assert len(DEMO.batch_tokens) == 7
+    assert len(DEMO.groups) == 14
+
+
+def test_learning_rates_follow_the_rule_in_steps_of_the_factor():
+    rates = LearningRates(peak=1e-2, reference_batch_tokens=1_000, factor=3.0)
+    assert rates.rate(1_000, 0) == pytest.approx(1e-2 / 2**0.5, rel=1e-2)
+    assert rates.rate(1_000, 1) == pytest.approx(3 * rates.rate(1_000, 0), rel=1e-2)
+    assert rates.rate(10, 0) == pytest.approx(rates.rate(40, 0) / 2, rel=0.02)
+
+
+def test_spacings():
+    assert powers_of_two(128, 1_024) == (128, 256, 512, 1024)
+    assert log_spaced(4.0, 1.0, 3) == (4.0, 2.0, 1.0)
+
+
+def test_larger_models_and_batches_are_expected_to_cost_more():
+    costs = {(g.subject.model.name, g.batch_tokens): relative_cost(g) for g in DEMO.groups}
+    assert costs["2x64", 128] > costs["1x32", 128]
+    assert costs["2x64", 8_192] > 3 * costs["2x64", 128]
+
+
+def test_an_experiment_file_is_loaded(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from scaling_jax.scanning.demo import QUICK\nEXPERIMENT = QUICK\n")
+    assert load_experiment(path) == QUICK
+    path.write_text("EXPERIMENT = 3\n")
+    with pytest.raises(UserError, match=r"doesn't define EXPERIMENT"):
+        load_experiment(path)
+    with pytest.raises(UserError, match="no experiment file"):
+        load_experiment(tmp_path / "missing.py")
+
+
+def test_subjects_need_targets():
+    with pytest.raises(UserError, match="target_losses of 1x16"):
+        dataclasses.replace(DEMO, subjects=(Subject(model_config("1x16"), (), LearningRates(1e-2, 1_000)),))

@@ -1,0 +1,102 @@
+import dataclasses
+import math
+
+import pytest
+
+from scaling_jax.models import model_config
+from scaling_jax.scanning import Experiment, LearningRates, Subject
+from scaling_jax.scanning.search import best_of, finished, search
+from scaling_jax.training import RunResult
+from scaling_jax.training.records import append_metrics, write_result
+
+TARGETS = (3.0, 2.5, 2.0)
+EXPERIMENT = Experiment(
+    name="made up",
+    subjects=(Subject(model_config("1x16"), TARGETS, LearningRates(1e-2, 1_000)),),
+    batch_tokens=(128, 256, 512),
+    max_tokens=1_000_000,
+)
+GROUP = EXPERIMENT.groups[0]
+
+
+class MadeUpTraining:
+    """Loss 4·step^(−speed/10), fastest at the learning rate `best` and slower by its distance in factors of two."""
+
+    def __init__(self, workdir, best, diverges_above=math.inf):
+        self.workdir, self.best, self.diverges_above, self.runs = workdir, best, diverges_above, []
+
+    def __call__(self, run):
+        self.runs.append(run)
+        folder = self.workdir / "runs" / run.run_id
+        folder.mkdir(parents=True)
+        exponent = 0.14 - 0.02 * abs(math.log2(run.learning_rate / self.best))
+        status, step, below = "exhausted", 0, 0
+        loss: float | None = None
+        for step in range(1, run.last_step + 1):
+            loss = 4 * step**-exponent
+            if run.learning_rate > self.diverges_above and step > 5:
+                status, loss = "diverged", None
+                break
+            append_metrics(folder, {"step": step, "test_loss": loss})
+            below = below + 1 if loss < run.target_loss else 0
+            if below == 2:
+                status = "reached"
+                break
+            if any(loss > late.loss for late in run.deadlines if step > late.step):
+                status = "given up"
+                break
+        result = RunResult(run.run_id, status, step, step * run.batch_tokens, loss, "")
+        write_result(folder, result)
+        return result
+
+
+@pytest.mark.parametrize("offset", [-2, -1, 0, 1, 2])
+def test_the_search_ends_with_the_best_rate_between_two_others(tmp_path, offset):
+    rates = GROUP.subject.learning_rates
+    training = MadeUpTraining(tmp_path, rates.rate(128, offset))
+    tried = search(EXPERIMENT, GROUP, tmp_path, training)
+    assert best_of(tried).rate_index == offset
+    assert {offset - 1, offset, offset + 1} <= {t.rate_index for t in tried}
+
+
+def test_shortening_the_others_changes_no_measurement(tmp_path):
+    """The fewest steps to every target are what they'd be if every rate had run to the end."""
+    training = MadeUpTraining(tmp_path, GROUP.subject.learning_rates.rate(128, 1))
+    tried = search(EXPERIMENT, GROUP, tmp_path, training)
+    full = MadeUpTraining(tmp_path / "full", training.best)
+    for k, target in enumerate(TARGETS):
+        measured = min(t.steps_to_target[k] for t in tried if math.isfinite(t.steps_to_target[k]))
+        exponents = [0.14 - 0.02 * abs(math.log2(t.run.learning_rate / full.best)) for t in tried]
+        assert measured == pytest.approx(min((target / 4) ** (-1 / e) for e in exponents), rel=0.01)
+    assert sum(run.last_step for run in training.runs[2:]) < 10_000
+
+
+def test_a_rate_that_falls_behind_twofold_is_given_up(tmp_path):
+    slow = dataclasses.replace(GROUP.subject.learning_rates, factor=8.0)
+    experiment = dataclasses.replace(EXPERIMENT, subjects=(dataclasses.replace(GROUP.subject, learning_rates=slow),))
+    tried = search(experiment, experiment.groups[0], tmp_path, MadeUpTraining(tmp_path, slow.rate(128, 0)))
+    assert [t.result.status for t in tried] == ["reached", "given up", "given up"]
+
+
+def test_a_rate_that_diverges_takes_nobody_with_it(tmp_path):
+    rates = GROUP.subject.learning_rates
+    training = MadeUpTraining(tmp_path, rates.rate(128, 0), diverges_above=rates.rate(128, 0.5))
+    tried = search(EXPERIMENT, GROUP, tmp_path, training)
+    assert {t.rate_index: t.result.status for t in tried}[1] == "diverged"
+    assert best_of(tried).rate_index == 0
+
+
+def test_the_search_stops_at_the_most_rates(tmp_path):
+    few = dataclasses.replace(GROUP.subject.learning_rates, most=2)
+    experiment = dataclasses.replace(EXPERIMENT, subjects=(dataclasses.replace(GROUP.subject, learning_rates=few),))
+    tried = search(experiment, experiment.groups[0], tmp_path, MadeUpTraining(tmp_path, few.rate(128, 3)))
+    assert len(tried) == 2
+
+
+def test_a_finished_search_is_read_back_from_disk(tmp_path):
+    assert finished(EXPERIMENT, GROUP, tmp_path) is None
+    tried = search(EXPERIMENT, GROUP, tmp_path, MadeUpTraining(tmp_path, GROUP.subject.learning_rates.rate(128, 1)))
+    again = finished(EXPERIMENT, GROUP, tmp_path)
+    assert [t.run for t in again] == [t.run for t in tried]
+    (tmp_path / "runs" / tried[-1].run.run_id / "result.json").unlink()
+    assert finished(EXPERIMENT, GROUP, tmp_path) is None

@@ -1,0 +1,143 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from scaling_jax.errors import UserError
+from scaling_jax.models import ModelConfig
+from scaling_jax.training import Interrupted, OptimizerConfig, Run, read_metrics, read_result, train
+from scaling_jax.training.run import calls
+
+RUN = Run(
+    ModelConfig(n_layer=1, d_model=16, n_head=1, context=16),
+    batch_tokens=64,
+    learning_rate=1e-2,
+    max_steps=60,
+    eval_tokens=512,
+    steps_per_call=8,
+)
+
+
+def run_folder(workdir, run=RUN):
+    return workdir / "runs" / run.run_id
+
+
+def test_a_run_learns_and_records_every_step(tmp_path, corpus):
+    result = train(RUN, tmp_path, corpus=corpus, num_devices=1)
+    lines = read_metrics(run_folder(tmp_path))
+    assert result.status == "exhausted"
+    assert result.steps == 60 == sum(len(line["small_sq_norm"]) for line in lines)
+    losses = [line["test_loss"] for line in lines if "test_loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    config = json.loads((run_folder(tmp_path) / "config.json").read_text())
+    assert config["corpus"]["sha256"] == "counting"
+
+
+def test_a_run_interrupted_anywhere_ends_as_an_undisturbed_one_bit_for_bit(tmp_path, corpus):
+    train(RUN, tmp_path / "whole", corpus=corpus, num_devices=1)
+    for interruption in range(1, 100):
+        answers = iter([False] * interruption + [True])
+        try:
+            train(RUN, tmp_path / "parts", corpus=corpus, num_devices=1, should_stop=lambda a=answers: next(a, False))
+            break
+        except Interrupted:
+            assert read_result(run_folder(tmp_path / "parts")) is None
+    assert interruption > 2
+    for name in ("metrics.jsonl", "result.json", "config.json"):
+        whole, parts = ((run_folder(tmp_path / which) / name).read_bytes() for which in ("whole", "parts"))
+        assert whole == parts, name
+
+
+def test_a_run_killed_after_a_checkpoint_repeats_the_same_steps(tmp_path, corpus):
+    train(RUN, tmp_path / "whole", corpus=corpus, num_devices=1)
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at_30(progress):
+        if progress.step > 30:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(RUN, tmp_path / "cut", corpus=corpus, num_devices=1, checkpoint_seconds=0.0, on_progress=kill_at_30)
+    with (run_folder(tmp_path / "cut") / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "tok')  # a line that the crash cut off
+    train(RUN, tmp_path / "cut", corpus=corpus, num_devices=1)
+    whole, cut = ((run_folder(tmp_path / which) / "metrics.jsonl").read_bytes() for which in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, corpus):
+    first = train(RUN, tmp_path, corpus=corpus, num_devices=1)
+    before = (run_folder(tmp_path) / "metrics.jsonl").stat().st_mtime_ns
+    assert train(RUN, tmp_path, corpus=corpus, num_devices=1) == first
+    assert (run_folder(tmp_path) / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_run_stops_once_two_evaluations_lie_below_its_target(tmp_path, corpus):
+    run = dataclasses.replace(RUN, target_loss=5.3)
+    result = train(run, tmp_path, corpus=corpus, num_devices=1)
+    losses = [line["test_loss"] for line in read_metrics(run_folder(tmp_path, run)) if "test_loss" in line]
+    assert result.status == "reached"
+    assert max(losses[-2:]) < 5.3
+    below = [loss < 5.3 for loss in losses]
+    assert not any(a and b for a, b in zip(below[:-2], below[1:-1], strict=True))
+
+
+def test_a_diverging_run_ends_as_such(tmp_path, corpus):
+    run = dataclasses.replace(RUN, learning_rate=1e30, optimizer=OptimizerConfig("sgd"))
+    with jax.debug_nans(False):
+        result = train(run, tmp_path, corpus=corpus, num_devices=1)
+    assert result.status == "diverged"
+    assert result.test_loss is None
+
+
+def test_eight_devices_train_like_one(tmp_path, corpus):
+    run = dataclasses.replace(RUN, batch_tokens=256, max_steps=12)
+    for devices in (1, 8):
+        train(run, tmp_path / str(devices), corpus=corpus, num_devices=devices)
+    one, eight = (
+        [line["test_loss"] for line in read_metrics(run_folder(tmp_path / str(d), run)) if "test_loss" in line]
+        for d in (1, 8)
+    )
+    np.testing.assert_allclose(one, eight, rtol=1e-5)
+
+
+def test_results_on_other_text_are_refused(tmp_path, corpus):
+    train(RUN, tmp_path, corpus=corpus, num_devices=1)
+    other = dataclasses.replace(corpus, manifest={**corpus.manifest, "sha256": "other"})
+    with pytest.raises(UserError, match="other text"):
+        train(RUN, tmp_path, corpus=other, num_devices=1)
+
+
+def test_text_that_the_model_cannot_hold_is_refused(tmp_path, corpus):
+    small = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, vocab_size=100))
+    with pytest.raises(UserError, match="vocab_size is 100"):
+        train(small, tmp_path, corpus=corpus)
+
+
+def test_evaluations_lie_in_the_given_ratio_and_end_with_the_last_step():
+    made = list(calls(500, 1.1, 16))
+    evaluated = [call.last_step for call in made if call.evaluate]
+    assert evaluated[0] == 10
+    assert evaluated[-1] == 500
+    assert all(b / a < 1.1 + 1 / a for a, b in zip(evaluated, evaluated[1:], strict=False))
+    ends = [0] + [call.last_step for call in made]
+    assert all(0 < b - a <= 16 for a, b in zip(ends, ends[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_tokens": 100}, "nearest that are: 96 or 112 tokens"),
+        ({"batch_tokens": 16}, "nearest that are: 32 or 48 tokens"),
+        ({"max_tokens": 1}, "exactly one of max_steps and max_tokens"),
+        ({"learning_rate": 0.0}, "learning_rate = 0.0 must be positive"),
+        ({"eval_growth": 1.0}, "eval_growth = 1.0"),
+    ],
+)
+def test_impossible_runs_are_refused_with_what_to_change(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(RUN, **changes)
