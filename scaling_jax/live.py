@@ -36,6 +36,9 @@ class ScanDisplay:
         self._live.stop()
 
     def on_event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "stopping":
+            self._console.print("stopping: runs are being saved …")
+            return
         number = event["group"]
         if event["event"] == "progress":
             self._latest[number] = event

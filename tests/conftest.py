@@ -9,3 +9,5 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
+
+pytest_plugins = ["tests.made_up_scan"]

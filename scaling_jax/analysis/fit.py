@@ -92,8 +92,8 @@ def _tuning_notes(measurements: list[Measurement]) -> tuple[str, ...]:
         lowest = min(rows, key=lambda m: m.target_loss)
         if math.isfinite(lowest.steps) and not lowest.tuned:
             notes.append(
-                f"model {model} at {batch:,} tokens: the best learning rate, {lowest.learning_rate:g}, is at the edge of "
-                "those tried"
+                f"model {model} at {batch:,} tokens: the best learning rate, {lowest.learning_rate:g}, "
+                "is at the edge of those tried"
             )
         missed = [m.target_loss for m in rows if math.isnan(m.steps)]
         if missed:

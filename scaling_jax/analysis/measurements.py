@@ -1,4 +1,4 @@
-"""Steps to each target loss, for each model and batch size, at the best learning rate: from runs to measurements.csv."""
+"""Steps to each target loss at the best learning rate, for each model and batch size: measurements.csv."""
 
 import csv
 import io

@@ -22,7 +22,7 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Packed text: row r holds tokens r·T … r·T + T, so inputs are row[:-1], targets row[1:], each token predicted once."""
+    """Packed text: row r holds tokens r·T … r·T + T, so row[:-1] predicts row[1:] and each token is predicted once."""
 
     train_RxT1: np.ndarray  # uint16, memory-mapped
     test_RxT1: np.ndarray
@@ -31,7 +31,7 @@ class Corpus:
 
 
 def pack_rows(documents: Iterable[np.ndarray], separator: int, context: int) -> np.ndarray:
-    """Rows [R, context + 1] of the documents' tokens end to end, `separator` after each; the last row's rest is dropped."""
+    """Rows [R, context + 1] of the documents' tokens end to end, `separator` after each; a last part row is dropped."""
     pieces = [piece for tokens in documents for piece in (tokens, np.array([separator], np.uint16))]
     stream = np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
     num_rows = max(0, (len(stream) - 1) // context)

@@ -21,8 +21,8 @@ class Moments(NamedTuple):
 
     small_sq_norm: Any  # mean over small batches of |g_small|², never |mean|²
     big_sq_norm: Any  # |g_big|² of the whole batch
-    small_batch: jax.Array
-    big_batch: jax.Array
+    small_batch: jax.Array | float
+    big_batch: jax.Array | float
 
 
 def unbiased(m: Moments) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Figure 2: the batch size scan, tokens against steps along every run, coloured by loss (Kaplan et al. 2020, fig. 18)."""
+"""Figure 2: the batch size scan, tokens against steps along every run, coloured by loss."""
 
 from pathlib import Path
 
@@ -15,7 +15,10 @@ from scaling_jax.scanning.search import best_of, evaluations
 
 
 def batch_scan_figure(analysis: Analysis, workdir: Path) -> Figure:
-    """A panel a model; x = steps, y = tokens, both log; constant-loss fits (S/S_min − 1)(E/E_min − 1) = 1."""
+    """A panel a model, x = steps, y = tokens, both log.
+
+    Constant-loss fits are (S/S_min − 1)(E/E_min − 1) = 1 (McCandlish et al. 2018, eq. 2.11).
+    """
     subjects = analysis.experiment.subjects
     figure, (axes,) = new_figure(len(subjects), width=4.8 * len(subjects) + 1.2, height=4.6, sharey=True)
     targets = [loss for s in subjects for loss in s.target_losses]

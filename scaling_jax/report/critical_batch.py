@@ -1,4 +1,4 @@
-"""Figure 1: critical batch size against loss, with the law and every noise-scale measurement (Kaplan et al. 2020, fig. 10)."""
+"""Figure 1: critical batch size against loss (Kaplan et al. 2020, fig. 10), with every noise-scale measurement."""
 
 import math
 
@@ -26,7 +26,8 @@ def critical_batch_figure(analysis: Analysis) -> Figure:
         formula = f"$B_{{crit}}$ = {_power_of_ten(law.b_star)} tokens · $L^{{{law.exponent:.1f}}}$"
         span = "[{:.1f}, {:.1f}]".format(*law.exponent_interval)
         axis.plot(x, law(x), "--", color=LAW_COLOUR, label=f"{formula}\nexponent's 95 % interval {span}")
-    for model, colour in zip(dict.fromkeys(p.model for p in fitted), MODEL_COLOURS * 9):
+    for k, model in enumerate(dict.fromkeys(p.model for p in fitted)):
+        colour = MODEL_COLOURS[k % len(MODEL_COLOURS)]
         points = [p for p in fitted if p.model == model]
         b_crit = np.array([p.tradeoff.b_crit for p in points])
         ends = np.array([p.tradeoff.b_crit_interval for p in points]).T

@@ -1,6 +1,7 @@
 """How every figure looks: colour-blind safe colours, units on axes, saved as PNG and SVG."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -14,7 +15,7 @@ MODEL_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 NOISE_COLOUR = "#009E73"
 LAW_COLOUR = "0.35"
 
-_PARAMETERS = {
+_PARAMETERS: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -48,8 +48,8 @@ def _sentences(analysis: Analysis) -> list[str]:
     else:
         low, high = law.exponent_interval
         lines.append(
-            f"B_crit = {law.b_star:.3g} tokens · L^{law.exponent:.2f}, exponent's 95 % interval [{low:.2f}, {high:.2f}], "
-            f"for losses {law.loss_range[1]:.2f} to {law.loss_range[0]:.2f} (nats per token)"
+            f"B_crit = {law.b_star:.3g} tokens · L^{law.exponent:.2f}, exponent's 95 % interval "
+            f"[{low:.2f}, {high:.2f}], for losses {law.loss_range[1]:.2f} to {law.loss_range[0]:.2f} (nats per token)"
         )
         if math.isfinite(analysis.noise_ratio):
             lines.append(f"noise scale / B_crit, median over that range: {analysis.noise_ratio:.2f}")

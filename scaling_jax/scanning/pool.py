@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from scaling_jax.errors import UserError
 Event = dict[str, Any]
 
 
-def available_cores() -> list[int | None]:
+def available_cores() -> Sequence[int | None]:
     """Cores this process may use; None where the system can't pin processes."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
@@ -29,9 +29,16 @@ def available_cores() -> list[int | None]:
 
 
 def run_groups(
-    workdir: Path, groups: Iterable[int], on_event: Callable[[Event], None], cores: list[int | None]
+    workdir: Path,
+    groups: Iterable[int],
+    on_event: Callable[[Event], None],
+    cores: Sequence[int | None],
+    lock: int | None = None,
 ) -> None:
     """Trains the groups, first come first served, with a worker on each of `cores`.
+
+    Args:
+      lock: a file descriptor that workers keep open as long as they may write.
 
     Raises:
       UserError: what a worker refused, or that it died and where its log is.
@@ -39,7 +46,7 @@ def run_groups(
     """
     waiting = list(groups)
     events: queue.Queue[tuple[_Worker, Event | None]] = queue.Queue()
-    workers = [_Worker(workdir, core, events) for core in cores[: len(waiting)]]
+    workers = [_Worker(workdir, core, events, lock) for core in cores[: len(waiting)]]
     try:
         for worker in workers:
             worker.give(waiting.pop(0))
@@ -56,6 +63,9 @@ def run_groups(
                     worker.give(waiting.pop(0))
                 else:
                     busy -= 1
+    except KeyboardInterrupt:
+        on_event({"event": "stopping"})
+        raise
     finally:
         for worker in workers:
             worker.dismiss()
@@ -66,7 +76,7 @@ def run_groups(
 
 
 class _Worker:
-    def __init__(self, workdir: Path, core: int | None, events: queue.Queue):
+    def __init__(self, workdir: Path, core: int | None, events: queue.Queue, lock: int | None):
         self.log = workdir / "logs" / f"worker-{os.getpid()}-{core}.log"
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("w") as log:
@@ -77,6 +87,7 @@ class _Worker:
                 stderr=log,
                 text=True,
                 env=_environment(),
+                pass_fds=() if lock is None else (lock,),
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which then dismisses the workers
             )
         if core is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from scaling_jax.scanning.experiment import Experiment, Group
 from scaling_jax.scanning.groups import run_group
 from scaling_jax.scanning.pool import Event, available_cores, run_groups
 from scaling_jax.scanning.search import finished
+from scaling_jax.training import Progress
 from scaling_jax.training.compilation import keep_compiled_programs
 from scaling_jax.training.records import write_json
 
 _MOST_WORKERS = 8  # each holds a JAX of its own: memory, not speed, is the limit
+_LOCK_SECONDS = 60
 
 
 def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Event], None] = lambda _: None) -> Path:
@@ -29,14 +32,14 @@ def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Eve
     the other.
 
     Args:
-      on_event: called with {"event": "progress" | "done", "group": number, …} as they come.
+      on_event: called with {"event": "progress" | "done", "group": number, …} and {"event": "stopping"} as they come.
 
     Raises:
       UserError: if the folder holds another experiment or is in use, or a run is refused.
       KeyboardInterrupt: once all that was trained is saved; the same call continues it.
     """
     workdir = Path(workdir)
-    with _locked(workdir):
+    with _locked(workdir) as lock:
         _claim(workdir, experiment)
         missing = [n for n, group in enumerate(experiment.groups) if finished(experiment, group, workdir) is None]
         if not missing:
@@ -45,7 +48,7 @@ def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Eve
             prepare(experiment.text, context)  # once, before workers ask for it together
         missing.sort(key=lambda n: -relative_cost(experiment.groups[n]))  # the longest first keeps all cores busy
         if jax.default_backend() == "cpu":
-            run_groups(workdir, missing, on_event, available_cores()[:_MOST_WORKERS])
+            run_groups(workdir, missing, on_event, available_cores()[:_MOST_WORKERS], lock)
         else:
             _run_here(experiment, workdir, missing, on_event)
     return workdir
@@ -62,14 +65,12 @@ def relative_cost(group: Group) -> float:
 def _run_here(experiment: Experiment, workdir: Path, missing: list[int], on_event: Callable[[Event], None]) -> None:
     keep_compiled_programs()
     for number in missing:
-        run_group(
-            experiment,
-            experiment.groups[number],
-            workdir,
-            should_stop=lambda: False,
-            on_progress=lambda p, n=number: on_event({"event": "progress", "group": n, **p._asdict()}),
-            num_devices=jax.local_device_count(),
-        )
+
+        def report(progress: Progress, number=number):
+            on_event({"event": "progress", "group": number, **progress._asdict()})
+
+        group, num_devices = experiment.groups[number], jax.local_device_count()
+        run_group(experiment, group, workdir, lambda: False, report, num_devices)
         on_event({"event": "done", "group": number})
 
 
@@ -83,8 +84,8 @@ def _claim(workdir: Path, experiment: Experiment) -> None:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    """One scan at a time in a folder, among processes of this machine."""
+def _locked(workdir: Path) -> Iterator[int | None]:
+    """One scan at a time in a folder, among processes of this machine; yields the lock for workers to hold, too."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("a+")
@@ -94,14 +95,30 @@ def _locked(workdir: Path) -> Iterator[None]:
         try:
             import fcntl
         except ImportError:  # not on Windows
-            yield
+            yield None
             return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(f"{workdir} is in use by process {file.read().strip()}: wait for it, or stop it") from None
+        for attempt in range(_LOCK_SECONDS + 1):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                file.seek(0)
+                owner = file.read().strip()
+            # Workers of a scan that was killed hold the lock until they have saved their runs.
+            if _alive(owner) or attempt == _LOCK_SECONDS:
+                raise UserError(f"{workdir} is in use by process {owner}: wait for it, or stop it") from None
+            time.sleep(1)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield file.fileno()
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -15,7 +15,7 @@ from scaling_jax.config import from_dict
 from scaling_jax.errors import UserError
 from scaling_jax.scanning.experiment import Experiment
 from scaling_jax.scanning.groups import run_group
-from scaling_jax.training import Interrupted
+from scaling_jax.training import Interrupted, Progress
 from scaling_jax.training.compilation import keep_compiled_programs
 
 
@@ -34,10 +34,12 @@ def main(workdir: Path) -> None:
     experiment = from_dict(Experiment, json.loads((workdir / "experiment.json").read_text()))
     while (number := jobs.get()) is not None:
         group = experiment.groups[number]
+
+        def report(progress: Progress, number=number):
+            send("progress", number, **progress._asdict())
+
         try:
-            run_group(
-                experiment, group, workdir, stopping.is_set, lambda p, n=number: send("progress", n, **p._asdict())
-            )
+            run_group(experiment, group, workdir, stopping.is_set, report)
         except Interrupted:
             break
         except UserError as error:

@@ -92,7 +92,8 @@ def batch_loss(model: ModelConfig):
 
     def loss(params, tokens_BxT1):
         tokens_BxT1 = tokens_BxT1.astype(jnp.int32)
-        return next_token_loss(transformer.apply({"params": params}, tokens_BxT1[:, :-1]), tokens_BxT1[:, 1:])
+        logits_BxTxV: Any = transformer.apply({"params": params}, tokens_BxT1[:, :-1])
+        return next_token_loss(logits_BxTxV, tokens_BxT1[:, 1:])
 
     return loss
 

@@ -87,7 +87,8 @@ def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: in
         below = batch_sequences // num_devices * num_devices
         near = " or ".join(str(n) for n in (below, below + num_devices) if n)
         raise UserError(
-            f"a batch of {batch_sequences} sequences doesn't split over {num_devices} devices; nearest: {near} sequences"
+            f"a batch of {batch_sequences} sequences doesn't split over {num_devices} devices; "
+            f"nearest: {near} sequences"
         )
     per_device = batch_sequences // num_devices
     fewest = 2 if num_devices == 1 else 1

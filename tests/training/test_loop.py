@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -83,7 +84,7 @@ def test_a_run_stops_once_two_evaluations_lie_below_its_target(tmp_path, corpus)
     assert result.status == "reached"
     assert max(losses[-2:]) < 5.3
     below = [loss < 5.3 for loss in losses]
-    assert not any(a and b for a, b in zip(below[:-2], below[1:-1], strict=True))
+    assert not any(a and b for a, b in itertools.pairwise(below[:-1]))
 
 
 def test_a_diverging_run_ends_as_such(tmp_path, corpus):
@@ -123,9 +124,9 @@ def test_evaluations_lie_in_the_given_ratio_and_end_with_the_last_step():
     evaluated = [call.last_step for call in made if call.evaluate]
     assert evaluated[0] == 10
     assert evaluated[-1] == 500
-    assert all(b / a < 1.1 + 1 / a for a, b in zip(evaluated, evaluated[1:], strict=False))
+    assert all(b / a < 1.1 + 1 / a for a, b in itertools.pairwise(evaluated))
     ends = [0] + [call.last_step for call in made]
-    assert all(0 < b - a <= 16 for a, b in zip(ends, ends[1:], strict=False))
+    assert all(0 < b - a <= 16 for a, b in itertools.pairwise(ends))
 
 
 @pytest.mark.parametrize(

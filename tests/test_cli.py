@@ -1,0 +1,52 @@
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "scaling_jax.cli", *arguments], capture_output=True, text=True, check=False, timeout=100
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fit", "/nowhere"), "/nowhere holds no scan"),
+        (("scan", "missing.py"), "no experiment file missing.py"),
+        (("demo", "--quick", "--results", "{tmp}", "--text", "files:/nowhere/*"), "matches no file"),
+        (("demo", "--results", "/proc/x"), "can't write results to /proc/x"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    done = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_is_refused():
+    done = run("demo", "--quik")
+    assert done.returncode == 2
+    assert "--quick" in done.stdout + done.stderr
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['scaling-jax', '--help']\n"
+        "import scaling_jax.cli\n"
+        "try: scaling_jax.cli.main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'jax', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "demo" in done.stdout
+
+
+def test_a_scan_in_a_folder_of_another_experiment_is_refused(tmp_path):
+    (tmp_path / "experiment.json").write_text("{}\n")
+    done = run("demo", "--quick", "--results", str(tmp_path))
+    assert done.returncode == 2
+    assert "holds another experiment" in done.stderr
