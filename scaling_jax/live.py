@@ -75,8 +75,10 @@ class ScanDisplay:
 
     def _render(self) -> Group:
         table = Table(box=None, header_style="dim", pad_edge=False)
-        for column in ("model · batch", "learning rate", "step", "test loss", "tokens/s", "noise scale, tokens"):
-            table.add_column(column, justify="left" if column.startswith("model") else "right", min_width=9)
+        for column in ("model · batch", "learning rate", "step", "test loss", "tokens/s", "noise scale"):
+            table.add_column(
+                column, justify="left" if column.startswith("model") else "right", min_width=9, no_wrap=True
+            )
         for number, event in sorted(self._latest.items()):
             noise = event["noise_scale_tokens"]
             table.add_row(
@@ -91,7 +93,9 @@ class ScanDisplay:
             f"{self._experiment.name}: {len(self._done)} of {len(self._cost)} batch sizes done · {self._clock()} · "
             f"about {self._time_left()} left"
         )
-        return Group(head, ProgressBar(total=1.0, completed=self._fraction(), width=60), table)
+        bar = Table.grid()  # alone, a progress bar doesn't end its line
+        bar.add_row(ProgressBar(total=1.0, completed=self._fraction(), width=60))
+        return Group(head, bar, table)
 
 
 def _duration(seconds: float) -> str:

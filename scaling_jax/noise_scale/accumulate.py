@@ -61,9 +61,9 @@ def mean(one, split: Split):
 
 def mean_over_devices(tree, split: Split):
     """`jax.lax.pmean` along the split's axes; the tree itself where there are none."""
-    return (
-        jax.lax.pmean(jax.tree.map(lambda x: mark_varying(x, split.tracked), tree), split.axes) if split.axes else tree
-    )
+    if not split.axes:
+        return tree
+    return jax.lax.pmean(jax.tree.map(lambda x: mark_varying(x, split.tracked), tree), split.axes)
 
 
 def names(params) -> list[str]:
@@ -87,8 +87,10 @@ def check_outputs(loss, aux, split: Split):
 
 def varying(x) -> frozenset[str]:
     """The axes over which shard_map tracks that x differs between devices; none where it doesn't track."""
-    mat = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None)
-    return frozenset() if mat is None else mat.varying
+    aval: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    if not hasattr(aval, "manual_axis_type"):
+        return aval.vma  # before JAX 0.10.2; any other JAX had better fail here than sum gradients silently
+    return aval.manual_axis_type.varying if aval.manual_axis_type else frozenset()
 
 
 def mark_varying(x, axes):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from scaling_jax.noise_scale.accumulate import mark_varying, varying
-from scaling_jax.noise_scale.norms import path_name
+from scaling_jax.noise_scale.norms import leaf_sq_norms, path_name
 from scaling_jax.noise_scale.taps import Tapped
 
 
@@ -46,27 +46,33 @@ def loss_and_leaf_norms(loss_fn, params, batch, extra, *, has_aux, tapped, stack
 
 
 def check_taps(
-    loss_fn: Callable, params: Any, batch: Any, *extra, stacked: Callable[[str], bool] = lambda name: False,
-    tapped: Callable[[str], bool] = lambda name: True, rtol: float = 1e-3,
-):  # fmt: skip
+    loss_fn: Callable,
+    params: Any,
+    batch: Any,
+    *extra,
+    stacked: Callable[[str], bool] = lambda name: False,
+    rtol: float = 1e-3,
+) -> None:
     """Compare the taps with `jax.vmap(jax.grad)` on a small batch, parameter by parameter, once before training.
+
+    Args:
+      loss_fn, stacked: as for `value_and_grad(method="per_example")`.
+      rtol: of each parameter's mean squared norm; a few percent for bfloat16 compute.
 
     Raises:
       ValueError: naming the parameters whose per-example norms are wrong: untapped, or used twice.
     """
 
     def one(example):
-        return jax.grad(loss_fn)(params, jax.tree.map(lambda x: x[None], example), *extra)
+        return leaf_sq_norms(jax.grad(loss_fn)(params, jax.tree.map(lambda x: x[None], example), *extra), stacked)
 
-    _, _, got = loss_and_leaf_norms(loss_fn, params, batch, extra, has_aux=False, tapped=tapped, stacked=stacked)
+    _, _, tapped = loss_and_leaf_norms(
+        loss_fn, params, batch, extra, has_aux=False, tapped=lambda name: True, stacked=stacked
+    )
     wrong = []
-    for path, per_example in jax.tree_util.tree_leaves_with_path(jax.vmap(one)(batch)):
-        if (name := path_name(path)) in got:
-            want = jnp.mean(
-                jnp.sum(jnp.square(per_example.astype(jnp.float32)), axis=tuple(range(1, per_example.ndim)))
-            )
-            total = jnp.sum(got[name])
-            if not jnp.abs(total - want) <= rtol * want:
-                wrong.append(f"{name} (tapped {total:.4g}, exact {want:.4g})")
+    for name, norms in jax.vmap(one)(batch).items():
+        got, want = tapped[name], jnp.mean(norms, axis=0)
+        if not jnp.all(jnp.abs(got - want) <= rtol * want):
+            wrong.append(f"{name} (tapped {jnp.sum(got):.4g}, exact {jnp.sum(want):.4g})")
     if wrong:
         raise ValueError(f"per-example norms are wrong for {', '.join(wrong)}: tap every use, tie with embed_tied")
