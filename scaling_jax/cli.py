@@ -55,7 +55,7 @@ def fit(results: tyro.conf.Positional[Path]) -> None:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 a worker failed, 2 a mistake in what was asked, 130 interrupted."""
+    """Exit codes: 0 done, 2 it could not be done and one line says why, 130 interrupted."""
     try:
         app.cli(
             prog="scaling-jax", description="Measure, fit and plan the critical batch size of language-model training."

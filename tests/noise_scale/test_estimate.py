@@ -24,8 +24,8 @@ def series(rng, cv, rho, count):
     return 1 + spread * a, NOISE_SCALE * (1 + spread * (0.8 * b - 0.6 * a) / 2)
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.5, 0.8])
-@pytest.mark.parametrize("cv", [0.05, 0.2, 0.4, 0.8])
+@pytest.mark.parametrize("rho", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 0.8])
+@pytest.mark.parametrize("cv", [0.05, pytest.param(0.2, marks=pytest.mark.slow), 0.4, 0.8])
 def test_the_95_percent_interval_holds_the_truth_in_93_to_97_percent(cv, rho):
     """Unbounded intervals count as what they say: at least `low`."""
     estimates = [estimate(*s) for s in zip(*series(np.random.default_rng(0), cv, rho, 2000), strict=True)]

@@ -64,7 +64,7 @@ def test_bounds_are_one_sided_without_a_gradient():
     assert geometries.bounds(geometries.NormBounds(noise, zero, noise)) == (1, np.inf)
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("check_vma", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("metric", ["l1", "spectral"])
 def test_devices_give_what_microbatches_give(metric, check_vma):
     """Halves are the first and last microbatches of every device, so the order of examples is arranged to match."""
