@@ -2,8 +2,8 @@
 
     python benchmarks/placement.py
 
-Interleaves rounds of (a) one worker alone over all cores, (b) a worker on each core, and prints tokens per second of the
-whole machine as a ratio to (a). Takes about 4 minutes on two cores.
+Interleaves rounds of (a) one worker alone over all cores, (b) a worker on each core, and prints tokens per second of
+the whole machine as a ratio to (a). Takes about 4 minutes on two cores.
 """
 
 import json

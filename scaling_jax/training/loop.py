@@ -13,10 +13,9 @@ import numpy as np
 from scaling_jax.config import to_dict
 from scaling_jax.data import Corpus, example_order, prepare
 from scaling_jax.errors import UserError
-from scaling_jax.noise_scale import Moments, unbiased
 from scaling_jax.parallel import Backend, replicate
 from scaling_jax.training.evaluation import evaluator, held_out_rows
-from scaling_jax.training.program import Program, StepMetrics, program_for
+from scaling_jax.training.program import Program, StepMetrics, noise_scale_so_far, program_for
 from scaling_jax.training.records import (
     RunResult,
     append_metrics,
@@ -45,7 +44,7 @@ class Progress(NamedTuple):
     tokens: int
     test_loss: float
     tokens_per_second: float
-    noise_scale_tokens: float  # of the steps since the last evaluation; NaN where |G|² isn't positive
+    noise_scale_tokens: float  # smoothed over the last tens of steps; NaN where |G|² isn't positive
 
 
 def train(
@@ -120,8 +119,8 @@ def _train_until_done(run, program: Program, corpus, folder, state, save, checkp
     held_out = held_out_rows(corpus.test_RxT1, run.eval_tokens)
     evaluate = evaluator(run.model)
     losses = [line["test_loss"] for line in read_metrics(folder) if "test_loss" in line]
-    recent: list[StepMetrics] = []  # since the last evaluation
-    step, saved_at, evaluated_at = int(state.step), time.monotonic(), time.monotonic()
+    step, saved_at = int(state.step), time.monotonic()
+    evaluated_step, evaluated_at = step, time.monotonic()
     for call in calls(run.last_step, run.eval_growth, run.steps_per_call):
         if call.last_step <= step:
             continue
@@ -129,15 +128,24 @@ def _train_until_done(run, program: Program, corpus, folder, state, save, checkp
         order = example_order(run.seed, step * run.batch_sequences, num_steps * run.batch_sequences, len(rows))
         state, series = program.steps(state, rows, order.reshape(num_steps, -1), run.learning_rate, run.warmup_steps)
         step = call.last_step
-        recent.append(series)
         line = _metrics_line(run, program, len(rows), step, series)
         diverged = not np.all(np.isfinite(series.loss))
         if call.evaluate or diverged:
             losses.append(jsonable(float(evaluate(state.params, held_out))))
             line["test_loss"] = losses[-1]
-            seconds, evaluated_at = time.monotonic() - evaluated_at, time.monotonic()
-            on_progress(_progress(run, program, step, losses[-1], recent, seconds))
-            recent = []
+            seconds = time.monotonic() - evaluated_at
+            on_progress(
+                Progress(
+                    run_id=run.run_id,
+                    step=step,
+                    last_step=run.last_step,
+                    tokens=step * run.batch_tokens,
+                    test_loss=math.nan if losses[-1] is None else losses[-1],
+                    tokens_per_second=(step - evaluated_step) * run.batch_tokens / seconds,
+                    noise_scale_tokens=noise_scale_so_far(state) * run.model.context,
+                )
+            )
+            evaluated_step, evaluated_at = step, time.monotonic()
         append_metrics(folder, line)
         if diverged or (call.evaluate and losses[-1] is None):
             return state, "diverged"
@@ -172,23 +180,6 @@ def _metrics_line(run, program, num_rows, step, series: StepMetrics):
         "small_sq_norm": [jsonable(x) for x in series.small_sq_norm],
         "big_sq_norm": [jsonable(x) for x in series.big_sq_norm],
     }
-
-
-def _progress(run, program, step, test_loss, recent: list[StepMetrics], seconds) -> Progress:
-    small_sq_norm, big_sq_norm = (
-        np.concatenate([getattr(series, name) for series in recent]) for name in ("small_sq_norm", "big_sq_norm")
-    )
-    sizes = float(program.small_batch_sequences), float(program.batch_sequences)
-    grad_sq_norm, trace_cov = unbiased(Moments(small_sq_norm.mean(), big_sq_norm.mean(), *sizes))
-    return Progress(
-        run_id=run.run_id,
-        step=step,
-        last_step=run.last_step,
-        tokens=step * run.batch_tokens,
-        test_loss=math.nan if test_loss is None else test_loss,
-        tokens_per_second=len(small_sq_norm) * run.batch_tokens / seconds,
-        noise_scale_tokens=float(trace_cov / grad_sq_norm) * run.model.context if grad_sq_norm > 0 else math.nan,
-    )
 
 
 def _check_corpus(run: Run, corpus: Corpus) -> None:

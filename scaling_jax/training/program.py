@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,16 +11,19 @@ import numpy as np
 import optax
 
 from scaling_jax.models import ModelConfig, Transformer, next_token_loss
-from scaling_jax.noise_scale import value_and_grad
+from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
 from scaling_jax.parallel import AXIS, Backend, spmd
 from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
 from scaling_jax.training.run import Run, split_batch
+
+_TRACKER = tracker(half_life=20)  # steps: it serves the display, the raw series are kept as well
 
 
 class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: jax.Array  # optimizer steps taken, int32
+    noise: TrackerState  # moments so far, smoothed
 
 
 class StepMetrics(NamedTuple):
@@ -86,6 +90,12 @@ def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Pr
     )
 
 
+def noise_scale_so_far(state: TrainState) -> float:
+    """The smoothed noise scale in examples; NaN where |G|² isn't positive."""
+    grad_sq_norm, trace_cov = map(float, _TRACKER.read(state.noise))
+    return trace_cov / grad_sq_norm if grad_sq_norm > 0 else math.nan
+
+
 def batch_loss(model: ModelConfig):
     """`(params, tokens [B, T + 1]) -> nats per token`."""
     transformer = Transformer(model)
@@ -102,7 +112,7 @@ def batch_loss(model: ModelConfig):
 def _init(model: ModelConfig, optimizer: OptimizerConfig):
     def init(seed):
         params = Transformer(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
-        return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0))
+        return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0), _TRACKER.init())
 
     return jax.jit(init)
 
@@ -118,7 +128,7 @@ def _compile(program: Program):
         warm = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1, warmup_steps).astype(jnp.float32))
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * warm * u, updates))
         metrics = StepMetrics(loss, moments.small_sq_norm, moments.big_sq_norm)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, _TRACKER.update(moments, state.noise)), metrics
 
     def steps(state: TrainState, rows_RxT1, order_CxB, settings):
         num_steps, learning_rate, warmup_steps = settings

@@ -9,18 +9,16 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from experiments import noisy_quadratic as quadratic
 from scaling_jax.noise_scale import every, geometries
 from scaling_jax.noise_scale.newton_schulz import nuclear_norm, polar_factor, trace_sqrt
-from tests.noise_scale import quadratic
+from tests.noise_scale.agreement import assert_mean
 
 DRAWS = 2_000
-L1_NOISE = np.sqrt(np.diag(quadratic.COV)).sum()
-L1_GRAD = np.abs(quadratic.G).sum()
-_BY_ROW = quadratic.COV.reshape(quadratic.ROWS, quadratic.COLUMNS, quadratic.ROWS, quadratic.COLUMNS)
-ROW_COV = np.einsum("ikjk->ij", _BY_ROW)
-SPECTRAL_NOISE = np.sqrt(np.linalg.eigvalsh(ROW_COV)).sum()
-SPECTRAL_GRAD = np.linalg.norm(quadratic.G.reshape(quadratic.ROWS, quadratic.COLUMNS), "nuc")
-TRUTH = {"l1": (L1_NOISE, L1_GRAD), "spectral": (SPECTRAL_NOISE, SPECTRAL_GRAD)}
+TRUTH = {
+    "l1": (quadratic.L1_NOISE, quadratic.L1_GRAD),
+    "spectral": (quadratic.SPECTRAL_NOISE, quadratic.SPECTRAL_GRAD),
+}
 
 
 @cache
@@ -38,13 +36,13 @@ def series(metric, num_microbatches, num_devices=1, batch=64):
 @pytest.mark.parametrize(("num_devices", "num_microbatches"), [(1, 2), (1, 4), (4, 2)])
 def test_l1_noise_is_unbiased_even_from_two_small_batches(num_devices, num_microbatches):
     """Uncorrected it would be 20 % too small at n = 2."""
-    quadratic.assert_mean(series("l1", num_microbatches, num_devices).noise, L1_NOISE)
+    assert_mean(series("l1", num_microbatches, num_devices).noise, quadratic.L1_NOISE)
 
 
 def test_spectral_noise_is_corrected_for_few_small_batches():
     """Within 1 % of truth from 8 small batches, where the plug-in value is too small by more than 3 %."""
     noise = np.asarray(series("spectral", 8).noise, np.float64).mean()
-    assert abs(noise / SPECTRAL_NOISE - 1) < 0.01, noise / SPECTRAL_NOISE
+    assert abs(noise / quadratic.SPECTRAL_NOISE - 1) < 0.01, noise / quadratic.SPECTRAL_NOISE
 
 
 @pytest.mark.parametrize("metric", ["l1", "spectral"])

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from experiments import noisy_quadratic as quadratic
 from scaling_jax.noise_scale import check_mean_loss, curvature, fixed_denominator, sq_norm, value_and_grad
-from tests.noise_scale import quadratic
 
 BATCH = 32
 VALUE_AND_GRAD, GRAD = jax.jit(jax.value_and_grad(quadratic.loss)), jax.jit(jax.grad(quadratic.loss))

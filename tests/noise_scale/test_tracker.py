@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import noisy_quadratic as quadratic
 from scaling_jax.noise_scale import Moments, ema, tracker, unbiased, value_and_grad
-from tests.noise_scale import quadratic
 
 
 def moments_series(steps, runs=()):

@@ -16,8 +16,8 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 def main(port: str, process_id: str):
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process_id))
+    from experiments import noisy_quadratic as quadratic
     from scaling_jax.noise_scale import value_and_grad
-    from tests.noise_scale import quadratic
 
     x = np.asarray(quadratic.draw(jax.random.key(0), 32))
     mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,))

@@ -34,10 +34,14 @@ def test_golden_metrics_of_two_steps(corpus):
         np.testing.assert_allclose(getattr(metrics, name), values, rtol=2e-5, err_msg=name)
 
 
+QUICK = [(1, 4, "pmap"), (8, 1, "pmap"), (2, 2, "shard_map"), (4, 1, "vmap")]
 SPLITS = [(d, m, b) for d in (1, 2, 4, 8) for m in (1, 2, 4) for b in ("pmap", "shard_map", "vmap") if 1 < d * m <= 8]
 
 
-@pytest.mark.parametrize(("num_devices", "num_microbatches", "backend"), SPLITS)
+@pytest.mark.parametrize(
+    ("num_devices", "num_microbatches", "backend"),
+    [pytest.param(*split, marks=() if split in QUICK else pytest.mark.slow) for split in SPLITS],
+)
 def test_the_same_batch_gives_the_same_training_however_it_is_split(corpus, num_devices, num_microbatches, backend):
     reference_state, reference = take_steps(PROGRAM, corpus)
     program = dataclasses.replace(PROGRAM, num_devices=num_devices, num_microbatches=num_microbatches, backend=backend)
@@ -82,9 +86,13 @@ def test_norms_are_measured_before_clipping(corpus):
     assert moved(free_state.params) > 100 * moved(state.params)
 
 
-def test_the_state_is_donated(corpus):
-    state = PROGRAM.init(0)
-    PROGRAM.steps(state, corpus.train_RxT1, np.zeros((1, 8), int), 1e-2, 2)
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_the_state_is_donated(corpus, num_devices):
+    program = dataclasses.replace(PROGRAM, num_devices=num_devices, num_microbatches=2 if num_devices == 1 else 1)
+    state = replicate(program.init(0), num_devices)
+    rows = replicate(corpus.train_RxT1, num_devices)
+    with jax.debug_nans(False):  # which turns donation off
+        program.steps(state, rows, np.zeros((1, 8), int), 1e-2, 2)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
