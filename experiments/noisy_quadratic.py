@@ -12,7 +12,7 @@ their bounds.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,8 @@ def adam_norm():
 
 class Row(NamedTuple):
     quantity: str
-    truth: float
-    draws: np.ndarray
+    truth: Any  # a number
+    draws: Any  # [DRAWS]
 
 
 def measure() -> Iterator[Row]:

@@ -46,12 +46,143 @@ def scan(experiment: tyro.conf.Positional[Path], results: Folder = None) -> None
 
 @app.command
 def fit(results: tyro.conf.Positional[Path]) -> None:
-    """Fit a finished scan again: measurements.csv, noise_scale.csv, fit.json, figures.
+    """Fit a finished scan again, or a table of your own: critical batch sizes and their law, fit.json.
 
     Args:
-      results: the folder that a scan wrote.
+      results: the folder that a scan wrote, or a CSV with columns model, batch_tokens, target_loss, steps.
     """
-    _report(results)
+    if not results.is_file():
+        _report(results)
+        return
+    from rich.console import Console
+
+    from scaling_jax.analysis.table_fit import fit_table, print_fit, write_fit
+
+    found = fit_table(results)
+    Console().print(print_fit(found, write_fit(found)), highlight=False)
+
+
+@app.command
+def advise(
+    results: tyro.conf.Positional[Path],
+    target_loss: float,
+    model: str | None = None,
+    budget_tokens: float | None = None,
+    devices: int | None = None,
+    tokens_per_second: float | None = None,
+    device_batch_tokens: float = 0.0,
+    start_batch_tokens: int | None = None,
+    max_batch_tokens: int | None = None,
+    ramp_fraction: float = 1.0,
+    write_ramp: Path | None = None,
+    extrapolate: bool = False,
+) -> None:
+    """Batch size against steps, tokens, time and extra compute to one loss; the knee; a batch ramp.
+
+    Args:
+      results: a results folder with measurements.csv, or such a CSV.
+      target_loss: nats per token.
+      model: which one's steps; the one that got to the lowest loss unless given.
+      budget_tokens: finds the largest batch that gets there within so many tokens.
+      devices: that share each batch; with --tokens-per-second, for wall time.
+      tokens_per_second: of one device.
+      device_batch_tokens: tokens per step from which on a device is that fast.
+      start_batch_tokens: of the ramp.
+      max_batch_tokens: of the ramp.
+      ramp_fraction: the ramp's batch stays below this share of B_crit; less takes more steps and fewer tokens.
+      write_ramp: file for the ramp's stages, as JSON.
+      extrapolate: allow losses outside of those measured.
+    """
+    from rich.console import Console
+
+    from scaling_jax.advice import console
+    from scaling_jax.advice.choices import Hardware
+
+    if (devices is None) != (tokens_per_second is None):
+        raise UserError("--devices and --tokens-per-second go together")
+    hardware = Hardware(devices, tokens_per_second, device_batch_tokens) if devices and tokens_per_second else None
+    advice = console.advise(
+        results,
+        target_loss,
+        model=model,
+        budget_tokens=budget_tokens,
+        hardware=hardware,
+        start_batch_tokens=start_batch_tokens,
+        max_batch_tokens=max_batch_tokens,
+        fraction=ramp_fraction,
+        extrapolate=extrapolate,
+    )
+    if write_ramp is not None:
+        console.write_stages(write_ramp, advice.stages)
+    Console().print(console.print_advice(advice), highlight=False)
+
+
+data = tyro.extras.SubcommandApp()
+app.command(data, name="data", help="Pack text into token rows once, and look at them.")
+
+
+@data.command(name="prepare")
+def prepare_data(
+    source: tyro.conf.Positional[str],
+    tokenizer: str = "bytes",
+    context: int = 64,
+    workers: int | None = None,
+    check: bool = False,
+) -> None:
+    """Pack text into token rows, once; training and scans on the same text then use them.
+
+    Interrupt it as you like: the same command continues.
+
+    Args:
+      source: 'python', 'files:<glob>[#field]' (text, .jsonl[.gz|.zst]) or 'tfds:<name>[/<config>][#field]'.
+      tokenizer: bytes, gpt2, or bpe:<vocabulary>, trained on the source's train split.
+      context: tokens per row; one packing serves any.
+      workers: processes; one a core unless given.
+      check: compare all checksums of what was packed before.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from scaling_jax.data import prepare
+    from scaling_jax.data.inspection import summary
+
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(f"reading {source}", total=None)
+        corpus = prepare(
+            source,
+            context,
+            tokenizer,
+            workers=workers,
+            check=check,
+            on_progress=lambda p: progress.update(task, description=p.phase, completed=p.done, total=p.total),
+        )
+    console.print("\n".join(summary(corpus)), highlight=False, markup=False, soft_wrap=True)
+
+
+@data.command(name="inspect")
+def inspect_data(source: tyro.conf.Positional[str], tokenizer: str = "bytes", context: int = 64, rows: int = 3) -> None:
+    """Check packed text against its manifest, show its counts and a few rows as text.
+
+    Args:
+      source: as for prepare.
+      tokenizer: as for prepare.
+      context: tokens per row.
+      rows: shown of each split.
+    """
+    from scaling_jax.data.inspection import inspect
+
+    print(inspect(source, context, tokenizer, rows))
 
 
 def main() -> None:

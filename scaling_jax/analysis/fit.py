@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from scaling_jax.analysis.fit_json import finite, fit_as_json
 from scaling_jax.analysis.measurements import Measurement, measure, write_measurements
 from scaling_jax.analysis.noise import NoiseMeasurement, measure_noise
 from scaling_jax.config import from_dict
 from scaling_jax.errors import UserError
-from scaling_jax.fitting import ScanFit, fit_scan
+from scaling_jax.fitting import FormFit, JointFit, ScanFit, compare_forms, fit_joint, fit_scan
 from scaling_jax.scanning import Experiment
 from scaling_jax.training.records import write_atomically, write_json
 
@@ -28,6 +29,8 @@ class Analysis:
     noise: list[NoiseMeasurement]
     fit: ScanFit
     notes: tuple[str, ...]  # what the reader must know: left out, untuned, not reached
+    joint: JointFit | None = None
+    forms: tuple[FormFit, ...] = ()
 
     @property
     def noise_ratio(self) -> float:
@@ -46,17 +49,28 @@ def analyse(workdir: str | Path) -> Analysis:
     experiment = read_experiment(workdir)
     measurements = measure(experiment, workdir)
     noise = measure_noise(experiment, workdir)
-    fit = fit_scan(
-        model=[m.model for m in measurements],
-        batch_tokens=[m.batch_tokens for m in measurements],
-        target_loss=[m.target_loss for m in measurements],
-        steps=[m.steps for m in measurements],
-        run=[m.seed for m in measurements],
+    columns: dict[str, Any] = {
+        "model": [m.model for m in measurements],
+        "batch_tokens": [m.batch_tokens for m in measurements],
+        "target_loss": [m.target_loss for m in measurements],
+        "steps": [m.steps for m in measurements],
+        "run": [m.seed for m in measurements],
+    }
+    fit = fit_scan(**columns, steps_tried=[m.steps_tried for m in measurements])
+    sizes = {subject.model.name: subject.model.num_params for subject in experiment.subjects}
+    analysis = Analysis(
+        experiment=experiment,
+        measurements=measurements,
+        noise=noise,
+        fit=fit,
+        notes=fit.notes + _tuning_notes(measurements),
+        joint=fit_joint(**columns),
+        forms=compare_forms(**columns, num_params=sizes),
     )
-    analysis = Analysis(experiment, measurements, noise, fit, fit.notes + _tuning_notes(measurements))
     write_measurements(workdir / "measurements.csv", measurements)
     _write_noise(workdir / "noise_scale.csv", noise)
-    write_json(workdir / "fit.json", _as_json(analysis, workdir))
+    extra = {"noise_scale_over_b_crit": finite(analysis.noise_ratio), "corpus": _corpus(workdir)}
+    write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, analysis.notes) | extra)
     return analysis
 
 
@@ -104,41 +118,6 @@ def _tuning_notes(measurements: list[Measurement]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _as_json(analysis: Analysis, workdir: Path) -> dict[str, Any]:
-    fit = analysis.fit
-    law = fit.law
-    return {
-        "law": law
-        and {
-            "formula": "b_crit_tokens = b_star * loss**exponent",
-            "b_star": law.b_star,
-            "b_star_interval": law.b_star_interval,
-            "alpha_b": law.alpha_b,
-            "exponent": law.exponent,
-            "exponent_interval": [_finite(x) for x in law.exponent_interval],
-            "loss_range": law.loss_range,
-            "confidence": law.confidence,
-        },
-        "noise_scale_over_b_crit": _finite(analysis.noise_ratio),
-        "points": [
-            {
-                "model": p.model,
-                "loss": p.loss,
-                "b_crit": _finite(p.tradeoff.b_crit),
-                "b_crit_interval": [_finite(x) for x in p.tradeoff.b_crit_interval],
-                "s_min": _finite(p.tradeoff.s_min),
-                "e_min": _finite(p.tradeoff.e_min),
-                "one_sided": p.tradeoff.one_sided,
-                "in_law": p.in_law,
-                "not_reached": p.not_reached,
-            }
-            for p in fit.points
-        ],
-        "notes": list(analysis.notes),
-        "corpus": _corpus(workdir),
-    }
-
-
 def _corpus(workdir: Path) -> dict[str, Any]:
     config = next((workdir / "runs").glob("*/config.json"))
     return json.loads(config.read_text())["corpus"]
@@ -151,8 +130,3 @@ def _write_noise(path: Path, rows: list[NoiseMeasurement]) -> None:
     for row in rows:
         writer.writerow([f"{v:.10g}" if isinstance(v, float) else v for v in row])
     write_atomically(path, text.getvalue())
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: an open end is null."""
-    return float(value) if math.isfinite(value) else None

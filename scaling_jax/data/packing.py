@@ -1,114 +1,249 @@
-"""Documents packed into fixed-length rows, once, in a cache folder that later runs reuse."""
+"""A source packed into a corpus once, in the cache folder: shard by shard, by all cores, resumable at any moment."""
 
 import contextlib
-import dataclasses
-import io
+import errno
+import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from scaling_jax.data.cache import cache_folder
-from scaling_jax.data.sources import find_documents, fingerprint, is_test
-from scaling_jax.data.tokenizers import Bytes, Tokenizer
+from scaling_jax.data.corpus import FORMAT, SPLITS, Corpus, open_corpus
+from scaling_jax.data.pack_workers import pack_in_workers
+from scaling_jax.data.shards import pack_shard, read, shard_counts, token_dtype, write_synced
+from scaling_jax.data.sources import Document, Fingerprint, Source, file_shards, find_documents, fingerprint
+from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer, train_bpe
 from scaling_jax.errors import UserError
 
-_FORMAT = 1
+BPE_TRAINING_CHARACTERS = 256 << 20  # at most, taken evenly from all over the train split
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Packed text: row r holds tokens r·T … r·T + T, so row[:-1] predicts row[1:] and each token is predicted once."""
+class PackProgress(NamedTuple):
+    """How far a packing is, in shards."""
 
-    train_RxT1: np.ndarray  # uint16, memory-mapped
-    test_RxT1: np.ndarray
-    vocab_size: int
-    manifest: dict  # source, files, bytes, sha256, tokenizer, context, train_tokens, test_tokens
+    phase: str
+    done: int
+    total: int
 
 
-def pack_rows(documents: Iterable[np.ndarray], separator: int, context: int) -> np.ndarray:
-    """Rows [R, context + 1] of the documents' tokens end to end, `separator` after each; a last part row is dropped."""
-    pieces = [piece for tokens in documents for piece in (tokens, np.array([separator], np.uint16))]
-    stream = np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
-    num_rows = max(0, (len(stream) - 1) // context)
-    return stream[np.arange(num_rows)[:, None] * context + np.arange(context + 1)]
+OnProgress = Callable[[PackProgress], None]
 
 
-def prepare(source: str, context: int, tokenizer: Tokenizer | None = None) -> Corpus:
-    """The corpus of a source, packed now unless the same text was packed before.
+def prepare(
+    source: str,
+    context: int,
+    tokenizer: str | None = None,
+    *,
+    workers: int | None = None,
+    check: bool = False,
+    on_progress: OnProgress = lambda _: None,
+) -> Corpus:
+    """The corpus of a source, packed now unless the same text was packed before; any context shares the packing.
 
     Args:
-      source: see `find_documents`.
+      source: `python`, `files:<glob>[#field]` or `tfds:<name>[/<config>][#field]`.
       context: tokens per row.
+      tokenizer: `bytes` (unless given), `gpt2` or `bpe:<vocabulary>`, trained on the source's train split.
+      workers: processes that pack; all cores unless given.
+      check: compare checksums of what was packed before even where that takes long.
 
     Raises:
-      UserError: if the source can't be read or is too small to split and pack.
+      UserError: if the source can't be read, is too small to split and pack, or what was packed before is damaged.
     """
-    tokenizer = tokenizer or Bytes()
+    tokenizer = tokenizer or "bytes"
+    bpe_vocabulary(tokenizer)  # refuses an unknown one before anything is read
+    found = look_up(source)
+    folder = corpus_folder(found.text, tokenizer)
+    if not (folder / "manifest.json").exists() or _work_folder(folder).exists():
+        try:
+            _pack(found, tokenizer, folder, workers, on_progress)
+        except OSError as error:
+            raise UserError(_what_stopped(error, folder)) from None
+    return open_corpus(folder, context, check)
+
+
+def look_up(source: str) -> Source:
+    """What a source is now; files are read only if they changed since they were read last.
+
+    Raises:
+      UserError: see `prepare`.
+    """
+    if source.startswith("tfds:"):
+        from scaling_jax.data.tfds_text import find_data_set  # seconds to import
+
+        return find_data_set(source)
     documents = find_documents(source)
-    text = fingerprint(source, documents)
-    folder = cache_folder() / "rows" / f"{text.sha256[:16]}-{tokenizer.name}-{context}"
-    if not (folder / "manifest.json").exists():
-        held_out = {is_test(document.name) for document in documents}
-        rows = _read_splits(documents, text.sha256, tokenizer, context) if len(held_out) == 2 else {}
-        for split in ("train", "test"):
-            if not len(rows.get(split, ())):
-                raise UserError(
-                    f"--text {source}: {text.files} files of {text.bytes:,} bytes leave no {split} row of {context} "
-                    "tokens (one file in ten, by its name, is held out): add files or shorten the context"
-                )
-        manifest = {
-            "format": _FORMAT,
-            **text._asdict(),
-            "tokenizer": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "context": context,
-            "train_tokens": rows["train"].shape[0] * context,
-            "test_tokens": rows["test"].shape[0] * context,
-        }
-        _write_atomically(folder, rows, manifest)
-    return _load(folder)
-
-
-def _load(folder: Path) -> Corpus:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest["format"] != _FORMAT:
-        raise UserError(f"{folder} was written by another version of scaling_jax: remove it, it is rebuilt")
-    train, test = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "test"))
-    return Corpus(train, test, manifest["vocab_size"], manifest)
-
-
-def _read_splits(documents, sha256: str, tokenizer: Tokenizer, context: int) -> dict[str, np.ndarray]:
-    import absl.logging
-    import tensorflow_datasets as tfds  # seconds to import: only who packs pays
-
-    from scaling_jax.data.text_files import TextFiles
-
-    absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS announces at length what is normal here
-    tfds.disable_progress_bar()
-    builder = TextFiles(documents, sha256[:16], data_dir=cache_folder() / "tfds", file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
-    rows = {}
-    for split in ("train", "test"):
-        texts = (example["text"].decode("utf-8") for example in builder.as_data_source(split))
-        rows[split] = pack_rows(map(tokenizer.encode, texts), tokenizer.separator, context)
-    return rows
-
-
-def _write_atomically(folder: Path, rows: dict[str, np.ndarray], manifest: dict) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".packing-", dir=folder.parent))
-    for split, rows_RxT1 in rows.items():
-        np.save(unfinished / f"{split}.npy", rows_RxT1)
-    (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     try:
-        os.replace(unfinished, folder)
-    except OSError:  # another process finished the same rows first
-        shutil.rmtree(unfinished)
-        if not (folder / "manifest.json").exists():
-            raise
+        text, shards = _known_fingerprint(source, documents), file_shards(source, documents)
+    except OSError as error:
+        raise UserError(f"--text {source}: can't read {error.filename} ({error.strerror})") from None
+    if any(part.kind == "text" for shard in shards for part in shard):
+        rule = "one file in ten, by the hash of its name"
+    else:
+        rule = "one line in ten, by the hash of its text"
+    return Source(text, rule, shards)
+
+
+def corpus_folder(text: Fingerprint, tokenizer: str) -> Path:
+    """Where the corpus of a text is, once it is packed; a field of the source names another one."""
+    field = text.source.rpartition("#")[2] if "#" in text.source else ""
+    parts = [text.sha256[:16], tokenizer.replace(":", ""), *([field.replace("/", "_")] if field else [])]
+    return cache_folder() / "rows" / "-".join(parts)
+
+
+def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
+    """`fingerprint`, remembered by the files' names, sizes and times of change."""
+    digest, newest = hashlib.sha256(), 0
+    for document in documents:
+        stat = document.path.stat()
+        digest.update(
+            f"{document.path}\0{document.name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\0".encode()
+        )
+        newest = max(newest, stat.st_ctime_ns)
+    path = cache_folder() / "fingerprints" / f"{digest.hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Fingerprint(source, *json.loads(path.read_text()))
+    text = fingerprint(source, documents)
+    # A file that changed this very moment may change again within its clock's tick, unseen.
+    if time.time_ns() - newest > 2e9:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(path, json.dumps(text[1:]).encode())
+    return text
+
+
+def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progress: OnProgress) -> None:
+    work = _work_folder(folder)
+    work.mkdir(parents=True, exist_ok=True)
+    with _locked(work.with_suffix(".lock")):
+        if (folder / "manifest.json").exists():  # another process packed it meanwhile, or died when all was done
+            shutil.rmtree(work, ignore_errors=True)
+            return
+        work.mkdir(exist_ok=True)
+        for leftover in work.glob("*.unfinished"):
+            leftover.unlink()
+        total = len(found.shards)
+        tokenizer = _tokenizer(found, name, work, on_progress)
+        missing = [n for n in range(total) if shard_counts(work, n) is None]
+        on_progress(PackProgress("packing", total - len(missing), total))
+        for done, _ in enumerate(_packed(found, missing, tokenizer, work, workers), total - len(missing) + 1):
+            on_progress(PackProgress("packing", done, total))
+        if not found.text.source.startswith("tfds:") and look_up(found.text.source).text != found.text:
+            shutil.rmtree(work)
+            raise UserError(f"--text {found.text.source} changed while it was packed: run it again")
+        _join(found, tokenizer, work, on_progress)
+        os.replace(work / "whole", folder)
+        shutil.rmtree(work)
+
+
+def _work_folder(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def _packed(found: Source, missing: list[int], tokenizer: Tokenizer, work: Path, workers: int | None) -> Iterator[int]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(missing))
+    if workers > 1:
+        yield from pack_in_workers({n: found.shards[n] for n in missing}, tokenizer.name, work, workers)
+    else:
+        for number in missing:
+            pack_shard(found.shards[number], tokenizer, work, number)
+            yield number
+
+
+def _tokenizer(found: Source, name: str, work: Path, on_progress: OnProgress) -> Tokenizer:
+    vocabulary, path = bpe_vocabulary(name), work / "tokenizer.json"
+    if vocabulary is not None and not path.exists():
+        on_progress(PackProgress("training the tokenizer", 0, 1))
+        write_synced(path, train_bpe(_training_texts(found), vocabulary).encode())
+    return load_tokenizer(name, work)
+
+
+def _training_texts(found: Source) -> Iterator[str]:
+    for shard in found.shards:
+        left = BPE_TRAINING_CHARACTERS // len(found.shards)
+        for piece in read(shard):
+            if left <= 0:
+                break
+            if not piece.held_out:
+                yield piece.text[:left]
+                left -= len(piece.text)
+
+
+def _join(found: Source, tokenizer: Tokenizer, work: Path, on_progress: OnProgress) -> None:
+    """The shards' tokens end to end in `work/whole`, with their manifest."""
+    shutil.rmtree(work / "whole", ignore_errors=True)
+    whole = work / "whole"
+    whole.mkdir()
+    total = len(found.shards)
+    counts = [shard_counts(work, n) or {} for n in range(total)]
+    checksums = {}
+    for split in SPLITS:
+        expected = [count[split]["sha256"] for count in counts]
+        paths = [work / f"{n:05}.{split}" for n in range(total)]
+        checksums[f"{split}.tokens"] = _concatenate(paths, expected, whole / f"{split}.tokens")
+    if (work / "tokenizer.json").exists():
+        checksums["tokenizer.json"] = _concatenate(
+            [work / "tokenizer.json"], [tokenizer.sha256], whole / "tokenizer.json"
+        )
+
+    def sums(key: str) -> dict[str, int]:
+        return {split: sum(count[split][key] for count in counts) for split in SPLITS}
+
+    manifest = {
+        "format": FORMAT,
+        **found.text._asdict(),
+        "held_out": found.held_out,
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "separator": tokenizer.separator,
+        "dtype": token_dtype(tokenizer).str,
+        "documents": sums("documents"),
+        "text_bytes": sums("text_bytes"),
+        "tokens": sums("tokens"),  # with the separators
+        "test_bytes_per_token": sums("text_bytes")["test"] / max(1, sums("tokens")["test"]),
+        "checksums": checksums,
+    }
+    write_synced(whole / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _concatenate(paths: Iterable[Path], expected: Iterable[str], target: Path) -> dict:
+    whole = hashlib.sha256()
+    with target.open("wb") as out:
+        for path, sha256 in zip(paths, expected, strict=True):
+            part = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    out.write(block)
+                    part.update(block)
+                    whole.update(block)
+            if part.hexdigest() != sha256:
+                raise UserError(f"{path} was altered since it was packed: remove {path.parent} and run it again")
+        out.flush()
+        os.fsync(out.fileno())
+    return {"bytes": target.stat().st_size, "sha256": whole.hexdigest()}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One packing of a corpus at a time; who comes second waits and finds it done."""
+    with path.open("w") as file:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _what_stopped(error: OSError, folder: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left to pack text in {folder.parent}: free some or set SCALING_JAX_CACHE to another disk; "
+            "the same command continues"
+        )
+    return f"can't pack text in {folder.parent} ({error}): set SCALING_JAX_CACHE to a folder that can be written"

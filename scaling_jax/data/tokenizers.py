@@ -1,18 +1,31 @@
-"""Text to token ids and back."""
+"""Text to token ids and back: UTF-8 bytes, GPT-2's BPE, or a BPE trained on the corpus itself."""
 
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from scaling_jax.errors import UserError
+
+_GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 
 
 class Tokenizer(Protocol):
     name: str
     vocab_size: int
     separator: int  # ends every document
+    sha256: str  # of all that its ids depend on
 
-    def encode(self, text: str) -> np.ndarray: ...
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The texts' tokens end to end [sum of lengths], and the lengths [texts]."""
+        ...
 
-    def decode(self, tokens: np.ndarray) -> str: ...
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of tokens; separators are left out."""
+        ...
 
 
 class Bytes:
@@ -21,10 +34,124 @@ class Bytes:
     name = "bytes"
     vocab_size = 257
     separator = 256
+    sha256 = hashlib.sha256(b"UTF-8 bytes, 256 ends a document").hexdigest()
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [text.encode("utf-8") for text in texts]
+        tokens = np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint16)
+        return tokens, np.array([len(part) for part in encoded], np.int64)
 
     def decode(self, tokens: np.ndarray) -> str:
         kept = np.asarray(tokens)
         return kept[kept < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class GPT2:
+    """GPT-2's 50,257 tokens (Radford et al. 2019), as in Kaplan et al. 2020, by tiktoken; `<|endoftext|>` separates.
+
+    Raises:
+      UserError: if the vocabulary file is neither cached nor can be fetched.
+    """
+
+    name = "gpt2"
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self._encoding = tiktoken.get_encoding("r50k_base")  # GPT-2's own, in one file instead of two
+        except Exception as error:  # of whatever kind tiktoken's HTTP library raises
+            raise UserError(
+                f"the GPT-2 tokenizer needs the network once ({type(error).__name__}); offline, save {_GPT2_URL} as "
+                f"{_gpt2_folder() / hashlib.sha1(_GPT2_URL.encode()).hexdigest()} (TIKTOKEN_CACHE_DIR sets the folder)"
+            ) from None
+        self.vocab_size = self._encoding.n_vocab
+        self.separator = self._encoding.eot_token
+        digest = hashlib.sha256()
+        for piece in self._encoding.token_byte_values():
+            digest.update(len(piece).to_bytes(2, "big") + piece)
+        self.sha256 = digest.hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        # Nothing in a text is a special token: "<|endoftext|>" inside one is these 13 characters.
+        parts = [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return _joined(parts)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        kept = np.asarray(tokens)
+        return self._encoding.decode(kept[kept != self.separator].tolist())
+
+
+class TrainedBPE:
+    """Byte-level BPE of the `tokenizers` library, trained on a corpus; its last id separates documents."""
+
+    def __init__(self, name: str, json: str):
+        """`json` is the library's own format, as `train_bpe` returns it."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes share the cores already
+        import tokenizers
+
+        self.name = name
+        self.json = json
+        self._tokenizer = tokenizers.Tokenizer.from_str(json)
+        self.separator = self._tokenizer.get_vocab_size()
+        self.vocab_size = self.separator + 1
+        self.sha256 = hashlib.sha256(json.encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _joined([np.array(e.ids, np.uint32) for e in self._tokenizer.encode_batch_fast(list(texts))])
+
+    def decode(self, tokens: np.ndarray) -> str:
+        kept = np.asarray(tokens)
+        return self._tokenizer.decode(kept[kept != self.separator].tolist())
+
+
+def bpe_vocabulary(name: str) -> int | None:
+    """The vocabulary of `bpe:<vocabulary>`, None for another tokenizer's name.
+
+    Raises:
+      UserError: if there is no such tokenizer.
+    """
+    if name in ("bytes", "gpt2"):
+        return None
+    kind, _, size = name.partition(":")
+    if kind == "bpe" and size.isdecimal() and int(size) > 257:
+        return int(size)
+    if kind == "bpe":
+        raise UserError(f"tokenizer {name!r}: give its vocabulary as a number above 257, such as bpe:4096")
+    raise UserError(f"unknown tokenizer {name!r}: choose bytes, gpt2 or bpe:<vocabulary>, such as bpe:4096")
+
+
+def load_tokenizer(name: str, folder: Path) -> Tokenizer:
+    """The tokenizer of a name; a trained one from the `tokenizer.json` in `folder`."""
+    if bpe_vocabulary(name) is None:
+        return Bytes() if name == "bytes" else GPT2()
+    return TrainedBPE(name, (folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def train_bpe(texts: Iterable[str], vocabulary: int) -> str:
+    """Byte-level BPE of at most `vocabulary` ids, the separator among them, as JSON: a function of the texts alone."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 1,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+def _joined(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(part) for part in parts], np.int64)
+    return np.concatenate([np.zeros(0, np.uint32), *parts]), lengths
+
+
+def _gpt2_folder() -> Path:
+    import tempfile
+
+    chosen = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    return Path(chosen) if chosen else Path(tempfile.gettempdir()) / "data-gym-cache"

@@ -1,6 +1,8 @@
 """From steps-to-loss measurements, anybody's, to critical batch sizes and their law, with intervals."""
 
 from scaling_jax.fitting.crossings import Crossings, steps_to_loss
+from scaling_jax.fitting.forms import FormFit, compare_forms
+from scaling_jax.fitting.joint_fit import JointFit, fit_joint
 from scaling_jax.fitting.loss_law import LossLaw, fit_loss_law
 from scaling_jax.fitting.published_laws import PublishedLaw, published
 from scaling_jax.fitting.scan_fit import CriticalBatch, ScanFit, fit_scan
@@ -9,10 +11,14 @@ from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoff
 __all__ = [
     "CriticalBatch",
     "Crossings",
+    "FormFit",
+    "JointFit",
     "LossLaw",
     "PublishedLaw",
     "ScanFit",
     "Tradeoff",
+    "compare_forms",
+    "fit_joint",
     "fit_loss_law",
     "fit_scan",
     "fit_tradeoff",

@@ -25,6 +25,7 @@ class Hyperbolas(NamedTuple):
     residuals: np.ndarray  # [..., n], zero where there is no point
     information: np.ndarray  # inverse variance of log_b_crit per unit variance of log S
     limit: np.ndarray  # [..., 1], where Huber's loss turns linear
+    weights: np.ndarray  # [..., n], what each point tells of the parameters: 1, or less where it is only a bound
 
 
 def log_overhead(log_b_crit: np.ndarray, log_batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +62,7 @@ def fit_hyperbolas(log_batch, log_steps, mask, start=None, num_rounds=3, num_ite
     overhead, slope = log_overhead(position, log_batch)
     level = _mean(log_steps - overhead, weights)
     information = (points * (slope - _mean(slope, points)) ** 2).sum(-1)
-    return Hyperbolas(position[..., 0], level[..., 0], residuals * points, information, limit)
+    return Hyperbolas(position[..., 0], level[..., 0], residuals * points, information, limit, points)
 
 
 def deviance(log_b_crit, fit: Hyperbolas, log_batch, log_steps, mask) -> np.ndarray:
@@ -79,8 +80,14 @@ def deviance(log_b_crit, fit: Hyperbolas, log_batch, log_steps, mask) -> np.ndar
     return 2.0 * np.maximum(loss_there - loss_here, 0.0) * inside / np.maximum(variance, 1e-24)
 
 
-def profile_intervals(fit: Hyperbolas, log_batch, log_steps, mask, confidence) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of {log B_crit that the data don't reject}, `[...]` each; infinite where they reject no further one."""
+def profile_intervals(log_b_crit, deviance_at, log_batch, mask, confidence) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of {log B_crit that the data don't reject}, `[...]` each; infinite where they reject no further one.
+
+    Args:
+      log_b_crit: `[...]`, of the fits.
+      deviance_at: log B_crit `[...]` -> F-distributed `[...]`, such as `deviance`.
+      log_batch, mask: `[..., n]`.
+    """
     freedom = np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1)
     allowed = special.stdtrit(freedom, 0.5 + confidence / 2) ** 2
     ends = []
@@ -88,25 +95,38 @@ def profile_intervals(fit: Hyperbolas, log_batch, log_steps, mask, confidence) -
         edge = (np.min if beyond < 0 else np.max)(
             np.where(mask, log_batch, np.inf if beyond < 0 else -np.inf), axis=-1
         ) + beyond
-        unbounded = deviance(edge, fit, log_batch, log_steps, mask) <= allowed
-        accepted, rejected = fit.log_b_crit, edge
+        unbounded = deviance_at(edge) <= allowed
+        accepted, rejected = log_b_crit, edge
         for _ in range(40):
             middle = 0.5 * (accepted + rejected)
-            keep = deviance(middle, fit, log_batch, log_steps, mask) <= allowed
+            keep = deviance_at(middle) <= allowed
             accepted, rejected = np.where(keep, middle, accepted), np.where(keep, rejected, middle)
         ends.append(np.where(unbounded, np.copysign(np.inf, beyond), accepted))
     return ends[0], ends[1]
 
 
-def one_sided(fit: Hyperbolas, log_batch, log_steps, mask, confidence=0.99) -> np.ndarray:
+def one_sided(log_b_crit, deviance_at, log_batch, mask, confidence=0.995) -> np.ndarray:
     """True, `[...]`, unless the data show at this confidence that B_crit lies between smallest and largest batch."""
     needed = special.stdtrit(np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1), confidence) ** 2
     smallest = np.min(np.where(mask, log_batch, np.inf), axis=-1)
     largest = np.max(np.where(mask, log_batch, -np.inf), axis=-1)
-    between = (smallest < fit.log_b_crit) & (fit.log_b_crit < largest)
+    between = (smallest < log_b_crit) & (log_b_crit < largest)
     for edge in (smallest, largest):
-        between &= deviance(edge, fit, log_batch, log_steps, mask) > needed
+        between &= deviance_at(edge) > needed
     return ~between
+
+
+def log_covariances(fit: Hyperbolas, log_batch, mask) -> np.ndarray:
+    """Covariance `[..., 2, 2]` of log S_min and log B_crit, linearised at the fit, as if points were independent."""
+    _, slope = log_overhead(fit.log_b_crit[..., None], log_batch)
+    pull = np.clip(fit.residuals, -fit.limit, fit.limit)
+    inside = _mean(1.0 * (np.abs(fit.residuals) <= fit.limit), 1.0 * mask)[..., 0]
+    variance = (pull**2).sum(-1) / np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1) / inside**2
+    centre = _mean(slope, fit.weights)[..., 0]
+    of_position = variance / np.maximum(fit.information, 1e-300)
+    of_level = variance / fit.weights.sum(-1) + centre**2 * of_position
+    across = -centre * of_position
+    return np.stack([np.stack([of_level, across], -1), np.stack([across, of_position], -1)], -2)
 
 
 def _linearise(position, log_batch, log_steps, points, limit):

@@ -1,6 +1,8 @@
 """Laws of the literature for batch sizes, each with what it predicts and where it was measured.
 
-B_crit, CBS20 and B_opt are three different quantities: compare a law only with its own kind.
+B_crit (twice the fewest steps, twice the fewest tokens), CBS20 (20 % more tokens than linear scaling) and B_opt (the
+batch with the lowest loss, or the fewest tokens, at a fixed budget) are different quantities: compare a law only with
+its own kind.
 """
 
 import dataclasses
@@ -17,27 +19,49 @@ class PublishedLaw:
     formula: str
     predicts: str  # "B_crit", "B_opt" or "CBS20"
     variable: str  # what the law is a function of, with its unit
-    constant: float  # tokens
+    constant: float | None  # tokens; None: only the exponent could be sourced
     exponent: float
-    valid_range: tuple[float, float]  # of the variable, where the authors measured
+    valid_range: tuple[float, float] | None  # of the variable, where the authors measured; None: not known to us
     corpus: str
     tokenizer: str
     source: str
     variable_unit: float = 1.0
 
     def __call__(self, variable):
-        """Batch size in tokens; warns outside the range that the authors measured."""
+        """Batch size in tokens; warns outside the range that the authors measured, or where it isn't known.
+
+        Raises:
+          ValueError: for a law of which only the exponent is known.
+        """
+        if self.constant is None:
+            raise ValueError(f"{self.key} is known by its exponent only, {self.exponent:g}: use .ratio(to, start)")
         values = np.asarray(variable, float)
-        low, high = self.valid_range
-        if ((values < low) | (values > high)).any():
-            outside = values[(values < low) | (values > high)].flat[0]
-            warnings.warn(
-                f"{self.key} was measured for {self.variable} between {low:g} and {high:g}; {outside:g} is outside",
-                stacklevel=2,
-            )
+        self._check_range(values)
         tokens = self.constant * (values / self.variable_unit) ** self.exponent
         return float(tokens) if values.ndim == 0 else tokens
 
+    def ratio(self, to: float, start: float) -> float:
+        """Batch size at `to` over that at `start`; warns like a call."""
+        self._check_range(np.array([to, start], float))
+        return (to / start) ** self.exponent
+
+    def _check_range(self, values: np.ndarray) -> None:
+        if self.valid_range is None:
+            warnings.warn(
+                f"the range of {self.variable} that {self.key} was measured in isn't known here", stacklevel=3
+            )
+            return
+        low, high = self.valid_range
+        outside = values[(values < low) | (values > high)]
+        if outside.size:
+            warnings.warn(
+                f"{self.key} was measured for {self.variable} between {low:g} and {high:g}; "
+                f"{outside.flat[0]:g} is outside",
+                stacklevel=3,
+            )
+
+
+_UNKNOWN = "not known here"
 
 _KAPLAN = PublishedLaw(
     key="kaplan2020",
@@ -52,6 +76,19 @@ _KAPLAN = PublishedLaw(
     source="Kaplan et al. 2020, arXiv 2001.08361, figure 10",
 )
 
+_BERGSMA = PublishedLaw(
+    key="bergsma2025-opt",
+    formula="B_opt ∝ D^0.383",
+    predicts="B_opt",
+    variable="training data D in tokens",
+    constant=None,
+    exponent=0.383,
+    valid_range=None,
+    corpus="SlimPajama",
+    tokenizer=_UNKNOWN,
+    source="Bergsma et al. 2025, arXiv 2505.13738, figure 1",
+)
+
 published = {
     law.key: law
     for law in (
@@ -64,5 +101,87 @@ published = {
             exponent=-1 / 0.21,
             source="Kaplan et al. 2020, arXiv 2001.08361, eq. 1.4 and 5.3",
         ),
+        PublishedLaw(
+            key="minicpm2024",
+            formula="B_opt(L) = 1.21e9 tokens / L^6.24",
+            predicts="B_opt",  # the fewest tokens to the loss
+            variable="loss on C4 in nats per token",
+            constant=1.21e9,
+            exponent=-6.24,
+            valid_range=None,
+            corpus="C4; models of 9M, 30M and 170M parameters",
+            tokenizer="MiniCPM byte-pair encoding, 122,753 tokens",
+            source="Hu et al. 2024, arXiv 2404.06395, section 3.2",
+        ),
+        PublishedLaw(
+            key="deepseek2024",
+            formula="B_opt(C) = 0.2920 tokens · C^0.3271",
+            predicts="B_opt",
+            variable="compute C = M·D in FLOPs, M non-embedding FLOPs per token",
+            constant=0.2920,
+            exponent=0.3271,
+            valid_range=(1e17, 2e19),  # of the fit; the authors found it good at 1e20, too
+            corpus="DeepSeek's own, Chinese and English",
+            tokenizer="DeepSeek byte-level byte-pair encoding, 102,400 tokens",
+            source="DeepSeek-AI 2024, arXiv 2401.02954, eq. 1",
+        ),
+        PublishedLaw(
+            key="porian2024",
+            formula="B_opt(N) = 0.7576 tokens · N^0.703",
+            predicts="B_opt",
+            variable="parameters N, with the head",
+            constant=0.7576,
+            exponent=0.703,
+            valid_range=(5e6, 9.01e8),
+            corpus="RefinedWeb",
+            tokenizer=_UNKNOWN,
+            source="Porian et al. 2024, arXiv 2406.19146; constant in tokens as quoted by Li et al. 2025, table 1",
+        ),
+        PublishedLaw(
+            key="steplaw2025",
+            formula="B_opt(D) = 0.58 tokens · D^0.571",
+            predicts="B_opt",
+            variable="training data D in tokens",
+            constant=0.58,
+            exponent=0.571,
+            valid_range=None,
+            corpus="English, Chinese-English and code mixtures; models of 60M to 1B parameters, up to 1e11 tokens",
+            tokenizer=_UNKNOWN,
+            source="Li et al. 2025, arXiv 2503.04715, eq. 1",
+        ),
+        PublishedLaw(
+            key="zhang2024",
+            formula="CBS20(N) = 93.2 sequences of 512 tokens · (N/1e6)^0.468",
+            predicts="CBS20",
+            variable="parameters N, Chinchilla-optimal data",
+            constant=93.2 * 512,
+            exponent=0.468,
+            valid_range=(8.5e7, 1.2e9),
+            corpus="C4",
+            tokenizer=_UNKNOWN,
+            source="Zhang et al. 2024, arXiv 2410.21676",
+            variable_unit=1e6,
+        ),
+        _BERGSMA,
+        dataclasses.replace(
+            _BERGSMA,
+            key="bergsma2025-crit",
+            formula="B_crit ∝ D_min^0.462",
+            predicts="B_crit",
+            variable="least data D_min in tokens, E_min of the trade-off",
+            exponent=0.462,
+        ),
     )
 }
+
+
+def of_kind(predicts: str) -> tuple[PublishedLaw, ...]:
+    """The laws of one quantity, the only ones that may be compared with each other.
+
+    Raises:
+      ValueError: for anything but B_crit, B_opt and CBS20.
+    """
+    laws = tuple(law for law in published.values() if law.predicts == predicts)
+    if not laws:
+        raise ValueError(f"{predicts!r} is none of {', '.join(sorted({law.predicts for law in published.values()}))}")
+    return laws

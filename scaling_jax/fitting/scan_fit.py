@@ -21,7 +21,8 @@ class CriticalBatch:
     model: str
     loss: float  # target, nats per token
     tradeoff: Tradeoff
-    not_reached: int  # runs of the model that didn't reach the target; they don't enter the fit
+    not_reached: int  # runs of the model that didn't reach the target
+    bounds: int  # those of them that entered the fit, as more steps than they had
     in_law: bool  # False: the data bound B_crit on one side at most, so that the law can't use it
 
 
@@ -43,9 +44,7 @@ class ScanFit:
         """
         if self.errors is None:
             raise ValueError(f"no band without a law: {self.notes[-1]}")
-        x = np.log(np.asarray(loss, float)) - self.errors.centre
-        _, low, high = self.errors.interval((np.ones_like(x), x), self.confidence)
-        return np.exp(low), np.exp(high)
+        return self.errors.band(loss, self.confidence)
 
 
 def fit_scan(
@@ -55,6 +54,7 @@ def fit_scan(
     steps,
     *,
     run=None,
+    steps_tried=None,
     confidence: float = 0.95,
     resamples: int = 4_000,
     seed: int = 0,
@@ -66,6 +66,8 @@ def fit_scan(
       batch_tokens: `[rows]`, tokens per step.
       target_loss: `[rows]`, nats per token.
       steps: `[rows]`, optimizer steps to the target; NaN where the run didn't reach it.
+      steps_tried: `[rows]`, the steps that a run had which didn't reach the target, so that it enters as a bound; read
+        only where `steps` is NaN; None or NaN where unknown.
       run: `[rows]`, what tells runs of one model and batch size apart (seeds); None where there is one of each.
       confidence: of all intervals.
       resamples: sets of run-level errors for the law's intervals; drawn from `seed`, so that the result repeats.
@@ -73,14 +75,16 @@ def fit_scan(
     Raises:
       ValueError: naming the row, for values out of range, unequal columns, or two rows for one run and target.
     """
-    table = scan_table(model, batch_tokens, target_loss, steps, run)
+    table = scan_table(model, batch_tokens, target_loss, steps, run, steps_tried)
     notes = []
     num_batches = np.array([np.unique(row[mask]).size for row, mask in zip(table.log_batch, table.mask, strict=True)])
     for few in np.flatnonzero(num_batches < 3):
         notes.append(f"{_place(table, few)}: {num_batches[few]} batch sizes reached it, too few to fit")
     table = table.select(num_batches >= 3)
 
-    tradeoffs = fit_tradeoffs(table.log_batch, table.log_steps, table.mask, confidence) if table.models else []
+    tradeoffs = (
+        fit_tradeoffs(table.log_batch, table.log_steps, table.mask, confidence, table.bound) if table.models else []
+    )
     identified = np.array(
         [np.isfinite(tradeoff.b_crit_interval[1]) and tradeoff.b_crit_interval[0] > 0 for tradeoff in tradeoffs], bool
     )
@@ -91,8 +95,16 @@ def fit_scan(
             notes.append(f"{_place(table, g)}: B_crit is in [{low:.3g}, {high:.3g}] tokens, left out of the law")
         elif tradeoff.one_sided:
             notes.append(f"{_place(table, g)}: batches on both sides of B_crit ≈ {tradeoff.b_crit:.3g} aren't shown")
-        missed = int(table.not_reached[g])
-        points.append(CriticalBatch(table.models[g], float(table.losses[g]), tradeoff, missed, bool(identified[g])))
+        points.append(
+            CriticalBatch(
+                model=table.models[g],
+                loss=float(table.losses[g]),
+                tradeoff=tradeoff,
+                not_reached=int(table.not_reached[g]),
+                bounds=int(table.bound[g].sum()),
+                in_law=bool(identified[g]),
+            )
+        )
 
     # An interval at 95 % looks bounded by luck now and then, at many losses at once as they share runs.
     both_sides = {point.loss for point in points if point.in_law and not point.tradeoff.one_sided}
@@ -102,16 +114,7 @@ def fit_scan(
 
     used = table.select(identified)
     errors = law_errors(used, resamples, seed)
-    exponent, *exponent_interval = errors.interval((0.0, 1.0), confidence)
-    log_b_star, *log_b_star_interval = errors.interval((1.0, -errors.centre), confidence)
-    law = LossLaw(
-        b_star=float(np.exp(log_b_star)),
-        exponent=float(exponent),
-        exponent_interval=(float(exponent_interval[0]), float(exponent_interval[1])),
-        b_star_interval=(float(np.exp(log_b_star_interval[0])), float(np.exp(log_b_star_interval[1]))),
-        loss_range=(float(used.losses.min()), float(used.losses.max())),
-        confidence=confidence,
-    )
+    law = errors.law(confidence, used.losses)
     return ScanFit(tuple(points), law, tuple(notes), confidence, errors)
 
 

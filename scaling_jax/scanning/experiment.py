@@ -44,6 +44,7 @@ class Experiment:
     batch_tokens: tuple[int, ...]
     max_tokens: int  # a run ends here if it doesn't get to the lowest target
     text: str = "python"
+    tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
     seeds: tuple[int, ...] = (0,)
     optimizer: OptimizerConfig = OptimizerConfig()
     warmup_steps: int = 10
@@ -83,6 +84,7 @@ class Experiment:
             warmup_steps=self.warmup_steps,
             seed=group.seed,
             text=self.text,
+            tokenizer=self.tokenizer,
             target_loss=min(group.subject.target_losses),
             max_steps=max_steps,
             max_tokens=self.max_tokens if max_steps is None else None,

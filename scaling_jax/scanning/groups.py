@@ -28,7 +28,7 @@ def run_group(
     corpora = {}
 
     def train_one(run):
-        key = (run.text, run.model.context)
+        key = (run.text, run.model.context, run.tokenizer)
         if key not in corpora:
             corpora[key] = prepare(*key)
         return train(

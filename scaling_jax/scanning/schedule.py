@@ -45,7 +45,7 @@ def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Eve
         if not missing:
             return workdir
         for context in {subject.model.context for subject in experiment.subjects}:
-            prepare(experiment.text, context)  # once, before workers ask for it together
+            prepare(experiment.text, context, experiment.tokenizer)  # once, before workers ask for it together
         missing.sort(key=lambda n: -relative_cost(experiment.groups[n]))  # the longest first keeps all cores busy
         if jax.default_backend() == "cpu":
             run_groups(workdir, missing, on_event, available_cores()[:_MOST_WORKERS], lock)
@@ -77,7 +77,7 @@ def _run_here(experiment: Experiment, workdir: Path, missing: list[int], on_even
 def _claim(workdir: Path, experiment: Experiment) -> None:
     path = workdir / "experiment.json"
     described: dict[str, Any] = to_dict(experiment)
-    if path.exists() and json.loads(path.read_text()) != described:
+    if path.exists() and {"tokenizer": "bytes"} | json.loads(path.read_text()) != described:
         raise UserError(f"{workdir} holds another experiment (see {path}): choose another folder with --results")
     if not path.exists():
         write_json(path, described)

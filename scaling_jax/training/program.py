@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from scaling_jax.models import ModelConfig, Transformer, next_token_loss
-from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
+from scaling_jax.noise_scale import TrackerState, geometries, tracker, value_and_grad
 from scaling_jax.parallel import AXIS, Backend, spmd
 from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
 from scaling_jax.training.run import Run, split_batch
@@ -90,6 +90,12 @@ def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Pr
     )
 
 
+def l1_bounds(model: ModelConfig, state: TrainState, tokens_BxT1) -> list[float]:
+    """‖σ‖₁ and both bounds on ‖G‖₁ (`noise_scale.geometries.l1`) on sequences that aren't trained on; in sequences."""
+    measured = _compile_l1(model)(state.params, tokens_BxT1)
+    return [float(x) for x in measured]
+
+
 def noise_scale_so_far(state: TrainState) -> float:
     """The smoothed noise scale in examples; NaN where |G|² isn't positive."""
     grad_sq_norm, trace_cov = map(float, _TRACKER.read(state.noise))
@@ -115,6 +121,11 @@ def _init(model: ModelConfig, optimizer: OptimizerConfig):
         return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0), _TRACKER.init())
 
     return jax.jit(init)
+
+
+@functools.cache
+def _compile_l1(model: ModelConfig):
+    return jax.jit(geometries.l1(batch_loss(model), num_microbatches=8))
 
 
 @functools.cache

@@ -1,13 +1,12 @@
 """What one training run is: every value that its results depend on."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import NamedTuple
 
-from scaling_jax.config import config_hash
+from scaling_jax.config import config_hash, to_dict
 from scaling_jax.errors import UserError
 from scaling_jax.models import ModelConfig
 from scaling_jax.training.optimizers import OptimizerConfig
+from scaling_jax.training.ramp import LiveRamp, Stage, check_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,8 @@ class Deadline:
 class Run:
     """A run at constant learning rate after a linear warm-up, so that one run serves every target loss above its last.
 
-    It ends when the test loss has been below `target_loss` at two evaluations in a row, when it misses a deadline, or
+    The batch size may grow, by `ramp` or `live_ramp`; `batch_tokens` and `learning_rate` are the first step's. The run
+    ends when the test loss has been below `target_loss` at two evaluations in a row, when it misses a deadline, or
     at `max_steps` or `max_tokens`, of which exactly one is given.
     """
 
@@ -30,9 +30,12 @@ class Run:
     batch_tokens: int
     learning_rate: float
     optimizer: OptimizerConfig = OptimizerConfig()
+    ramp: tuple[Stage, ...] = ()
+    live_ramp: LiveRamp | None = None
     warmup_steps: int = 10
     seed: int = 0
     text: str = "python"
+    tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
     target_loss: float | None = None  # nats per token
     max_steps: int | None = None
     max_tokens: int | None = None
@@ -50,31 +53,56 @@ class Run:
             raise UserError("give exactly one of max_steps and max_tokens")
         if self.eval_growth <= 1:
             raise UserError(f"eval_growth = {self.eval_growth} must be above 1: it is the ratio of evaluation steps")
-        context = self.model.context
-        if self.batch_tokens % context or self.batch_tokens < 2 * context:
-            below = max(2, self.batch_tokens // context) * context
-            raise UserError(
-                f"batch of {self.batch_tokens:,} tokens is not two or more whole sequences of {context}; "
-                f"nearest that are: {below:,} or {below + context:,} tokens"
-            )
+        if self.ramp and self.live_ramp:
+            raise UserError("give a ramp or a live_ramp, not both")
+        check_stages(self.batch_tokens, self.ramp)
+        for batch_tokens in (self.batch_tokens, *(stage.batch_tokens for stage in self.ramp)):
+            _check_whole_sequences(batch_tokens, self.model.context)
 
     @property
     def batch_sequences(self) -> int:
         return self.batch_tokens // self.model.context
 
-    @property
-    def last_step(self) -> int:
+    def steps_left(self, step: int, tokens: int, batch_tokens: int) -> int:
+        """How many steps of a batch size fit before `max_steps` or `max_tokens`; one always does."""
         if self.max_steps is not None:
-            return self.max_steps
+            return self.max_steps - step
         assert self.max_tokens is not None
-        return max(1, self.max_tokens // self.batch_tokens)
+        return max((self.max_tokens - tokens) // batch_tokens, 1 - step)
+
+    def at(self, stage: Stage) -> "Run":
+        """The run as it is in a stage: its batch size, Adam's β with their half-lives in tokens, its learning rate."""
+        growth = stage.batch_tokens / self.batch_tokens
+        optimizer = dataclasses.replace(
+            self.optimizer, beta1=self.optimizer.beta1**growth, beta2=self.optimizer.beta2**growth
+        )
+        return dataclasses.replace(
+            self,
+            batch_tokens=stage.batch_tokens,
+            learning_rate=self.learning_rate * stage.learning_rate_factor,
+            optimizer=optimizer,
+            ramp=(),
+            live_ramp=None,
+        )
 
     @property
     def run_id(self) -> str:
         """Readable, and different whenever any value differs."""
+        values = to_dict(self)
+        if values["tokenizer"] == "bytes":
+            del values["tokenizer"]  # runs from before there was a choice keep their ids
         return (
-            f"{self.model.name}-b{self.batch_tokens}-lr{self.learning_rate:.2e}-s{self.seed}-{config_hash(self)}"
+            f"{self.model.name}-b{self.batch_tokens}-lr{self.learning_rate:.2e}-s{self.seed}-{config_hash(values)}"
         ).replace("e-0", "e-")
+
+
+def _check_whole_sequences(batch_tokens: int, context: int) -> None:
+    if batch_tokens % context or batch_tokens < 2 * context:
+        below = max(2, batch_tokens // context) * context
+        raise UserError(
+            f"batch of {batch_tokens:,} tokens is not two or more whole sequences of {context}; "
+            f"nearest that are: {below:,} or {below + context:,} tokens"
+        )
 
 
 def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: int) -> int:
@@ -101,21 +129,10 @@ def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: in
     )
 
 
-class Call(NamedTuple):
-    """One call of the compiled program: it ends after `last_step`, with an evaluation or without."""
-
-    last_step: int
-    evaluate: bool
-
-
-def calls(last_step: int, eval_growth: float, steps_per_call: int) -> Iterator[Call]:
-    """A run's calls: evaluations after steps 10, 11, … in the ratio `eval_growth` and after the last, no call longer
-    than `steps_per_call`. They depend on nothing else, so a resumed run makes the same ones.
-    """
-    step, target = 0, 10.0
-    while step < last_step:
-        evaluation = min(last_step, max(int(target), step + 1))
-        while step < evaluation:
-            step = min(evaluation, step + steps_per_call)
-            yield Call(step, step == evaluation)
-        target *= eval_growth
+def next_evaluation(step: int, growth: float) -> int:
+    """The first of the steps 10, 11, … in the ratio `growth` that comes after `step`."""
+    evaluation, target = 0, 10.0
+    while evaluation <= step:
+        evaluation = max(int(target), evaluation + 1)
+        target *= growth
+    return evaluation

@@ -9,7 +9,6 @@ import pytest
 from scaling_jax.errors import UserError
 from scaling_jax.models import ModelConfig
 from scaling_jax.training import Interrupted, OptimizerConfig, Run, read_metrics, read_result, train
-from scaling_jax.training.run import calls
 
 RUN = Run(
     ModelConfig(n_layer=1, d_model=16, n_head=1, context=16),
@@ -119,14 +118,15 @@ def test_text_that_the_model_cannot_hold_is_refused(tmp_path, corpus):
         train(small, tmp_path, corpus=corpus)
 
 
-def test_evaluations_lie_in_the_given_ratio_and_end_with_the_last_step():
-    made = list(calls(500, 1.1, 16))
-    evaluated = [call.last_step for call in made if call.evaluate]
+def test_evaluations_lie_in_the_given_ratio_and_calls_are_no_longer_than_asked(tmp_path, corpus):
+    run = dataclasses.replace(RUN, max_steps=120, eval_growth=1.2)
+    train(run, tmp_path, corpus=corpus, num_devices=1)
+    lines = read_metrics(run_folder(tmp_path, run))
+    evaluated = [line["step"] for line in lines if "test_loss" in line]
     assert evaluated[0] == 10
-    assert evaluated[-1] == 500
-    assert all(b / a < 1.1 + 1 / a for a, b in itertools.pairwise(evaluated))
-    ends = [0] + [call.last_step for call in made]
-    assert all(0 < b - a <= 16 for a, b in itertools.pairwise(ends))
+    assert evaluated[-1] == 120
+    assert all(b / a < 1.2 + 1 / a for a, b in itertools.pairwise(evaluated))
+    assert all(0 < b["step"] - a["step"] <= 8 for a, b in itertools.pairwise([{"step": 0}, *lines]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""What it takes one model to reach one loss, read off its fitted trade-offs and never beyond them unasked."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from scaling_jax.errors import UserError
+from scaling_jax.fitting import CriticalBatch, ScanFit
+
+NEAREST = 4  # points that an extrapolated S_min goes on from
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Goal:
+    """A loss and the trade-off there: S_min in steps, E_min and B_crit in tokens."""
+
+    model: str
+    loss: float  # nats per token
+    s_min: float
+    e_min: float
+    b_crit: float  # e_min/s_min
+    b_crit_interval: tuple[float, float]
+    law_b_crit: float | None  # by the law through all models and losses; None if there is none
+    law_interval: tuple[float, float] | None
+    batch_range: tuple[float, float]  # smallest and largest batch that was run, tokens
+    extrapolated: bool  # True: outside of the losses measured, S_min by a straight line, B_crit by the law
+    neighbours: tuple[tuple[float, CriticalBatch], ...] = dataclasses.field(repr=False)  # weights and points
+
+    def steps(self, batch_tokens):
+        """S_min·(1 + B_crit/B)."""
+        return self.s_min * (1.0 + self.b_crit / np.asarray(batch_tokens, float))
+
+    def tokens(self, batch_tokens):
+        """E_min·(1 + B/B_crit)."""
+        return self.e_min * (1.0 + np.asarray(batch_tokens, float) / self.b_crit)
+
+    def steps_interval(self, batch_tokens) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the interval of `steps`; unknown, so 0 and infinity, where the goal is extrapolated."""
+        steps = self.steps(batch_tokens)
+        if self.extrapolated:
+            return np.zeros_like(steps), np.full_like(steps, np.inf)
+        below, above = np.zeros_like(steps), np.zeros_like(steps)
+        for weight, point in self.neighbours:
+            low, high = point.tradeoff.steps_interval(batch_tokens)
+            middle = point.tradeoff.steps_at(batch_tokens)
+            below, above = below + weight * np.log(low / middle), above + weight * np.log(high / middle)
+        return steps * np.exp(below), steps * np.exp(above)
+
+
+def models_of(fit: ScanFit) -> tuple[str, ...]:
+    """Models with a trade-off to advise from, the one that got to the lowest loss first."""
+    lowest: dict[str, float] = {}
+    for point in _usable(fit.points):
+        lowest[point.model] = min(point.loss, lowest.get(point.model, math.inf))
+    return tuple(sorted(lowest, key=lambda model: lowest[model]))
+
+
+def losses_of(fit: ScanFit, model: str) -> tuple[float, float]:
+    """Lowest and highest loss at which batches lie on both sides of the model's B_crit.
+
+    Raises:
+      UserError: if there is no such loss.
+    """
+    losses = [point.loss for point in _points(fit, model)]
+    return min(losses), max(losses)
+
+
+def goal(fit: ScanFit, loss: float, model: str | None = None, *, extrapolate: bool = False) -> Goal:
+    """The trade-off at a loss, log-linear between the neighbouring target losses of the scan.
+
+    Args:
+      fit: of a scan.
+      loss: to be reached, nats per token.
+      model: whose steps are asked for; by default the one that got to the lowest loss.
+      extrapolate: allow losses that no trade-off was measured at.
+
+    Raises:
+      UserError: for a model that isn't there, or a loss outside of the range measured unless `extrapolate`.
+    """
+    if not (math.isfinite(loss) and loss > 0):
+        raise UserError(f"target loss {loss:g}: give a positive loss in nats per token")
+    if model is None:
+        model = next(iter(models_of(fit)), "")
+    points = sorted(_points(fit, model), key=lambda point: -point.loss)
+    low, high = points[-1].loss, points[0].loss
+    inside = low * (1 - 1e-9) <= loss <= high * (1 + 1e-9)
+    if not inside and not (extrapolate and fit.law and len(points) >= 2):
+        way_out = "extrapolate to go on without measurements" if fit.law else "there is no law to extrapolate by"
+        raise UserError(
+            f"loss {loss:g} is outside of {low:g} to {high:g}, where model {model} was measured with batches on both "
+            f"sides of B_crit: choose one inside, measure there, or {way_out}"
+        )
+    neighbours = _neighbours(points, loss) if inside else ()
+    if inside:
+        log_s_min = sum(w * math.log(p.tradeoff.s_min) for w, p in neighbours)
+        log_e_min = sum(w * math.log(p.tradeoff.e_min) for w, p in neighbours)
+        interval = tuple(
+            math.exp(sum(w * math.log(p.tradeoff.b_crit_interval[end]) for w, p in neighbours)) for end in (0, 1)
+        )
+    else:
+        assert fit.law is not None
+        nearest = points[-NEAREST:] if loss < low else points[:NEAREST]
+        x, y = np.log([[p.loss, p.tradeoff.s_min] for p in nearest]).T
+        log_s_min = float(np.polyval(np.polyfit(x, y, 1), math.log(loss)))
+        log_e_min = log_s_min + math.log(fit.law(loss))
+        interval = tuple(float(end) for end in fit.band(loss))
+    batches = np.concatenate([point.tradeoff.batch_tokens for point in points])
+    return Goal(
+        model=model,
+        loss=loss,
+        s_min=math.exp(log_s_min),
+        e_min=math.exp(log_e_min),
+        b_crit=math.exp(log_e_min - log_s_min),
+        b_crit_interval=(interval[0], interval[1]),
+        law_b_crit=float(fit.law(loss)) if fit.law else None,
+        law_interval=(float(fit.band(loss)[0]), float(fit.band(loss)[1])) if fit.law else None,
+        batch_range=(float(batches.min()), float(batches.max())),
+        extrapolated=not inside,
+        neighbours=neighbours,
+    )
+
+
+def _usable(points) -> list[CriticalBatch]:
+    return [point for point in points if point.in_law and not point.tradeoff.one_sided]
+
+
+def _points(fit: ScanFit, model: str) -> list[CriticalBatch]:
+    points = [point for point in _usable(fit.points) if point.model == model]
+    if points:
+        return points
+    there = models_of(fit)
+    if not there:
+        raise UserError("batches lie on one side of B_crit at every loss: no advice without larger and smaller batches")
+    raise UserError(f"no trade-off of a model {model!r} to advise from: choose from {', '.join(there)}")
+
+
+def _neighbours(points, loss) -> tuple[tuple[float, CriticalBatch], ...]:
+    for point in points:
+        if math.isclose(point.loss, loss, rel_tol=1e-9):
+            return ((1.0, point),)
+    k = next(i for i, point in enumerate(points) if point.loss < loss)
+    above, below = points[k - 1], points[k]
+    share = math.log(above.loss / loss) / math.log(above.loss / below.loss)
+    return (1.0 - share, above), (share, below)

@@ -1,0 +1,98 @@
+"""A packed corpus on disk: two memory-mapped token streams, viewed as rows, and a manifest that vouches for them."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from scaling_jax.data.tokenizers import Tokenizer, load_tokenizer
+from scaling_jax.errors import UserError
+
+FORMAT = 2
+SPLITS = ("train", "test")
+_CHECKED_ALWAYS = 64 << 20  # bytes whose checksum takes a blink
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Packed text: row r holds tokens r·T … r·T + T, so row[:-1] predicts row[1:] and each token is predicted once."""
+
+    train_RxT1: np.ndarray  # uint16 (uint32 above 65,536 ids), memory-mapped
+    test_RxT1: np.ndarray
+    vocab_size: int
+    manifest: dict  # source, files, bytes, sha256, held_out, tokenizer, context, counts, checksums of the token files
+
+
+def bits_per_byte(nats_per_token: float, manifest: dict) -> float | None:
+    """A test loss by what is independent of the tokenizer; None for a corpus that wasn't counted in bytes."""
+    bytes_per_token = manifest.get("test_bytes_per_token")
+    return nats_per_token / math.log(2) / bytes_per_token if bytes_per_token else None
+
+
+def rows_of(stream: np.ndarray, context: int) -> np.ndarray:
+    """A stream of tokens as rows [R, context + 1], without copying; neighbours share a token, a part row is dropped."""
+    if len(stream) <= context:
+        return np.zeros((0, context + 1), stream.dtype)
+    return np.lib.stride_tricks.sliding_window_view(stream, context + 1, subok=True)[::context]
+
+
+def open_corpus(folder: Path, context: int, check: bool = False) -> Corpus:
+    """The corpus in a folder that `pack` wrote.
+
+    Args:
+      check: whether the token files' checksums are compared even where that takes long; sizes always are.
+
+    Raises:
+      UserError: if a file was cut or altered, or a split has no row of `context` tokens.
+    """
+    manifest = check_files(folder, check)
+    rows = {}
+    for split in SPLITS:
+        path = folder / f"{split}.tokens"
+        stream = np.memmap(path, manifest["dtype"], "r") if path.stat().st_size else np.zeros(0, manifest["dtype"])
+        rows[split] = rows_of(stream, context)
+        if not len(rows[split]):
+            raise UserError(
+                f"--text {manifest['source']}: {manifest['files']} files of {manifest['bytes']:,} bytes leave no "
+                f"{split} row of {context} tokens (held out: {manifest['held_out']}): add text or shorten the context"
+            )
+    counts = {f"{split}_tokens": len(rows[split]) * context for split in SPLITS}
+    return Corpus(rows["train"], rows["test"], manifest["vocab_size"], {**manifest, "context": context, **counts})
+
+
+def check_files(folder: Path, check: bool) -> dict:
+    """The manifest, if its files are what it says; see `open_corpus`."""
+    remedy = f"remove {folder}, it is packed again"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{folder} was written by another version of scaling_jax: {remedy}")
+        for name, said in manifest["checksums"].items():
+            size = (folder / name).stat().st_size
+            if size != said["bytes"]:
+                raise UserError(f"{folder / name} has {size:,} bytes instead of {said['bytes']:,}: {remedy}")
+            if (check or size <= _CHECKED_ALWAYS) and sha256_of(folder / name) != said["sha256"]:
+                raise UserError(f"{folder / name} was altered since it was packed: {remedy}")
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged ({error}): {remedy}") from None
+    return manifest
+
+
+def corpus_tokenizer(folder: Path, manifest: dict) -> Tokenizer:
+    """The tokenizer that packed a corpus.
+
+    Raises:
+      UserError: if it can't be had any more.
+    """
+    tokenizer = load_tokenizer(manifest["tokenizer"], folder)
+    if tokenizer.sha256 != manifest["tokenizer_sha256"]:
+        raise UserError(f"{folder} was packed with another {manifest['tokenizer']}: remove it, it is packed again")
+    return tokenizer
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

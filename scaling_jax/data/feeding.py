@@ -1,0 +1,97 @@
+"""Rows on their way to the devices: a small corpus lives there, a large one is read ahead while the devices compute."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling_jax.data.corpus import Corpus
+from scaling_jax.data.order import example_order, share_of
+from scaling_jax.parallel import replicate
+
+RESIDENT_BYTES = 1 << 30  # of train rows: up to here they are placed on the devices, once a process
+
+
+class Span(NamedTuple):
+    """Steps of one batch size: their batches are a function of the seed and of this."""
+
+    examples_seen: int  # before the first
+    num_steps: int
+    batch_sequences: int  # of all processes
+
+
+class Batches(NamedTuple):
+    """Rows on the devices [R, T + 1], and which of them each step takes [steps, this process's sequences]."""
+
+    rows_RxT1: Any
+    order_SxB: np.ndarray
+
+
+class Feeder:
+    """The batches of any span of steps, for this process; a context manager.
+
+    Rows of a corpus above `RESIDENT_BYTES` are read when they are asked for, the process's share alone; a thread reads
+    those that are expected next meanwhile. The devices then hold the rows of up to three spans.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        seed: int,
+        longest: int,
+        num_devices: int = 1,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """`longest` is the most steps of a span: shorter ones are padded to it, so that all share a program."""
+        self._corpus, self._seed, self._longest, self._num_devices = corpus, seed, longest, num_devices
+        self._process = process_index, process_count
+        self._resident = resident_rows(corpus, num_devices) if is_resident(corpus) else None
+        self._thread = ThreadPoolExecutor(1, "reads ahead")
+        self._expected: tuple[Span, Future] | None = None
+
+    def __enter__(self) -> "Feeder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._thread.shutdown()
+
+    def batches(self, span: Span) -> Batches:
+        """What the span's steps train on, whether it was expected or not."""
+        if self._resident is not None:
+            return Batches(self._resident, self._order(span))
+        expected, self._expected = self._expected, None
+        if expected is not None and expected[0] == span:
+            return expected[1].result()
+        return self._thread.submit(self._read, span).result()
+
+    def expect(self, span: Span) -> None:
+        """Starts to read a span that `batches` will probably be asked for next."""
+        if self._resident is None and span.num_steps > 0:
+            self._expected = span, self._thread.submit(self._read, span)
+
+    def _order(self, span: Span) -> np.ndarray:
+        count = span.num_steps * span.batch_sequences
+        order = example_order(self._seed, span.examples_seen, count, len(self._corpus.train_RxT1))
+        return share_of(order.reshape(-1, span.batch_sequences), *self._process)
+
+    def _read(self, span: Span) -> Batches:
+        order_SxB, corpus_RxT1 = self._order(span), self._corpus.train_RxT1
+        rows_RxT1 = np.zeros((self._longest * order_SxB.shape[1], corpus_RxT1.shape[1]), corpus_RxT1.dtype)
+        rows_RxT1[: order_SxB.size] = corpus_RxT1[order_SxB.reshape(-1)]  # np.take would copy the whole view first
+        return Batches(replicate(rows_RxT1, self._num_devices), np.arange(order_SxB.size).reshape(order_SxB.shape))
+
+
+def is_resident(corpus: Corpus) -> bool:
+    return corpus.train_RxT1.nbytes <= RESIDENT_BYTES
+
+
+_placed: dict[Any, Any] = {}
+
+
+def resident_rows(corpus: Corpus, num_devices: int) -> Any:
+    """The train rows on the devices, placed once a process."""
+    key = (corpus.manifest["sha256"], corpus.manifest.get("tokenizer_sha256"), corpus.train_RxT1.shape, num_devices)
+    if key not in _placed:
+        _placed[key] = replicate(np.ascontiguousarray(corpus.train_RxT1), num_devices)
+    return _placed[key]

@@ -1,0 +1,138 @@
+"""Documents out of TFDS text data sets, as array_record through `as_data_source`: TensorFlow isn't imported."""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from scaling_jax.data.sources import MOST_SHARDS, SHARD_BYTES, Fingerprint, Part, Source, is_test
+from scaling_jax.data.text_files import Piece
+from scaling_jax.errors import UserError
+
+_BYTES_AT_ONCE, _RECORDS_AT_ONCE = 4 << 20, 8192  # each reading costs as much as hundreds of short records
+
+
+def find_data_set(source: str) -> Source:
+    """The text of `tfds:<name>[/<config>][:<version>][#<field>]`, prepared by TFDS in its own folder if it isn't yet.
+
+    Its "test" split is held out, else its "validation" split, else one record of "train" in ten, by the text's hash.
+    Without `#<field>` the text is the feature "text", or the only one whose name ends so.
+
+    Raises:
+      UserError: if TFDS has no such data set, can't prepare it here, or it has no such field.
+    """
+    import tensorflow_datasets as tfds  # seconds to import
+
+    name, _, field = source.removeprefix("tfds:").partition("#")
+    _quiet()
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except Exception as error:  # of any kind: data sets download and convert by code of their own
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UserError(
+            f"{source} can't be prepared here ({reason[-200:]}): where it can, run `tfds build {name} "
+            "--file_format=array_record`, and copy the result to ~/tensorflow_datasets or set TFDS_DATA_DIR"
+        ) from None
+    _builders[str(builder.data_dir)] = builder
+    field = _text_field(source, builder.info.features, field)
+    splits = {split: info for split, info in builder.info.splits.items() if info.num_examples}
+    if "train" not in splits:
+        raise UserError(f"{source} has no train split, only {', '.join(splits) or 'none'}: choose another data set")
+    test = next((split for split in ("test", "validation") if split in splits), None)
+    used = ["train"] + ([test] if test else [])
+    parts: list[Part] = []
+    for split in used:
+        held_out = split != "train" if test else None
+        edges = _edges(len(_records(str(builder.data_dir), split)), splits[split].num_bytes)
+        for start, stop in itertools.pairwise(edges):
+            parts.append(Part("tfds", str(builder.data_dir), held_out, start, stop, field, split))
+    identity = {split: [splits[split].num_examples, splits[split].num_bytes] for split in used}
+    # TFDS promises equal records for equal versions; reading all of them to make sure would cost as much as packing.
+    digest = hashlib.sha256(json.dumps([builder.info.full_name, field, identity]).encode()).hexdigest()
+    total = sum(splits[split].num_bytes for split in used)
+    return Source(
+        Fingerprint(source, sum(splits[split].num_shards for split in used), total, digest),
+        f"split {test!r}" if test else "one record in ten of 'train', by the hash of its text",
+        [[part] for part in parts],
+    )
+
+
+def read_records(part: Part) -> Iterator[Piece]:
+    """A feature of each record of the part's range, a document each.
+
+    Raises:
+      UserError: if the data set's files are damaged, or naming the record whose text isn't UTF-8.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    records, stop = _records(part.path, part.split), part.stop or 0
+    info = _builders[part.path].info.splits[part.split]
+    at_once = min(_RECORDS_AT_ONCE, max(1, _BYTES_AT_ONCE * info.num_examples // max(1, info.num_bytes)))
+    for start in range(part.start, stop, at_once):
+        indices = list(range(start, min(start + at_once, stop)))
+        try:
+            batch = records.__getitems__(indices)
+        except (RuntimeError, IndexError) as error:  # array_record's, for a file that is gone, cut or altered
+            raise UserError(
+                f"{part.path}, split {part.split!r}, is cut or altered ({error}): prepare it with TFDS again"
+            ) from None
+        for index, record in zip(indices, batch, strict=True):
+            # Parsed here because decoding by TFDS takes four times as long as all the rest.
+            values = tf_example_pb2.Example.FromString(record).features.feature[part.field].bytes_list.value
+            if not values:  # of a cut file, array_record makes empty records
+                raise UserError(f"{part.path}, split {part.split!r}, is cut or altered: prepare it with TFDS again")
+            try:
+                text = values[0].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"record {index} of {part.path}, split {part.split!r}, is not UTF-8 text ({error})"
+                ) from None
+            yield Piece(is_test(text) if part.held_out is None else part.held_out, text, last=True)
+
+
+def _edges(count: int, num_bytes: int) -> list[int]:
+    shards = min(max(1, num_bytes // SHARD_BYTES), MOST_SHARDS, count)
+    return [count * k // shards for k in range(shards + 1)]
+
+
+def _text_field(source: str, features, field: str) -> str:
+    import tensorflow_datasets as tfds
+
+    texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    if field and field not in texts:
+        raise UserError(f"{source} has no text field {field!r}; it has {', '.join(texts) or 'none'}")
+    ending = [name for name in texts if name.endswith("text")]
+    for candidates in ([field] if field else [], ["text"] if "text" in texts else [], ending, texts):
+        if len(candidates) == 1:
+            return candidates[0]
+    raise UserError(
+        f"{source}: which field is its text? Choose one, as in {source}#{texts[0]}, of {', '.join(texts)}"
+        if texts
+        else f"{source} holds no text: choose a text data set"
+    )
+
+
+_builders: dict[str, Any] = {}  # by folder; a process that only reads has none and needs none of the data set's code
+
+
+def _records(directory: str, split: str):
+    import tensorflow_datasets as tfds
+
+    if directory not in _builders:
+        _quiet()
+        _builders[directory] = tfds.builder_from_directory(directory)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    return _builders[directory].as_data_source(split, deserialize_method=raw)
+
+
+def _quiet() -> None:
+    import absl.logging
+    import tensorflow_datasets as tfds
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS announces at length what is normal here
+    tfds.disable_progress_bar()

@@ -1,0 +1,191 @@
+"""Which law do the critical batch sizes of a scan follow: of the loss, of the loss above a floor, of data, of size?
+
+Every form is fitted to all runs at once (`joint`): log B_crit = level + slope·x, S_min free at each model and loss.
+  loss        x = log L           B_*/L^(1/alpha_B), Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.4
+  above floor x = log(L - L_inf)  B_*/(L - L_inf)^(1/alpha)
+  data        x = log D_min       ∝ D_min^beta, D_min = E_min; Bergsma et al. 2025 (arXiv 2505.13738)
+  size        x = log N           ∝ N^gamma; Zhang et al. 2024 (arXiv 2410.21676) found nearly none of it
+
+They are compared by steps they didn't see: those of each run in turn, and those at the lowest losses when fitted to the
+others. The criterion is Akaike's with the correction for few points; as a run's errors at neighbouring losses move
+together, its points count for as many as their covariance says are independent.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from scaling_jax.fitting.bounds import fit_rows
+from scaling_jax.fitting.joint import JointFits, fit_joint_rows
+from scaling_jax.fitting.joint_fit import reached_by, shows_both_sides
+from scaling_jax.fitting.resampling import fit_chain
+from scaling_jax.fitting.scan_table import ScanTable, scan_table
+
+FLOORS = 48  # values of L_inf tried, from 0 to just below the lowest loss
+VARIABLES = {
+    "loss": "loss in nats per token",
+    "above floor": "loss in nats per token",
+    "data": "D_min in tokens",
+    "size": "N in parameters",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FormFit:
+    """One form: B_crit = constant·(variable - floor)^exponent in tokens."""
+
+    form: str  # "loss", "above floor", "data" or "size"
+    variable: str  # with its unit
+    constant: float  # tokens
+    exponent: float
+    floor: float  # L_inf; 0 in forms without one
+    valid_range: tuple[float, float]  # of the variable, where B_crit was measured
+    num_parameters: int
+    held_out_error: float  # root mean square of log steps, each run predicted by the others
+    low_loss_error: float  # the same, the lowest third of losses predicted by the others; NaN where it can't be
+    criterion: float  # Akaike's; smaller is better, differences below 2 say little
+
+    def __call__(self, variable):
+        """Critical batch size in tokens."""
+        return self.constant * (np.asarray(variable, float) - self.floor) ** self.exponent
+
+
+def compare_forms(model, batch_tokens, target_loss, steps, *, run=None, num_params: Mapping[str, float] | None = None):
+    """Fits every form that the scan can tell of, best held-out error first.
+
+    Args:
+      model, batch_tokens, target_loss, steps, run: columns as of `fit_scan`; targets not reached don't enter.
+      num_params: of each model, non-embedding; without two different ones there is no form of the size.
+
+    Returns:
+      tuple of `FormFit`; empty where batches don't lie on both sides of B_crit at three losses or more.
+
+    Raises:
+      ValueError: as `fit_scan` does; for a model without a number of parameters.
+    """
+    table = reached_by(scan_table(model, batch_tokens, target_loss, steps, run), 4)
+    if not shows_both_sides(table, 0.95):
+        return ()
+    sizes = None if num_params is None else np.array([_size(num_params, name) for name in table.models])
+    forms = ["loss", "above floor", "data"] + ["size"] * (sizes is not None and np.unique(sizes).size > 1)
+    return tuple(sorted((_assess(form, table, sizes) for form in forms), key=lambda fit: fit.held_out_error))
+
+
+def _size(num_params, name):
+    if not num_params.get(name, 0) > 0:
+        raise ValueError(f"num_params of model {name} is {num_params.get(name)}; should be positive")
+    return float(num_params[name])
+
+
+def _assess(form: str, table: ScanTable, sizes) -> FormFit:
+    x, floors, fits = _fit(form, table, sizes)
+    best = int(np.argmin(_loss(fits, table.mask)))
+    centre = _centre(x, best)
+    residuals = fits.residuals[best]
+    count = 3 if form == "above floor" else 2
+    variable = {"size": sizes, "data": np.exp(x[0])}.get(form, table.losses)
+    return FormFit(
+        form=form,
+        variable=VARIABLES[form],
+        constant=float(np.exp(fits.level[best] - fits.slope[best] * centre)),
+        exponent=float(fits.slope[best]),
+        floor=float(floors[best]),
+        valid_range=(float(variable.min()), float(variable.max())),
+        num_parameters=count,
+        held_out_error=_each_run_held_out(form, table, sizes),
+        low_loss_error=_low_losses_held_out(form, table, sizes),
+        criterion=_criterion(residuals, table, count),
+    )
+
+
+def _fit(form: str, table: ScanTable, sizes, held_out=None) -> tuple[np.ndarray, np.ndarray, JointFits]:
+    """x `[K, G]`, floors `[K]` and fits for every floor; one floor in forms that have none."""
+    seen = table if held_out is None else table._replace(mask=table.mask & ~held_out)
+    floors = np.zeros(1)
+    if form == "size":
+        x = np.log(sizes)[None]
+    elif form == "data":
+        alone = fit_rows(seen.log_batch, seen.log_steps, seen.mask, np.zeros_like(seen.mask))
+        x = (alone.log_b_crit + alone.log_s_min)[None]
+    else:
+        if form == "above floor":
+            floors = table.losses.min() * (1.0 - np.geomspace(1.0, 0.02, FLOORS))
+        x = np.log(table.losses - floors[:, None])
+    centred = x - x.mean(-1, keepdims=True)
+    line = fit_chain(seen).line
+    slopes = line.slope * np.log(table.losses).std() / np.maximum(centred.std(-1), 1e-12)
+    if form in ("data", "size"):
+        slopes = np.zeros_like(floors)
+    start = np.full(len(floors), float(line.level)), slopes
+    steps = np.broadcast_to(seen.log_steps, (len(floors), *seen.log_steps.shape))
+    return x, floors, fit_joint_rows(seen, centred, steps, start)
+
+
+def _centre(x, best):
+    return x[best].mean()
+
+
+def _loss(fits: JointFits, mask):
+    size = np.abs(fits.residuals)
+    clipped = np.minimum(size, fits.limit.min())  # one scale, or floors could buy a smaller loss by a smaller limit
+    return (mask * clipped * (size - 0.5 * clipped)).sum((-2, -1))
+
+
+def _predicted(x, fits: JointFits, best, table, log_s_min):
+    log_b_crit = fits.level[best] + fits.slope[best] * (x[best] - _centre(x, best))
+    return log_s_min[:, None] + np.logaddexp(0.0, log_b_crit[:, None] - table.log_batch)
+
+
+def _each_run_held_out(form, table, sizes) -> float:
+    errors = []
+    for r in np.unique(table.run_index[table.mask]):
+        held_out = table.mask & (table.run_index == r)
+        x, _, fits = _fit(form, table, sizes, held_out)
+        best = int(np.argmin(_loss(fits, table.mask & ~held_out)))
+        predicted = _predicted(x, fits, best, table, fits.log_s_min[best])
+        errors.append((table.log_steps - predicted)[held_out])
+    return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
+
+
+def _low_losses_held_out(form, table, sizes) -> float:
+    """B_crit's law from the higher losses; S_min at the lower ones, which no such law tells, from their own runs."""
+    distinct = np.unique(table.losses)
+    low = table.losses < distinct[len(distinct) // 3]
+    high = table.select(~low)
+    if np.unique(high.losses).size < 3 or not low.any():
+        return float("nan")
+    x_high, floors, fits = _fit(form, high, None if sizes is None else sizes[~low])
+    # A floor above the losses to come predicts nothing there.
+    usable = floors < distinct[0] * 0.999
+    loss = np.where(usable, _loss(fits, high.mask), np.inf)
+    best = int(np.argmin(loss))
+    if form == "size":
+        x = np.log(sizes)
+    elif form == "data":
+        alone = fit_rows(table.log_batch, table.log_steps, table.mask, np.zeros_like(table.mask))
+        x = alone.log_b_crit + alone.log_s_min
+    else:
+        x = np.log(table.losses - floors[best])
+    log_b_crit = fits.level[best] + fits.slope[best] * (x - _centre(x_high, best))
+    remainder = (table.log_steps - np.logaddexp(0.0, log_b_crit[:, None] - table.log_batch))[low]
+    mask = table.mask[low]
+    level = (mask * remainder).sum(-1, keepdims=True) / mask.sum(-1, keepdims=True)
+    return float(np.sqrt(np.mean((remainder - level)[mask] ** 2)))
+
+
+def _independent_points(table: ScanTable) -> float:
+    """How many independent numbers the points are worth, by residuals of trade-offs that no form has touched."""
+    fits = fit_rows(table.log_batch, table.log_steps, table.mask, np.zeros_like(table.mask))
+    errors = np.zeros((table.run_index.max() + 1, table.target_index.max() + 1))
+    g, i = np.nonzero(table.mask)
+    errors[table.run_index[g, i], table.target_index[g]] = fits.residuals[g, i]
+    covariance = errors.T @ errors
+    of_a_run = np.trace(covariance) ** 2 / max(np.sum(covariance**2), 1e-300)
+    return float((table.mask.sum() - len(table.models)) * min(of_a_run / errors.shape[1], 1.0))
+
+
+def _criterion(residuals, table, num_parameters) -> float:
+    count = _independent_points(table)
+    spread = np.mean(residuals[table.mask] ** 2)
+    return float(count * np.log(spread) + 2 * num_parameters * count / max(count - num_parameters - 1, 1))

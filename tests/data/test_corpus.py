@@ -1,0 +1,91 @@
+"""What was packed before is used only if it is whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scaling_jax.data import corpus, prepare
+from scaling_jax.data.inspection import inspect
+from scaling_jax.errors import UserError
+
+
+@pytest.fixture
+def packed(own_text):
+    source = f"files:{own_text}/*"
+    return source, Path(prepare(source, 16).train_RxT1.filename).parent
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "test.tokens"])
+def test_a_file_that_is_cut_is_refused(packed, name):
+    source, folder = packed
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-2])
+    with pytest.raises(UserError, match=rf"{name} has {len(content) - 2:,} bytes instead of {len(content):,}: remove "):
+        prepare(source, 16)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_file_that_was_altered_is_refused(packed, monkeypatch, large):
+    source, folder = packed
+    content = bytearray((folder / "train.tokens").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "train.tokens").write_bytes(content)
+    if large:  # where checksums take long they are compared only when asked for
+        monkeypatch.setattr(corpus, "_CHECKED_ALWAYS", 0)
+        prepare(source, 16)
+    for look in (lambda: prepare(source, 16, check=True), lambda: inspect(source, 16)):
+        with pytest.raises(UserError, match=r"train\.tokens was altered since it was packed: remove"):
+            look()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other keys", "a list", "no tokens"])
+def test_a_damaged_folder_is_refused_and_packed_again_once_removed(packed, damage):
+    source, folder = packed
+    manifest = folder / "manifest.json"
+    if damage == "cut":
+        manifest.write_text(manifest.read_text()[:100])
+    if damage == "other keys":
+        manifest.write_text("{}")
+    if damage == "a list":
+        manifest.write_text("[]")
+    if damage == "no tokens":
+        (folder / "test.tokens").unlink()
+    with pytest.raises(UserError, match=r"is damaged .*: remove .*, it is packed again") as caught:
+        prepare(source, 16)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(folder)
+    prepare(source, 16)
+
+
+def test_rows_of_another_version_are_refused(packed):
+    source, folder = packed
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(UserError, match="written by another version of scaling_jax: remove"):
+        prepare(source, 16)
+
+
+def test_a_trained_tokenizer_that_was_altered_is_refused(own_text):
+    source = f"files:{own_text}/*"
+    folder = Path(prepare(source, 16, "bpe:300").train_RxT1.filename).parent
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"version":"1.0"', '"version":"1.1"'))
+    with pytest.raises(UserError, match=r"tokenizer\.json was altered"):
+        prepare(source, 16, "bpe:300")
+
+
+def test_inspecting_shows_counts_and_rows_and_packs_nothing(own_text, cache):
+    source = f"files:{own_text}/*"
+    with pytest.raises(
+        UserError, match=rf"isn't packed as bytes yet: scaling-jax data prepare '{source}'".replace("*", r"\*")
+    ):
+        inspect(source, 16)
+    assert not (cache / "rows").exists()
+    corpus_ = prepare(source, 16)
+    shown = inspect(source, 16, rows=2)
+    assert "all checksums match" in shown
+    assert f"{len(corpus_.train_RxT1):,} rows of 16" in shown
+    assert "train row 0: " in shown
+    assert f"test row {len(corpus_.test_RxT1) - 1}: " in shown

@@ -1,0 +1,130 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.testing import mocking
+
+from scaling_jax.data import Bytes, is_test, packing, prepare, tfds_text
+from scaling_jax.data.shards import read
+from scaling_jax.errors import UserError
+from tests.data import tiny_data_sets
+from tests.data.tiny_data_sets import text_of
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path, monkeypatch):
+    """TFDS keeps its data here, and every test starts from none."""
+    folder = tmp_path / "tensorflow_datasets"
+    folder.mkdir()
+    builder = tfds.builder
+    monkeypatch.setattr(tfds, "builder", lambda name, **options: builder(name, data_dir=folder, **options))
+    return folder
+
+
+@pytest.fixture
+def lm1b(data_dir, monkeypatch):
+    """The One Billion Word benchmark by `mock_data`: its real features and splits, 200 made-up records in each."""
+    version = data_dir / "lm1b" / "1.1.0"
+    version.mkdir(parents=True)
+    info = tfds.builder("lm1b").info
+    splits = [
+        tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[200],
+            num_bytes=num_bytes,
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=version, dataset_name="lm1b", split=name, filetype_suffix="array_record"
+            ),
+        )
+        for name, num_bytes in (("train", 9_000), ("test", 8_000))
+    ]
+    info.set_splits(tfds.core.SplitDict(splits))
+    info.set_file_format("array_record", override=True)
+    info.write_to_directory(version)
+    info.features.save_config(version)
+    # mock_data calls its `__getitems__` without the instance that it expects
+    monkeypatch.setattr(
+        mocking, "_getitems", lambda keys, generator: [mocking._getitem(None, k, generator) for k in keys]
+    )
+    with mocking.mock_data(num_examples=200, data_dir=str(data_dir)):
+        yield
+
+
+def pieces(source):
+    return [piece for shard in packing.look_up(source).shards for piece in read(shard)]
+
+
+def test_a_real_data_set_is_packed_by_its_own_splits(lm1b):
+    corpus = prepare("tfds:lm1b", 16, workers=1)  # other processes know nothing of the mock
+    assert corpus.manifest["documents"] == {"train": 200, "test": 200}
+    assert corpus.manifest["held_out"] == "split 'test'"
+    mocked = [example["text"].encode() for example in tfds.builder("lm1b").as_data_source("train")]
+    stream = [token for text in mocked for token in [*text, 256]]
+    assert corpus.train_RxT1[:, :-1].reshape(-1).tolist() == stream[: corpus.manifest["train_tokens"]]
+
+
+def test_a_test_split_is_held_out_and_validation_is_left_alone():
+    found = pieces("tfds:tiny_with_test")
+    assert [p.text for p in found if p.held_out] == [text_of("test", k) for k in range(20)]
+    assert [p.text for p in found if not p.held_out] == [text_of("train", k) for k in range(300)]
+
+
+def test_without_a_test_split_one_record_in_ten_is_held_out_by_its_text():
+    found = pieces("tfds:tiny_train_alone")
+    assert [p.text for p in found] == [text_of("train", k) for k in range(300)]
+    assert all(p.held_out == is_test(p.text) for p in found)
+    assert any(p.held_out for p in found)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ranges_of_records_read_by_processes_change_nothing(monkeypatch, tmp_path, workers):
+    whole = prepare("tfds:tiny_with_test", 16)
+    monkeypatch.setenv("SCALING_JAX_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(tfds_text, "SHARD_BYTES", 2000)
+    assert len(packing.look_up("tfds:tiny_with_test").shards) > 4
+    assert prepare("tfds:tiny_with_test", 16, workers=workers).manifest == whole.manifest
+
+
+def test_a_field_is_chosen_by_name():
+    assert pieces("tfds:tiny_with_test#title")[7].text == "title 7"
+    with pytest.raises(UserError, match="no text field 'pages'; it has book_text, title"):
+        prepare("tfds:tiny_with_test#pages", 16)
+
+
+def test_fields_are_different_corpora():
+    title, text = (prepare(f"tfds:tiny_with_test{field}", 8) for field in ("#title", ""))
+    assert "title 7" in Bytes().decode(title.train_RxT1[:, 1:].reshape(-1))
+    assert "title 7" not in Bytes().decode(text.train_RxT1[:, 1:].reshape(-1))
+
+
+def test_a_data_set_that_cannot_be_prepared_says_what_to_do(monkeypatch):
+    with pytest.raises(UserError, match=r"tfds:no_such_set can't be prepared here .*tfds build no_such_set") as caught:
+        prepare("tfds:no_such_set", 16)
+    assert "\n" not in str(caught.value)
+
+    def refuse(self, dl_manager):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(tiny_data_sets.WithTest, "_split_generators", refuse)
+    with pytest.raises(UserError, match=r"can't be prepared here \(.*no route.*TFDS_DATA_DIR"):
+        prepare("tfds:tiny_with_test", 16)
+
+
+def test_a_record_file_that_is_cut_is_refused(data_dir):
+    pieces("tfds:tiny_with_test")
+    (file,) = data_dir.rglob("*train*.array_record*")
+    for size in (file.stat().st_size // 2, 100):
+        file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(UserError, match=r"split 'train', is cut or altered.*: prepare it with TFDS again"):
+            prepare("tfds:tiny_with_test", 16)
+
+
+def test_tensorflow_is_not_imported(data_dir):
+    code = (
+        "import sys; from tests.data import tiny_data_sets; from scaling_jax.data import prepare; "
+        "prepare('tfds:tiny_with_test', 16); sys.exit('tensorflow' in sys.modules)"
+    )
+    environment = {"TFDS_DATA_DIR": str(data_dir)}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | environment).returncode == 0

@@ -1,0 +1,123 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+import tiktoken.load
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaling_jax.data import Bytes, prepare, tokenizers
+from scaling_jax.data.inspection import inspect
+from scaling_jax.data.tokenizers import GPT2, TrainedBPE, bpe_vocabulary, train_bpe
+from scaling_jax.errors import UserError
+
+TEXTS = ["low lower lowest", "newer and newest", "<|endoftext|> is text", "  spaces \n\n\tand tabs ", "漢字 é", ""]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return TrainedBPE("bpe:300", train_bpe(TEXTS * 3, 300))
+
+
+@pytest.fixture
+def made_up_gpt2(monkeypatch):
+    """tiktoken's machinery over an encoding of bytes, two merges and <|endoftext|>."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"lo": 256, b"low": 257}
+    encoding = tiktoken.Encoding(
+        "made up", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+
+
+def check_round_trip(tokenizer):
+    tokens, lengths = tokenizer.encode(TEXTS)
+    assert len(tokens) == lengths.sum()
+    assert tokens.max() < tokenizer.separator < tokenizer.vocab_size
+    ends = np.cumsum(lengths)
+    for text, start, end in zip(TEXTS, ends - lengths, ends, strict=True):
+        assert tokenizer.decode(tokens[start:end]) == text
+    assert tokenizer.decode(np.array([tokenizer.separator])) == ""
+
+
+@given(st.text())
+def test_bytes_round_trip_any_text(text):
+    tokens, lengths = Bytes().encode([text])
+    assert Bytes().decode(tokens) == text
+    assert lengths.tolist() == [len(text.encode())]
+
+
+@given(text=st.text())
+def test_a_trained_bpe_round_trips_any_text(trained, text):
+    assert trained.decode(trained.encode([text])[0]) == text
+
+
+def test_texts_are_encoded_end_to_end(trained, made_up_gpt2):
+    for tokenizer in (Bytes(), trained, GPT2()):
+        check_round_trip(tokenizer)
+
+
+def test_gpt2_merges_what_its_encoding_merges_and_takes_no_text_for_a_special_token(made_up_gpt2):
+    tokens, _ = GPT2().encode(["low lo", "<|endoftext|>"])
+    assert tokens.tolist() == [257, ord(" "), 256, *b"<|endoftext|>"]
+    assert GPT2().separator == 258
+
+
+def test_gpt2_without_network_says_where_its_file_goes(tmp_path, monkeypatch):
+    def no_network(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(UserError, match="needs the network once") as caught:
+        GPT2()
+    assert "\n" not in str(caught.value)
+    name = str(caught.value).split(f"{tmp_path}/")[1].split()[0]
+
+    # tiktoken itself looks there: a file of that name is what it reads instead of the address
+    (tmp_path / name).write_bytes(b"placed by hand")
+    assert tiktoken.load.read_file_cached(tokenizers._GPT2_URL) == b"placed by hand"
+
+
+def test_the_same_texts_train_the_same_bpe_in_another_process(trained):
+    code = f"from scaling_jax.data.tokenizers import train_bpe; print(train_bpe({TEXTS * 3!r}, 300), end='')"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert other == trained.json
+
+
+def test_a_trained_bpe_knows_the_train_split_alone_and_is_kept_with_its_rows(own_text):
+    from scaling_jax.data import is_test
+
+    for k in range(30):
+        word = "heldoutword" if is_test(f"{k}.txt") else "trainedword"
+        (own_text / f"{k}.txt").write_text(f" {word}" * 200)
+    corpus = prepare(f"files:{own_text}/*.txt", 8, "bpe:300")
+    assert corpus.vocab_size <= 300
+    assert corpus.manifest["tokenizer"] == "bpe:300"
+    folder = corpus.train_RxT1.filename
+    tokenizer = TrainedBPE("bpe:300", (type(own_text)(folder).parent / "tokenizer.json").read_text())
+    assert tokenizer.sha256 == corpus.manifest["tokenizer_sha256"]
+    assert len(tokenizer.encode([" trainedword"])[0]) < 3
+    assert len(tokenizer.encode([" heldoutword"])[0]) > 5
+    assert corpus.manifest["test_bytes_per_token"] < 12 / 5
+    shown = inspect(f"files:{own_text}/*.txt", 8, "bpe:300", rows=1)
+    assert "trainedword" in shown
+    assert "heldoutword" in shown
+
+
+def test_the_largest_vocabularies_take_four_bytes():
+    from types import SimpleNamespace
+
+    from scaling_jax.data.shards import token_dtype
+
+    assert token_dtype(SimpleNamespace(vocab_size=65_536)).itemsize == 2
+    assert token_dtype(SimpleNamespace(vocab_size=65_537)).itemsize == 4
+
+
+def test_names_of_tokenizers():
+    assert bpe_vocabulary("bpe:4096") == 4096
+    assert bpe_vocabulary("bytes") is None
+    for wrong in ("bpe:", "bpe:8k", "bpe:257", "words"):
+        with pytest.raises(UserError, match=r"such as bpe:4096"):
+            bpe_vocabulary(wrong)
