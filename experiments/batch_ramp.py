@@ -2,12 +2,12 @@
 
     python experiments/batch_ramp.py
 
-The demo's larger model (2×64) on Python source, down to 2.0 nats per byte, three seeds each: a constant batch of 128
-and of 256 tokens; a ramp from 128 tokens that keeps the batch below a fifth of B_crit(L), by the demo's law; and two
-ramps that ask the running noise scale instead, tr(Σ)/|G|² and ‖σ‖₁²/‖G‖₁². Learning rates go with √B.
+The demo's larger model (2×64) on Python source, down to 2.0 nats per byte, three seeds each: constant batches of 128
+and 256 tokens; a ramp from 128 tokens that keeps the batch below a fifth of B_crit(L), by the demo's law; and two ramps
+that ask the running noise scale instead, tr(Σ)/|G|² and ‖σ‖₁²/‖G‖₁². Learning rates go with √B.
 
-Takes 12 minutes on two busy CPU cores. Against the constant batch of 128 tokens, mean and standard deviation over seeds,
-results/batch_ramp holds ours:
+Takes 12 minutes on two busy CPU cores. Against the constant batch of 128 tokens, mean and standard deviation over
+seeds, as in results/batch_ramp:
 
                                  steps            tokens  last batch
     constant, 128 tokens          5352              685k         128

@@ -45,6 +45,62 @@ def scan(experiment: tyro.conf.Positional[Path], results: Folder = None) -> None
 
 
 @app.command
+def train(
+    learning_rate: float,
+    batch_tokens: int | None = None,
+    ramp: Path | None = None,
+    model: str = "2x64",
+    text: str = "python",
+    tokenizer: str = "bytes",
+    context: int = 64,
+    max_tokens: int | None = None,
+    max_steps: int | None = None,
+    target_loss: float | None = None,
+    seed: int = 0,
+    results: Path = Path("results/train"),
+) -> None:
+    """Train one run with its noise scale measured at every step; the same command continues it.
+
+    Args:
+      learning_rate: after warm-up, for the first batch size; Adam's.
+      batch_tokens: tokens per step; or give --ramp.
+      ramp: a batch size that grows, as 'advise --write-ramp' writes it.
+      model: layers x width, such as 2x64, 4x256 or 12x768.
+      text: 'python', 'files:<glob>' or 'tfds:<name>'; see 'data prepare'.
+      tokenizer: bytes, gpt2, or bpe:<vocabulary>.
+      context: tokens per sequence.
+      max_tokens: where to end; or give --max-steps.
+      max_steps: where to end.
+      target_loss: ends the run once the test loss, nats per token, is below it.
+      seed: of parameters and of the order of the text.
+      results: where to keep the run.
+    """
+    from scaling_jax import live
+    from scaling_jax.data import prepare
+    from scaling_jax.models import model_config
+    from scaling_jax.training import Run
+    from scaling_jax.training.ramp import read_stages
+
+    if (batch_tokens is None) == (ramp is None):
+        raise UserError("give exactly one of --batch-tokens and --ramp")
+    stages = read_stages(ramp) if ramp else ()
+    corpus = prepare(text, context, tokenizer)
+    run = Run(
+        model=model_config(model, context=context, vocab_size=corpus.vocab_size),
+        batch_tokens=stages[0].batch_tokens if stages else batch_tokens or 0,
+        learning_rate=learning_rate,
+        ramp=stages[1:],
+        seed=seed,
+        text=text,
+        tokenizer=tokenizer,
+        target_loss=target_loss,
+        max_steps=max_steps,
+        max_tokens=max_tokens,
+    )
+    live.train_on_console(run, results, corpus)
+
+
+@app.command
 def fit(results: tyro.conf.Positional[Path]) -> None:
     """Fit a finished scan again, or a table of your own: critical batch sizes and their law, fit.json.
 

@@ -1,7 +1,10 @@
-"""What a scan is doing, while it does it: a live table on a terminal, plain lines elsewhere."""
+"""What is being trained, while it is: a scan as a live table on a terminal or plain lines, one run as lines."""
 
 import math
+import signal
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -10,8 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from scaling_jax.data import Corpus
 from scaling_jax.report.summary import tokens
 from scaling_jax.scanning import Experiment, relative_cost
+from scaling_jax.training import Interrupted, Progress, Run, train
+from scaling_jax.training.compilation import keep_compiled_programs
 
 
 class ScanDisplay:
@@ -96,6 +102,43 @@ class ScanDisplay:
         bar = Table.grid()  # alone, a progress bar doesn't end its line
         bar.add_row(ProgressBar(total=1.0, completed=self._fraction(), width=60))
         return Group(head, bar, table)
+
+
+def train_on_console(run: Run, results: Path, corpus: Corpus) -> None:
+    """Trains a run with a line an evaluation; Ctrl-C and SIGTERM save it first.
+
+    Raises:
+      KeyboardInterrupt: after a run that was stopped has been saved.
+    """
+    console, stopping = Console(), threading.Event()
+
+    def stop(*_):
+        console.print("stopping: the run is being saved …")
+        stopping.set()
+
+    def report(p: Progress):
+        noise = "·" if math.isnan(p.noise_scale_tokens) else tokens(p.noise_scale_tokens)
+        console.print(
+            f"step {p.step:,} of {p.last_step:,}  {tokens(p.tokens)} tokens  test loss {p.test_loss:.4f}  "
+            f"{tokens(p.tokens_per_second)} tokens/s  noise scale {noise} tokens",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    keep_compiled_programs()
+    try:
+        result = train(run, results, corpus=corpus, should_stop=stopping.is_set, on_progress=report)
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
+    console.print(
+        f"{result.status} after {result.steps:,} steps, {tokens(result.tokens)} tokens: test loss {loss}; "
+        f"{results / 'runs' / result.run_id}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _duration(seconds: float) -> str:

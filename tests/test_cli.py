@@ -17,6 +17,8 @@ def run(*arguments):
         (("scan", "missing.py"), "no experiment file missing.py"),
         (("demo", "--quick", "--results", "{tmp}", "--text", "files:/nowhere/*"), "matches no file"),
         (("demo", "--results", "/proc/x"), "can't write results to /proc/x"),
+        (("train", "--learning-rate", "1e-3", "--max-steps", "9"), "exactly one of --batch-tokens and --ramp"),
+        (("train", "--learning-rate", "1e-3", "--ramp", "/nowhere.json"), "can't read a ramp from /nowhere.json"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
@@ -24,6 +26,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_pat
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_one_run_is_trained_and_then_known(tmp_path):
+    (tmp_path / "text").mkdir()
+    for k in range(30):
+        (tmp_path / "text" / f"{k}.txt").write_text("how now brown cow " * 40)
+    command = ("train", "--model", "1x16", "--learning-rate", "1e-2", "--batch-tokens", "1024", "--max-steps", "12")
+    options = ("--text", f"files:{tmp_path}/text/*", "--results", str(tmp_path / "results"))
+    first, second = run(*command, *options), run(*command, *options)
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert "step 12 of 12" in first.stdout
+    assert "exhausted after 12 steps, 12.3k tokens" in first.stdout
+    assert second.stdout.splitlines() == first.stdout.splitlines()[-1:]
 
 
 def test_an_unknown_option_is_refused():

@@ -5,12 +5,15 @@ When the batch grows k-fold, the learning rate grows by √k (Malladi et al. 202
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from scaling_jax.config import from_dict
 from scaling_jax.errors import UserError
 from scaling_jax.noise_scale import Moments, estimate, geometries, unbiased
 
@@ -45,6 +48,24 @@ class LiveRamp:
             raise UserError(
                 f"a live ramp's threshold = {self.threshold} and every_steps = {self.every_steps} are positive"
             )
+
+
+def read_stages(path: Path) -> tuple[Stage, ...]:
+    """Stages from a JSON list of them, as `scaling-jax advise --write-ramp` writes it; the first from 0 tokens on.
+
+    Raises:
+      UserError: if the file isn't there, or isn't such a list.
+    """
+    try:
+        listed = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read a ramp from {path}: {error}") from None
+    if not isinstance(listed, list) or not listed or not all(isinstance(stage, dict) for stage in listed):
+        raise UserError(f"{path} isn't a list of stages, such as [{{'tokens': 0, 'batch_tokens': 128}}]")
+    stages = tuple(from_dict(Stage, stage, where=f"{path}[{k}].") for k, stage in enumerate(listed))
+    if stages[0].tokens != 0:
+        raise UserError(f"the first stage of {path} starts at {stages[0].tokens:,} tokens: it should at 0")
+    return stages
 
 
 def check_stages(batch_tokens: int, stages: Sequence[Stage]) -> None:

@@ -8,7 +8,7 @@ from scaling_jax.data import example_order, feeding
 from scaling_jax.errors import UserError
 from scaling_jax.models import ModelConfig
 from scaling_jax.training import Interrupted, LiveRamp, Run, Stage, read_metrics, train
-from scaling_jax.training.ramp import next_stage, stage_at
+from scaling_jax.training.ramp import next_stage, read_stages, stage_at
 
 RUN = Run(
     ModelConfig(n_layer=1, d_model=16, n_head=1, context=16),
@@ -157,3 +157,26 @@ def test_an_l1_ramp_trains(tmp_path, corpus):
 def test_impossible_ramps_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(RUN, **changes)
+
+
+def test_a_ramp_is_read_from_what_advice_wrote(tmp_path):
+    path = tmp_path / "ramp.json"
+    path.write_text(
+        '[{"tokens": 0, "batch_tokens": 64}, {"tokens": 960, "batch_tokens": 128, "learning_rate_factor": 2}]'
+    )
+    assert read_stages(path) == (Stage(0, 64, 1.0), Stage(960, 128, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "isn't a list of stages"),
+        ("[", "can't read a ramp"),
+        ('[{"tokens": 5, "batch_tokens": 64}]', "it should at 0"),
+        ('[{"tokens": 0, "batch_token": 64}]', "did you mean 'batch_tokens'"),
+    ],
+)
+def test_a_ramp_that_is_none_is_refused(tmp_path, text, message):
+    (tmp_path / "ramp.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_stages(tmp_path / "ramp.json")
