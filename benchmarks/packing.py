@@ -2,10 +2,10 @@
 
     python -m benchmarks.packing [--megabytes 48] [--rounds 5]
 
-For bytes: text per second of `prepare` with one worker (fingerprint, packing, joining and checking; all of it), on files,
-on JSON lines and on records of TFDS, long documents and short ones. For BPE: `prepare` against a bare loop over the
-`tokenizers` library, and over tiktoken, on the same text in the same pieces, taken in turns; the ratio is ours / theirs.
-tiktoken runs the corpus's own trained merges, since GPT-2's can't be had without the network. Takes about 3 minutes.
+For bytes: text per second of `prepare` with one worker (fingerprint, packing, joining and checking; all of it), on
+files, on JSON lines and on records of TFDS, long documents and short ones. For BPE: packing a shard against a bare loop
+over the `tokenizers` library, and over tiktoken, on the same text, taken in turns; the ratio is ours / theirs. tiktoken
+runs the corpus's own trained merges, since GPT-2's can't be had without the network. Takes about 3 minutes.
 """
 
 import argparse
@@ -34,7 +34,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"SCALING_JAX_CACHE": f"{folder}/cache", "TFDS_DATA_DIR": f"{folder}/tfds"}
         texts = english_like(options.megabytes << 20)
-        print(f"{sum(map(len, texts)) / 1e6:.0f} MB of Python source, one core; MB/s of text, median (lowest … highest)")
+        print(
+            f"{sum(map(len, texts)) / 1e6:.0f} MB of Python source, one core; MB/s of text, median (lowest … highest)"
+        )
         for kind, source in write_sources(Path(folder), texts).items():
             speeds = [prepare_speed(source) for _ in range(options.rounds)]
             print(f"bytes, {kind:42} {middle(speeds, '6.1f')}", flush=True)
@@ -124,12 +126,14 @@ def as_tiktoken(trained: TrainedBPE) -> tiktoken.Encoding:
     byte_of = {}
     rank = 0
     for b in range(256):  # GPT-2's printable stand-ins for bytes
-        printable = 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b
+        printable = 33 <= b <= 126 or 161 <= b <= 172 or b >= 174
         byte_of[chr(b) if printable else chr(256 + rank)] = b
         rank += not printable
     vocabulary = json.loads(trained.json)["model"]["vocab"]
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items()}
-    return tiktoken.Encoding("own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+    return tiktoken.Encoding(
+        "own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+    )
 
 
 def middle(values: list[float], form: str) -> str:

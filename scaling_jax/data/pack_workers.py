@@ -1,4 +1,4 @@
-"""Processes that pack shards, one a core: `python -m scaling_jax.data.pack_workers WORK TOKENIZER`.
+"""Processes that pack shards, one a core.
 
 Shards come in on standard input, a JSON line each; the number of each that is done goes out on standard output. The end
 of the input, because whoever started it stopped or died, ends the process at once: what it was at is packed again.
@@ -19,6 +19,8 @@ from scaling_jax.data.shards import as_shard, pack_shard
 from scaling_jax.data.sources import Shard
 from scaling_jax.data.tokenizers import load_tokenizer
 from scaling_jax.errors import UserError
+
+_START = "import sys; from scaling_jax.data.pack_workers import main; main(*sys.argv[1:])"
 
 
 def pack_in_workers(shards: dict[int, Shard], tokenizer: str, work: Path, workers: int) -> Iterator[int]:
@@ -58,7 +60,7 @@ def pack_in_workers(shards: dict[int, Shard], tokenizer: str, work: Path, worker
 def _start(tokenizer: str, work: Path, answers: queue.Queue) -> tuple[subprocess.Popen, threading.Thread]:
     package_root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, "-m", "scaling_jax.data.pack_workers", str(work), tokenizer],
+        [sys.executable, "-c", _START, str(work), tokenizer],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -84,8 +86,8 @@ def _give(process: subprocess.Popen, number: int, shard: Shard) -> None:
         process.stdin.flush()  # type: ignore[union-attr]
 
 
-def main(work: Path, tokenizer_name: str) -> None:
-    """A worker."""
+def main(work: str, tokenizer_name: str) -> None:
+    """A worker, until its input ends."""
     jobs: queue.Queue[str] = queue.Queue()
 
     def listen():
@@ -97,17 +99,13 @@ def main(work: Path, tokenizer_name: str) -> None:
     threading.Thread(target=listen, daemon=True).start()
     answer: dict = {}
     try:
-        tokenizer = load_tokenizer(tokenizer_name, work)
+        tokenizer = load_tokenizer(tokenizer_name, Path(work))
         while True:
             number, shard = json.loads(jobs.get())
-            pack_shard(as_shard(shard), tokenizer, work, number)
+            pack_shard(as_shard(shard), tokenizer, Path(work), number)
             print(json.dumps({"done": number}), file=answers, flush=True)
     except UserError as error:
         answer = {"refused": str(error)}
     except OSError as error:
         answer = {"errno": error.errno or errno.EIO, "error": error.strerror or str(error), "filename": error.filename}
     print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

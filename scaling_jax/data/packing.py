@@ -126,6 +126,10 @@ def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progre
         work.mkdir(exist_ok=True)
         for leftover in work.glob("*.unfinished"):
             leftover.unlink()
+        if found.text.source == "python":
+            from scaling_jax.data.python_sources import python_shards  # seconds to import: only who packs pays
+
+            found = found._replace(shards=python_shards(find_documents("python"), found.text.sha256))
         total = len(found.shards)
         tokenizer = _tokenizer(found, name, work, on_progress)
         missing = [n for n in range(total) if shard_counts(work, n) is None]

@@ -27,7 +27,7 @@ def find_data_set(source: str) -> Source:
     import tensorflow_datasets as tfds  # seconds to import
 
     name, _, field = source.removeprefix("tfds:").partition("#")
-    _quiet()
+    quiet()
     try:
         builder = tfds.builder(name, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -38,19 +38,13 @@ def find_data_set(source: str) -> Source:
             f"{source} can't be prepared here ({reason[-200:]}): where it can, run `tfds build {name} "
             "--file_format=array_record`, and copy the result to ~/tensorflow_datasets or set TFDS_DATA_DIR"
         ) from None
-    _builders[str(builder.data_dir)] = builder
     field = _text_field(source, builder.info.features, field)
     splits = {split: info for split, info in builder.info.splits.items() if info.num_examples}
     if "train" not in splits:
         raise UserError(f"{source} has no train split, only {', '.join(splits) or 'none'}: choose another data set")
     test = next((split for split in ("test", "validation") if split in splits), None)
     used = ["train"] + ([test] if test else [])
-    parts: list[Part] = []
-    for split in used:
-        held_out = split != "train" if test else None
-        edges = _edges(len(_records(str(builder.data_dir), split)), splits[split].num_bytes)
-        for start, stop in itertools.pairwise(edges):
-            parts.append(Part("tfds", str(builder.data_dir), held_out, start, stop, field, split))
+    parts = [part for split in used for part in split_parts(builder, split, split != "train" if test else None, field)]
     identity = {split: [splits[split].num_examples, splits[split].num_bytes] for split in used}
     # TFDS promises equal records for equal versions; reading all of them to make sure would cost as much as packing.
     digest = hashlib.sha256(json.dumps([builder.info.full_name, field, identity]).encode()).hexdigest()
@@ -60,6 +54,14 @@ def find_data_set(source: str) -> Source:
         f"split {test!r}" if test else "one record in ten of 'train', by the hash of its text",
         [[part] for part in parts],
     )
+
+
+def split_parts(builder, split: str, held_out: bool | None, field: str) -> list[Part]:
+    """The records of a prepared builder's split, as ranges of at most a shard's size."""
+    folder = str(builder.data_dir)
+    _builders[folder] = builder
+    edges = _edges(len(_records(folder, split)), builder.info.splits[split].num_bytes)
+    return [Part("tfds", folder, held_out, start, stop, field, split) for start, stop in itertools.pairwise(edges)]
 
 
 def read_records(part: Part) -> Iterator[Piece]:
@@ -124,13 +126,13 @@ def _records(directory: str, split: str):
     import tensorflow_datasets as tfds
 
     if directory not in _builders:
-        _quiet()
+        quiet()
         _builders[directory] = tfds.builder_from_directory(directory)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     return _builders[directory].as_data_source(split, deserialize_method=raw)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     import absl.logging
     import tensorflow_datasets as tfds
 

@@ -46,7 +46,8 @@ class LawErrors(NamedTuple):
         here = (u * self.level + v * self.slope)[..., 0]
         error = np.sqrt(quadratic(self.variance, u, v))[..., 0]
         pivots = np.abs(u * self.shifts[:, 0] + v * self.shifts[:, 1]) / np.sqrt(quadratic(self.variances.T, u, v))
-        half = np.quantile(pivots, confidence, axis=-1) * error
+        # Of n resamples and the truth, each rank is as likely: the (n + 1)·confidence-th leaves just the rest outside.
+        half = np.quantile(pivots, confidence, axis=-1, method="weibull") * error
         return here, here - half, here + half
 
     def law(self, confidence: float, losses: np.ndarray) -> LossLaw:

@@ -63,11 +63,11 @@ def test_packed_rows_are_reused_and_repacked_when_a_file_changes(own_text):
 
 def test_files_are_read_again_only_if_they_changed(own_text, monkeypatch):
     later = packing.time.time_ns() + 10**10
-    monkeypatch.setattr(packing.time, "time_ns", lambda: later)
-    first = packing.look_up(f"files:{own_text}/*.txt").text
-    monkeypatch.setattr(packing, "fingerprint", lambda *_: pytest.fail("read again"))
-    assert packing.look_up(f"files:{own_text}/*.txt").text == first
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(packing.time, "time_ns", lambda: later)
+        first = packing.look_up(f"files:{own_text}/*.txt").text
+        patched.setattr(packing, "fingerprint", lambda *_: pytest.fail("read again"))
+        assert packing.look_up(f"files:{own_text}/*.txt").text == first
     (own_text / "3.txt").write_text((own_text / "3.txt").read_text(encoding="utf-8")[::-1], encoding="utf-8")
     assert packing.look_up(f"files:{own_text}/*.txt").text.sha256 != first.sha256
 

@@ -1,12 +1,14 @@
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.testing import mocking
 
-from scaling_jax.data import Bytes, is_test, packing, prepare, tfds_text
+from scaling_jax.data import Bytes, is_test, packing, prepare, sources, tfds_text
 from scaling_jax.data.shards import read
 from scaling_jax.errors import UserError
 from tests.data import tiny_data_sets
@@ -128,3 +130,28 @@ def test_tensorflow_is_not_imported(data_dir):
     )
     environment = {"TFDS_DATA_DIR": str(data_dir)}
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | environment).returncode == 0
+
+
+@pytest.fixture
+def small_library(tmp_path, monkeypatch):
+    """A standard library of 150 files."""
+    monkeypatch.setenv("SCALING_JAX_CACHE", str(tmp_path / "cache"))
+    library = tmp_path / "library"
+    library.mkdir()
+    for k in range(150):
+        (library / f"m{k:03}.py").write_text(f"# módule {k}\nx = {k}\n" * (1 + k % 3))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(library))
+    return library
+
+
+def test_the_embedded_corpus_is_a_data_set_of_its_own_with_the_rows_that_its_files_have(small_library, tmp_path):
+    embedded = packing.prepare("python", 16, workers=1)
+    assert list((tmp_path / "cache" / "tfds" / "python_sources").glob("*/1.0.0/*.array_record*"))
+    assert embedded.manifest["source"] == "python"
+    expected = np.array(embedded.train_RxT1), np.array(embedded.test_RxT1)
+    shutil.rmtree(packing.corpus_folder(packing.look_up("python").text, "bytes"))
+    files = packing.prepare(f"files:{small_library}/*.py", 16, workers=1)
+    assert files.manifest["source"].startswith("files:")
+    assert files.manifest["sha256"] == embedded.manifest["sha256"]
+    np.testing.assert_array_equal(files.train_RxT1, expected[0])
+    np.testing.assert_array_equal(files.test_RxT1, expected[1])

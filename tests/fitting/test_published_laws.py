@@ -39,9 +39,19 @@ def test_porians_law_in_tokens_is_that_in_sequences():
     np.testing.assert_allclose(quiet("porian2024", 1e8), 0.00037 * 1e8**0.703 * 2048, rtol=0.01)
 
 
-def test_step_law_and_zhang_are_their_formulas_in_tokens():
-    np.testing.assert_allclose(quiet("steplaw2025", 1e10), 0.58 * 1e10**0.571)
-    np.testing.assert_allclose(published["zhang2024"](3.02e8), 512 * 93.2 * 302**0.468)
+@pytest.mark.parametrize(
+    ("key", "variable", "tokens"),
+    [
+        ("kaplan2020", 3.0, 2.1e8 / 3.0**4.8),
+        ("minicpm2024", 3.0, 1.21e9 / 3.0**6.24),
+        ("deepseek2024", 1e18, 0.2920 * 1e18**0.3271),
+        ("porian2024", 1e8, 0.7576 * 1e8**0.703),
+        ("steplaw2025", 1e10, 0.58 * 1e10**0.571),
+        ("zhang2024", 3.02e8, 512 * 93.2 * 302**0.468),
+    ],
+)
+def test_every_law_is_its_printed_formula_in_tokens(key, variable, tokens):
+    np.testing.assert_allclose(quiet(key, variable), tokens)
 
 
 def test_a_law_without_a_constant_gives_ratios_only():

@@ -1,0 +1,95 @@
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from scaling_jax import cli
+from scaling_jax.advice.console import duration
+from tests.fitting.planted import Planted
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("advice") / "measurements.csv"
+    columns = Planted(noise=0.02).columns(np.random.default_rng(0))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "batch_tokens", "target_loss", "steps", "seed"])
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+@pytest.fixture
+def scaling_jax(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["scaling-jax", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def test_advise_answers_for_a_table_and_for_its_folder(table, tmp_path, scaling_jax):
+    options = ("--target-loss", 2, "--budget-tokens", 1e8, "--write-ramp", tmp_path / "ramp.json")
+    hardware = ("--devices", 8, "--tokens-per-second", 1e5, "--device-batch-tokens", 256)
+    of_file, of_folder = (scaling_jax("advise", path, *options, *hardware) for path in (table, table.parent))
+    assert of_file[0] == 0, of_file[2]
+    assert of_file == of_folder
+    for word in ("knee:", "within the budget", "fastest on 8 devices", "ramp: ", "by the law", "wall time"):
+        assert word in of_file[1]
+    stages = json.loads((tmp_path / "ramp.json").read_text())
+    assert [set(stage) for stage in stages] == [{"tokens", "batch_tokens", "learning_rate_factor"}] * len(stages)
+    assert stages[0]["tokens"] == 0
+
+
+def test_fit_takes_a_table(table, scaling_jax):
+    code, stdout, stderr = scaling_jax("fit", table)
+    assert code == 0, stderr
+    assert "from all runs at once" in stdout
+    assert json.loads((table.parent / "fit.json").read_text())["law"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target-loss", 1), "loss 1 is outside of 1.75 to 2.9"),
+        (("--target-loss", 2, "--budget-tokens", 10), "needs more than"),
+        (("--target-loss", 2, "--devices", 8), "--devices and --tokens-per-second go together"),
+        (("--target-loss", 2, "--model", "big"), "choose from model"),
+        (("--target-loss", -2), "give a positive loss"),
+    ],
+)
+def test_a_question_without_an_answer_is_one_line_and_exit_code_2(table, options, message, scaling_jax):
+    code, _, stderr = scaling_jax("advise", table, *options)
+    assert code == 2
+    assert message in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_results_that_are_not_there_are_refused(tmp_path, scaling_jax):
+    code, _, stderr = scaling_jax("advise", tmp_path, "--target-loss", 2)
+    assert code == 2
+    assert "give a results folder after `scaling-jax fit`, or a CSV" in stderr
+
+
+def test_extrapolated_advice_says_so(table, scaling_jax):
+    code, stdout, _ = scaling_jax("advise", table, "--target-loss", 1.5, "--extrapolate")
+    assert code == 0
+    assert "EXTRAPOLATED" in stdout
+    assert "unknown" in stdout
+    assert "ramp:" not in stdout
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5 s"), (119, "119 s"), (120, "2 min"), (9_000, "2.5 h"), (864_000, "10 days")]
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,111 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from scaling_jax.advice import choices, fastest, goal, largest_within, losses_of, models_of, powers_around
+from scaling_jax.advice.choices import Hardware
+from scaling_jax.errors import UserError
+from tests.advice.scan import b_crit, fitted, s_min
+
+
+def test_a_goal_at_a_target_is_its_trade_off_and_between_targets_lies_between():
+    fit = fitted()
+    for loss in (fit.points[-3].loss, 2.0):
+        found = goal(fit, loss)
+        assert found.model == "model1"
+        assert found.s_min == pytest.approx(s_min(loss), rel=1e-4)
+        assert found.b_crit == pytest.approx(b_crit(loss), rel=1e-4)
+        assert found.e_min == pytest.approx(found.s_min * found.b_crit)
+        assert found.law_b_crit == pytest.approx(b_crit(loss), rel=1e-4)
+        assert not found.extrapolated
+
+
+def test_the_model_that_got_lowest_comes_first_and_others_are_named():
+    fit = fitted()
+    assert models_of(fit) == ("model1", "model0")
+    assert losses_of(fit, "model0")[0] > 2.0
+    with pytest.raises(UserError, match="no trade-off of a model 'model2' to advise from: choose from model1, model0"):
+        goal(fit, 2.2, "model2")
+
+
+@pytest.mark.parametrize("loss", [1.5, 3.5])
+def test_losses_that_were_not_measured_are_refused_unless_asked_for(loss):
+    with pytest.raises(UserError, match=r"outside of 1\.75 to 2\.9, where model model1 was measured"):
+        goal(fitted(), loss)
+    far = goal(fitted(), loss, extrapolate=True)
+    assert far.extrapolated
+    assert far.b_crit == pytest.approx(b_crit(loss), rel=1e-3)
+    assert far.s_min == pytest.approx(s_min(loss), rel=1e-3)  # a power law goes on straight
+    low, high = far.steps_interval(1_000.0)
+    assert (low, high) == (0, np.inf)
+
+
+def test_without_a_law_nothing_is_extrapolated():
+    lawless = dataclasses.replace(fitted(), law=None, errors=None)
+    assert goal(lawless, 2.0).law_b_crit is None
+    with pytest.raises(UserError, match="there is no law to extrapolate by"):
+        goal(lawless, 1.5, extrapolate=True)
+
+
+def test_one_sided_points_are_no_ground_for_advice():
+    points = tuple(
+        dataclasses.replace(p, tradeoff=dataclasses.replace(p.tradeoff, one_sided=True)) for p in fitted().points
+    )
+    with pytest.raises(UserError, match="batches lie on one side of B_crit at every loss"):
+        goal(dataclasses.replace(fitted(), points=points), 2.0)
+
+
+def test_choices_are_the_hyperbola_and_excess_is_what_it_says():
+    to = goal(fitted(), 2.0)
+    for row in choices(to, powers_around(to)):
+        assert row.steps == pytest.approx(s_min(2.0) * (1 + b_crit(2.0) / row.batch_tokens), rel=1e-3)
+        assert row.tokens == pytest.approx(row.steps * row.batch_tokens)
+        assert row.excess_compute == pytest.approx(row.tokens / to.e_min - 1)
+        assert row.excess_steps == pytest.approx(row.steps / to.s_min - 1)
+        assert row.seconds is None
+        assert row.tested == (256 <= row.batch_tokens <= 16_384)
+
+
+def test_the_knee_is_where_steps_times_tokens_is_smallest():
+    to = goal(fitted(), 2.0)
+    batches = np.geomspace(to.b_crit / 50, to.b_crit * 50, 2_001)
+    products = to.steps(batches) * to.tokens(batches)
+    assert batches[np.argmin(products)] == pytest.approx(to.b_crit, rel=0.01)
+
+
+def test_the_largest_batch_within_a_budget_spends_it():
+    to = goal(fitted(), 2.0)
+    batch = largest_within(to, 1.5 * to.e_min)
+    assert to.tokens(batch) == pytest.approx(1.5 * to.e_min)
+    rows = choices(to, (0.9 * batch, 1.1 * batch), budget_tokens=1.5 * to.e_min)
+    assert [row.within_budget for row in rows] == [True, False]
+    with pytest.raises(UserError, match=r"needs more than .* tokens to loss 2 at any batch size; the budget is"):
+        largest_within(to, 0.9 * to.e_min)
+
+
+def test_the_fastest_batch_fills_the_devices():
+    to, hardware = goal(fitted(), 2.0), Hardware(8, 1e5, 512)
+    best = fastest(to, hardware)
+    assert best == 4_096
+    times = [hardware.seconds(b, float(to.steps(b))) for b in np.geomspace(100, 1e5, 501)]
+    assert hardware.seconds(best, float(to.steps(best))) <= min(times) * (1 + 1e-9)
+    assert fastest(to, hardware, budget_tokens=1.2 * to.e_min) == pytest.approx(0.2 * to.b_crit)
+    assert fastest(to, Hardware(8, 1e5)) is None
+
+
+def test_wall_time_is_tokens_over_speed_once_the_devices_are_full():
+    assert Hardware(8, 1e5).seconds(8_000, 100) == pytest.approx(8_000 * 100 / 8e5)
+    assert Hardware(8, 1e5, 2_000).seconds(8_000, 100) == pytest.approx(100 * 2_000 / 1e5)
+    with pytest.raises(UserError, match="0 devices"):
+        Hardware(0, 1e5)
+
+
+def test_noisy_scans_give_intervals_around_the_truth():
+    to = goal(fitted(0.03), 2.0)
+    assert to.b_crit_interval[0] < b_crit(2.0) < to.b_crit_interval[1]
+    assert to.law_interval[0] < b_crit(2.0) < to.law_interval[1]
+    batches = np.array([256.0, 2_048.0, 16_384.0])
+    low, high = to.steps_interval(batches)
+    truth = s_min(2.0) * (1 + b_crit(2.0) / batches)
+    assert ((low < truth) & (truth < high) & (high < 1.4 * low)).all()

@@ -1,0 +1,107 @@
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from scaling_jax.advice import Stage, goal, progress, ramp, reach
+from scaling_jax.advice.console import write_stages
+from scaling_jax.errors import UserError
+from tests.advice.scan import b_crit, fitted
+
+TARGET = 1.8
+
+
+def loss_at(way, stages, tokens):
+    """The loss that a schedule has come down to after so many tokens."""
+    seen = [reach(type(way)(*(x[: k + 1] for x in way)), stages).tokens for k in range(0, len(way.losses), 20)]
+    return float(np.interp(tokens, seen, way.losses[::20]))
+
+
+def test_a_constant_batch_comes_out_as_its_trade_off():
+    fit = fitted()
+    way = progress(fit, TARGET)
+    to = goal(fit, TARGET)
+    for batch in (64, 1_024, 65_536):
+        found = reach(way, (Stage(0, batch, 1.0),))
+        assert found.steps == pytest.approx(float(to.steps(batch)), rel=1e-6)
+        assert found.tokens == pytest.approx(float(to.tokens(batch)), rel=1e-6)
+
+
+def test_the_batch_doubles_when_b_crit_passes_twice_it_and_the_rate_grows_by_its_root():
+    fit = fitted()
+    stages = ramp(fit, TARGET, start_batch_tokens=256)
+    way = progress(fit, TARGET)
+    assert len(stages) > 3
+    assert stages[0] == Stage(0, 256, 1.0)
+    assert stages[-1].batch_tokens <= b_crit(TARGET) < 2 * stages[-1].batch_tokens
+    for before, after in itertools.pairwise(stages):
+        assert after.tokens > before.tokens
+        assert after.batch_tokens == 2 * before.batch_tokens
+        assert after.learning_rate_factor == pytest.approx(math.sqrt(after.batch_tokens / 256))
+        assert (after.tokens - before.tokens) % before.batch_tokens == 0
+        if before.tokens:  # the first change may wait for the highest loss measured
+            assert b_crit(loss_at(way, stages, after.tokens)) == pytest.approx(2 * before.batch_tokens, rel=0.05)
+
+
+def test_a_ramp_lies_between_the_constant_batches_that_it_starts_and_ends_with():
+    fit = fitted()
+    way, stages = progress(fit, TARGET), ramp(fit, TARGET, start_batch_tokens=256)
+    ramped = reach(way, stages)
+    small, large = (reach(way, (Stage(0, batch, 1.0),)) for batch in (256, stages[-1].batch_tokens))
+    assert large.steps < ramped.steps < 0.6 * small.steps
+    assert small.tokens < ramped.tokens < large.tokens
+
+
+def test_a_batch_that_follows_the_root_of_the_noise_beats_the_constant_one_of_as_many_tokens():
+    """McCandlish et al. 2018, appendix D: at fixed tokens, B ∝ √(dE_min/dS_min) takes the fewest steps."""
+    fit = fitted()
+    way, to = progress(fit, TARGET), goal(fit, TARGET)
+    noise = np.gradient(way.e_min, way.s_min)
+    stages = (Stage(0, round(20 * noise[0] ** 0.5), 1.0),)
+    for k in range(25, len(way.losses), 25):
+        tokens = reach(type(way)(*(x[: k + 1] for x in way)), stages).tokens
+        stages = (*stages, Stage(round(tokens), round(20 * noise[k] ** 0.5), 1.0))
+    ramped = reach(way, stages)
+    constant = to.b_crit * (ramped.tokens / to.e_min - 1)
+    assert ramped.steps < 0.99 * float(to.steps(constant))
+
+
+def test_a_lower_fraction_trades_steps_for_tokens():
+    fit = fitted()
+    way = progress(fit, TARGET)
+    full, half = (reach(way, ramp(fit, TARGET, start_batch_tokens=64, fraction=f)) for f in (1.0, 0.5))
+    assert full.steps < half.steps
+    assert half.tokens < full.tokens
+
+
+def test_a_ramp_stops_at_the_largest_batch():
+    stages = ramp(fitted(), TARGET, start_batch_tokens=256, max_batch_tokens=1_100)
+    assert [stage.batch_tokens for stage in stages] == [256, 512, 1_024]
+
+
+def test_stages_survive_json(tmp_path):
+    stages = ramp(fitted(), TARGET, start_batch_tokens=256)
+    write_stages(tmp_path / "ramp.json", stages)
+    read = json.loads((tmp_path / "ramp.json").read_text())
+    assert tuple(Stage(**stage) for stage in read) == stages
+    assert read == [dataclasses.asdict(stage) for stage in stages]
+    with pytest.raises(UserError, match="no ramp"):
+        write_stages(tmp_path / "none.json", ())
+    assert not (tmp_path / "none.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (1.5, {"start_batch_tokens": 256}, "outside of 1.75 to 2.9"),
+        (TARGET, {"start_batch_tokens": 0}, "a ramp from 0 to None"),
+        (TARGET, {"start_batch_tokens": 512, "max_batch_tokens": 256}, "a ramp from 512 to 256"),
+        (TARGET, {"start_batch_tokens": 512, "fraction": 0.0}, "the fraction positive"),
+    ],
+)
+def test_impossible_ramps_are_refused(loss, options, message):
+    with pytest.raises(UserError, match=message):
+        ramp(fitted(), loss, **options)
