@@ -277,7 +277,7 @@ def _report(results: Path) -> None:
 
     analysis = analyse(results)
     figures = write_figures(analysis, results)
-    Console().print(summary(analysis, [str(path) for path in figures]), highlight=False)
+    Console().print(summary(analysis, [path.name for path in figures], figures[0].parent), highlight=False)
 
 
 if __name__ == "__main__":

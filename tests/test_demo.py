@@ -52,7 +52,9 @@ def test_the_demo_measures_a_law_with_a_finite_interval(undisturbed):
     assert fit["corpus"]["source"] == "python"
     assert "B_crit = " in output
     assert {path.name for path in (results / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("critical_batch_size", "batch_size_scan") for kind in ("png", "svg")
+        f"{name}.{kind}"
+        for name in ("critical_batch_size", "batch_size_scan", "residuals", "time_and_compute")
+        for kind in ("png", "svg")
     }
 
 

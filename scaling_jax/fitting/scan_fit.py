@@ -94,7 +94,9 @@ def fit_scan(
         if not identified[g]:
             notes.append(f"{_place(table, g)}: B_crit is in [{low:.3g}, {high:.3g}] tokens, left out of the law")
         elif tradeoff.one_sided:
-            notes.append(f"{_place(table, g)}: batches on both sides of B_crit ≈ {tradeoff.b_crit:.3g} aren't shown")
+            notes.append(
+                f"{_place(table, g)}: too uncertain to be sure of batches on both sides of {tradeoff.b_crit:.3g}"
+            )
         points.append(
             CriticalBatch(
                 model=table.models[g],

@@ -1,6 +1,7 @@
 """The result in a short table: critical batch size, noise scale and their law."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 from rich.console import Group as Rows
@@ -10,7 +11,7 @@ from rich.text import Text
 from scaling_jax.analysis import Analysis
 
 
-def summary(analysis: Analysis, figures: list[str]) -> Rows:
+def summary(analysis: Analysis, figures: list[str], folder: Path) -> Rows:
     """B_crit and noise scale at three losses of each model, the law, what was flagged, where the figures are."""
     table = Table(title="Critical batch size, tokens", title_justify="left", title_style="bold")
     for column in ("model", "loss", "B_crit", "95 % interval", "noise scale", "its middle half"):
@@ -28,7 +29,9 @@ def summary(analysis: Analysis, figures: list[str]) -> Rows:
                 middle,
                 half,
             )
-    return Rows(table, *(Text(line) for line in _sentences(analysis)), Text("figures: " + ", ".join(figures)))
+    return Rows(
+        table, *(Text(line) for line in _sentences(analysis)), Text(f"figures in {folder}: " + ", ".join(figures))
+    )
 
 
 def tokens(value: float) -> str:

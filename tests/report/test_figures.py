@@ -7,6 +7,8 @@ from scaling_jax.analysis import analyse
 from scaling_jax.report import write_figures
 from scaling_jax.report.batch_scan import batch_scan_figure
 from scaling_jax.report.critical_batch import critical_batch_figure
+from scaling_jax.report.pareto import pareto_figure
+from scaling_jax.report.residuals import residuals_figure
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,30 @@ def test_the_scan_has_a_panel_a_model_and_one_colour_bar(analysis, made_up):
     assert axes[2].get_ylabel() == "test loss, nats per token"
 
 
+def test_residuals_are_measured_over_fitted_steps_for_each_batch(analysis):
+    axes = residuals_figure(analysis).axes
+    drawn = axes[0].lines[0]
+    fit = analysis.fit.points[0].tradeoff
+    np.testing.assert_allclose(drawn.get_xdata(), np.sort(fit.batch_tokens))
+    fitted = fit.s_min * (1 + fit.b_crit / drawn.get_xdata())
+    measured = fit.steps[np.argsort(fit.batch_tokens)]
+    np.testing.assert_allclose(drawn.get_ydata(), 100 * (measured / fitted - 1), atol=1e-6)
+
+
+def test_exact_measurements_lie_on_the_time_compute_curve(analysis):
+    axis = pareto_figure(analysis).axes[0]
+    curve = axis.lines[0]
+    np.testing.assert_allclose((curve.get_xdata() - 1) * (curve.get_ydata() - 1), 1)
+    dots = [line for line in axis.lines if len(line.get_xdata()) == 7]
+    assert len(dots) == len([p for p in analysis.fit.points if p.in_law])
+    for line in dots:
+        np.testing.assert_allclose((line.get_xdata() - 1) * (line.get_ydata() - 1), 1, rtol=0.6)
+
+
 def test_figures_without_a_law_are_drawn_all_the_same(analysis, made_up, tmp_path):
     lawless = dataclasses.replace(analysis, fit=dataclasses.replace(analysis.fit, law=None, errors=None), noise=[])
     assert critical_batch_figure(lawless).axes
+    assert pareto_figure(lawless).axes
 
 
 def test_the_same_analysis_gives_the_same_files(analysis, made_up):

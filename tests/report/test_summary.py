@@ -1,5 +1,6 @@
 import io
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -19,8 +20,8 @@ def test_tokens_are_short(value, text):
 def test_the_table_shows_three_losses_a_model_and_the_law(made_up):
     console = Console(width=140, record=True, file=io.StringIO())
     analysis = analyse(made_up[1])
-    console.print(summary(analysis, ["a.png"]))
+    console.print(summary(analysis, ["a.png", "b.png"], Path("results/x/figures")))
     text = console.export_text()
     assert text.count("1x16") == text.count("1x32") == 3
     assert f"tokens · L^{analysis.fit.law.exponent:.2f}" in text
-    assert "figures: a.png" in text
+    assert "figures in results/x/figures: a.png, b.png" in text
