@@ -7,21 +7,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaling_jax import data, fitting, models, noise_scale
+    from scaling_jax import advice, data, fitting, models, noise_scale
     from scaling_jax.analysis import analyse
     from scaling_jax.errors import UserError
     from scaling_jax.models import MODELS, ModelConfig, model_config
     from scaling_jax.report import write_figures
     from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, scan
-    from scaling_jax.training import OptimizerConfig, Run, train
+    from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, train
 
-_SUBPACKAGES = {"data", "fitting", "models", "noise_scale"}
+_SUBPACKAGES = {"advice", "data", "fitting", "models", "noise_scale"}
 _HOMES = {
     "MODELS": "models",
     "ModelConfig": "models",
     "model_config": "models",
+    "LiveRamp": "training",
     "OptimizerConfig": "training",
     "Run": "training",
+    "Stage": "training",
     "train": "training",
     "Experiment": "scanning",
     "LearningRates": "scanning",
@@ -38,11 +40,14 @@ __all__ = [
     "MODELS",
     "Experiment",
     "LearningRates",
+    "LiveRamp",
     "ModelConfig",
     "OptimizerConfig",
     "Run",
+    "Stage",
     "Subject",
     "UserError",
+    "advice",
     "analyse",
     "data",
     "fitting",

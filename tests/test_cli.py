@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+import scaling_jax as sj
+
 
 def run(*arguments):
     return subprocess.run(
@@ -65,3 +67,10 @@ def test_a_scan_in_a_folder_of_another_experiment_is_refused(tmp_path):
     done = run("demo", "--quick", "--results", str(tmp_path))
     assert done.returncode == 2
     assert "holds another experiment" in done.stderr
+
+
+def test_every_public_name_is_there():
+    for name in sj.__all__:
+        assert getattr(sj, name) is not None
+    assert callable(sj.scan)
+    assert callable(sj.train)

@@ -32,7 +32,7 @@ class MadeUpTraining:
         exponent = 0.14 - 0.02 * abs(math.log2(run.learning_rate / self.best))
         status, step, below = "exhausted", 0, 0
         loss: float | None = None
-        for step in range(1, run.last_step + 1):
+        for step in range(1, run.steps_left(0, 0, run.batch_tokens) + 1):
             loss = 4 * step**-exponent
             if run.learning_rate > self.diverges_above and step > 5:
                 status, loss = "diverged", None
@@ -68,7 +68,7 @@ def test_shortening_the_others_changes_no_measurement(tmp_path):
         measured = min(t.steps_to_target[k] for t in tried if math.isfinite(t.steps_to_target[k]))
         exponents = [0.14 - 0.02 * abs(math.log2(t.run.learning_rate / full.best)) for t in tried]
         assert measured == pytest.approx(min((target / 4) ** (-1 / e) for e in exponents), rel=0.01)
-    assert sum(run.last_step for run in training.runs[2:]) < 10_000
+    assert sum(run.steps_left(0, 0, 128) for run in training.runs[2:]) < 10_000
 
 
 def test_a_rate_that_falls_behind_twofold_is_given_up(tmp_path):
