@@ -18,7 +18,20 @@ class LearningRates:
     peak: float
     reference_batch_tokens: int
     factor: float = 2.0
-    most: int = 6  # rates tried at most for one batch size
+    most: int = 8  # rates tried at most for one batch size
+    together: int = 1  # rates tried at a time; more than one makes use of an accelerator that one run leaves idle
+    give_up_factor: float | None = (
+        2.0  # a rate that needs this many times the best one's steps to some loss is given up
+    )
+
+    def __post_init__(self):
+        for field in ("peak", "reference_batch_tokens", "most", "together"):
+            if not getattr(self, field) > 0:
+                raise UserError(f"learning_rates.{field} = {getattr(self, field)} must be positive")
+        for field in ("factor", "give_up_factor"):
+            value = getattr(self, field)
+            if value is not None and not value > 1:
+                raise UserError(f"learning_rates.{field} = {value} must be above 1")
 
     def rate(self, batch_tokens: int, index: int) -> float:
         """The grid's rate `index` places above the rule, to three digits."""
@@ -47,8 +60,11 @@ class Experiment:
     tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
     seeds: tuple[int, ...] = (0,)
     optimizer: OptimizerConfig = OptimizerConfig()
-    warmup_steps: int = 10
+    warmup_steps: int | None = 10
+    warmup_tokens: int | None = None  # instead of warmup_steps
+    average_half_life_tokens: float | None = None  # evaluate an exponential average of the weights
     eval_tokens: int = 16_384
+    microbatch_tokens: int = 1024  # the noise scale's small batch at most
 
     def __post_init__(self):
         if len(set(self.batch_tokens)) < 3:
@@ -57,8 +73,9 @@ class Experiment:
         if len(set(names)) < len(names) or not names:
             raise UserError(f"subjects {names} must be one or more models of different size")
         for subject in self.subjects:
-            if not subject.target_losses or min(subject.target_losses) <= 0:
-                raise UserError(f"target_losses of {subject.model.name} must be positive losses in nats per token")
+            losses = subject.target_losses
+            if not losses or min(losses) <= 0 or list(losses) != sorted(set(losses), reverse=True):
+                raise UserError(f"target_losses of {subject.model.name} must be positive and fall, in nats per token")
             for group in (Group(subject, batch, seed) for batch in self.batch_tokens for seed in self.seeds):
                 self.run(group, 0)  # so that an impossible batch is refused before anything is trained
 
@@ -73,23 +90,31 @@ class Experiment:
         )
 
     def run(
-        self, group: "Group", rate_index: int, max_steps: int | None = None, deadlines: tuple[Deadline, ...] = ()
+        self,
+        group: "Group",
+        rate_index: int,
+        target_loss: float | None = None,
+        max_steps: int | None = None,
+        deadlines: tuple[Deadline, ...] = (),
     ) -> Run:
-        """The run of a group at one learning rate; `max_steps` is where it can no longer be the group's best."""
+        """The run of a group at one learning rate, to its lowest target or the one given; see `search`."""
         return Run(
             model=group.subject.model,
             batch_tokens=group.batch_tokens,
             learning_rate=group.subject.learning_rates.rate(group.batch_tokens, rate_index),
             optimizer=self.optimizer,
             warmup_steps=self.warmup_steps,
+            warmup_tokens=self.warmup_tokens,
+            average_half_life_tokens=self.average_half_life_tokens,
             seed=group.seed,
             text=self.text,
             tokenizer=self.tokenizer,
-            target_loss=min(group.subject.target_losses),
+            target_loss=min(group.subject.target_losses) if target_loss is None else target_loss,
             max_steps=max_steps,
             max_tokens=self.max_tokens if max_steps is None else None,
             deadlines=deadlines,
             eval_tokens=self.eval_tokens,
+            microbatch_tokens=self.microbatch_tokens,
         )
 
 

@@ -6,20 +6,20 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from scaling_jax.config import to_dict
+from scaling_jax.config import from_dict, to_dict
 from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
-from scaling_jax.scanning.experiment import Experiment, Group
-from scaling_jax.scanning.groups import run_group
+from scaling_jax.scanning.experiment import Experiment, Group, Subject
+from scaling_jax.scanning.groups import can_run_together, run_alike, run_group
 from scaling_jax.scanning.pool import Event, available_cores, run_groups
 from scaling_jax.scanning.search import finished
-from scaling_jax.training import Progress
+from scaling_jax.training import Interrupted, Progress
 from scaling_jax.training.compilation import keep_compiled_programs
 from scaling_jax.training.records import write_json
+from scaling_jax.training.stopping import stop_on_signals
 
 _MOST_WORKERS = 8  # each holds a JAX of its own: memory, not speed, is the limit
 _LOCK_SECONDS = 60
@@ -28,8 +28,9 @@ _LOCK_SECONDS = 60
 def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Event], None] = lambda _: None) -> Path:
     """Trains every run of an experiment that `workdir` doesn't hold yet; returns `workdir`.
 
-    On CPUs a worker process a core shares the groups; on accelerators this process drives all devices, a group after
-    the other.
+    On CPUs a worker process a core shares the groups. On accelerators this process drives all devices: with many runs
+    at once, spread over them, where the experiment tries several seeds or learning rates together; otherwise with one
+    run after the other, its batch split over all devices.
 
     Args:
       on_event: called with {"event": "progress" | "done", "group": number, …} and {"event": "stopping"} as they come.
@@ -64,23 +65,40 @@ def relative_cost(group: Group) -> float:
 
 def _run_here(experiment: Experiment, workdir: Path, missing: list[int], on_event: Callable[[Event], None]) -> None:
     keep_compiled_programs()
-    for number in missing:
+    num_devices = jax.local_device_count()
+    waiting = list(missing)
+    with stop_on_signals() as should_stop:
+        while waiting:
+            alike = [n for n in waiting if _program(experiment.groups[n]) == _program(experiment.groups[waiting[0]])]
+            waiting = [n for n in waiting if n not in alike]
+            groups = {n: experiment.groups[n] for n in alike}
 
-        def report(progress: Progress, number=number):
-            on_event({"event": "progress", "group": number, **progress._asdict()})
+            def report(progress: Progress, groups=groups):
+                number = next(n for n, group in groups.items() if f"-s{group.seed}-" in progress.run_id)
+                on_event({"event": "progress", "group": number, **progress._asdict()})
 
-        group, num_devices = experiment.groups[number], jax.local_device_count()
-        run_group(experiment, group, workdir, lambda: False, report, num_devices)
-        on_event({"event": "done", "group": number})
+            try:
+                if can_run_together(experiment, groups[alike[0]]):
+                    run_alike(experiment, list(groups.values()), workdir, should_stop, report, num_devices)
+                else:
+                    for group in groups.values():
+                        run_group(experiment, group, workdir, should_stop, report, num_devices)
+            except Interrupted:
+                raise KeyboardInterrupt from None
+            for number in alike:
+                on_event({"event": "done", "group": number})
+
+
+def _program(group: Group) -> tuple[Subject, int]:
+    return group.subject, group.batch_tokens
 
 
 def _claim(workdir: Path, experiment: Experiment) -> None:
     path = workdir / "experiment.json"
-    described: dict[str, Any] = to_dict(experiment)
-    if path.exists() and {"tokenizer": "bytes"} | json.loads(path.read_text()) != described:
-        raise UserError(f"{workdir} holds another experiment (see {path}): choose another folder with --results")
     if not path.exists():
-        write_json(path, described)
+        write_json(path, to_dict(experiment))
+    elif from_dict(Experiment, json.loads(path.read_text())) != experiment:
+        raise UserError(f"{workdir} holds another experiment (see {path}): choose another folder with --results")
 
 
 @contextlib.contextmanager

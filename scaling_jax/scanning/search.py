@@ -1,7 +1,7 @@
-"""The learning-rate search of one group: hill climbing on the grid, until both neighbours of the best were tried."""
+"""The learning-rate search of one group: hill climbing until the best rate at every target has both its neighbours."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +9,7 @@ import numpy as np
 
 from scaling_jax.fitting import steps_to_loss
 from scaling_jax.scanning.experiment import Experiment, Group
-from scaling_jax.training import Deadline, Run, RunResult, read_metrics, read_result
-
-GIVE_UP_FACTOR = 2.0  # a rate that needs this many times the best one's steps to some loss is given up
+from scaling_jax.training import Deadline, Run, RunResult, next_evaluation, read_metrics, read_result
 
 
 class Tried(NamedTuple):
@@ -24,28 +22,59 @@ class Tried(NamedTuple):
 
 
 def search(experiment: Experiment, group: Group, workdir: Path, train: Callable[[Run], RunResult]) -> list[Tried]:
-    """Runs the group's learning rates, in an order and to lengths that depend on results alone.
-
-    Best is who reaches the lowest target first, else who is lowest at the end. A run that has taken as many steps as
-    the best one can't be the best at any target any more, above or below, so it ends there and nothing is lost by it;
-    one that has fallen behind by `GIVE_UP_FACTOR` ends earlier.
-    """
+    """Runs the group's learning rates, in an order and to lengths that depend on results alone; see `next_wave`."""
     tried: dict[int, Tried] = {}
-    index: int | None = 0
-    while index is not None:
-        reached = [t for t in tried.values() if t.result.status == "reached"]
-        best = best_of(reached) if reached else None
-        run = experiment.run(group, index, best and best.result.steps, (best and _deadlines(group, best)) or ())
-        result = train(run)
-        steps = steps_to_loss(*evaluations(workdir / "runs" / run.run_id), group.subject.target_losses).steps
-        tried[index] = Tried(index, run, result, steps)
-        index = _next_index(tried, group.subject.learning_rates.most)
+    while wave := next_wave(experiment, group, tried):
+        results = {index: train(run) for index, run in wave.items()}
+        for index, run in wave.items():
+            tried[index] = look_at(group, workdir, index, run, results[index])
     return list(tried.values())
 
 
-def _deadlines(group: Group, best: Tried) -> tuple[Deadline, ...]:
-    pairs = zip(group.subject.target_losses, best.steps_to_target, strict=True)
-    return tuple(Deadline(loss, math.ceil(GIVE_UP_FACTOR * steps)) for loss, steps in pairs if math.isfinite(steps))
+def look_at(group: Group, workdir: Path, index: int, run: Run, result: RunResult) -> Tried:
+    """What came of a run that is done."""
+    crossings = steps_to_loss(*evaluations(workdir / "runs" / run.run_id), group.subject.target_losses)
+    return Tried(index, run, result, crossings.steps)
+
+
+def next_wave(experiment: Experiment, group: Group, tried: Mapping[int, Tried]) -> dict[int, Run]:
+    """The runs to be made next, by rate index; none once the search is over.
+
+    The first are `LearningRates.together` around the rule. Then come neighbours of the rate that was best at the lowest
+    target, until that rate has a neighbour on both sides, and so on for each target above. A run for the sake of a
+    target ends there, and earlier once it can no longer be best: when it has taken as many steps as the best one, or
+    `LearningRates.give_up_factor` times as many to some loss on the way.
+    """
+    rates = group.subject.learning_rates
+    last = len(group.subject.target_losses) - 1
+    if not tried:
+        around = [0] + [sign * k for k in range(1, rates.most) for sign in (1, -1)]
+        return {index: experiment.run(group, index) for index in around[: min(rates.together, rates.most)]}
+    for target in range(last, -1, -1):
+        best = best_at(list(tried.values()), target)
+        if best is None:
+            if target < last:
+                continue
+            best = best_of(list(tried.values()))
+        wanted = [index for index in (best.rate_index + 1, best.rate_index - 1) if index not in tried]
+        room = min(rates.together, rates.most - len(tried))
+        if wanted:
+            return {index: _contender(experiment, group, index, best, target) for index in wanted[:room]}
+    return {}
+
+
+def _contender(experiment: Experiment, group: Group, index: int, best: Tried, target: int) -> Run:
+    losses = group.subject.target_losses
+    if not math.isfinite(best.steps_to_target[target]):
+        return experiment.run(group, index)
+    # Two evaluations below the target end a run.
+    most, growth = math.ceil(best.steps_to_target[target]), best.run.eval_growth
+    for _ in range(2):
+        most = next_evaluation(most, growth)
+    factor = group.subject.learning_rates.give_up_factor
+    passed = zip(losses[: target + 1], best.steps_to_target, strict=False)
+    deadlines = tuple(Deadline(x, math.ceil(factor * n)) for x, n in passed if math.isfinite(n)) if factor else ()
+    return experiment.run(group, index, losses[target], min(most, best.result.steps), deadlines)
 
 
 def finished(experiment: Experiment, group: Group, workdir: Path) -> list[Tried] | None:
@@ -72,20 +101,20 @@ def evaluations(folder: Path) -> tuple[list[int], list[float]]:
     return [line["step"] for line in lines], [line["test_loss"] for line in lines]
 
 
+def best_at(tried: list[Tried], target: int) -> Tried | None:
+    """Who took the fewest steps to a target; None if nobody got there."""
+    reached = [t for t in tried if math.isfinite(t.steps_to_target[target])]
+    return min(reached, key=lambda t: t.steps_to_target[target], default=None)
+
+
 def best_of(tried: list[Tried]) -> Tried:
     """By steps to the lowest target, else by the last loss."""
-    return min(tried, key=_rank)
+    return best_at(tried, -1) or min(
+        tried, key=lambda t: math.inf if t.result.test_loss is None else t.result.test_loss
+    )
 
 
-def _rank(t: Tried) -> tuple[bool, float]:
-    steps = t.steps_to_target[-1]
-    if math.isfinite(steps):
-        return (False, float(steps))
-    return (True, math.inf if t.result.test_loss is None else t.result.test_loss)
-
-
-def _next_index(tried: dict[int, Tried], most: int) -> int | None:
-    best = best_of(list(tried.values())).rate_index
-    if len(tried) >= most:
-        return None
-    return next((index for index in (best + 1, best - 1) if index not in tried), None)
+def is_tuned(tried: list[Tried], target: int) -> bool:
+    """Whether the best rate at a target lies between two others that were tried as far as that."""
+    best = best_at(tried, target)
+    return best is not None and {best.rate_index - 1, best.rate_index + 1} <= {t.rate_index for t in tried}

@@ -1,6 +1,7 @@
-"""Training state on disk, through Orbax: written asynchronously, atomic, the newest two kept."""
+"""Training state on disk, through Orbax: written asynchronously and atomically."""
 
 import logging
+import warnings
 from pathlib import Path
 
 import jax
@@ -10,18 +11,29 @@ from scaling_jax.training.program import TrainState
 
 
 class Checkpoints:
-    """A run's checkpoints, named by step."""
+    """States of a run in a folder, named by step."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, keep: int | None = 2):
+        """`keep` is how many of the newest stay; all unless given."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state, or None if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        """The newest state that can be read, or None if there is none; a warning names those that can't."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self.restore_step(step, like)
+            except Exception as error:  # Orbax raises whatever its readers do
+                warnings.warn(
+                    f"{self._folder / str(step)} is damaged ({type(error).__name__}): using an earlier state",
+                    stacklevel=2,
+                )
+        return None
+
+    def restore_step(self, step: int, like: TrainState) -> TrainState:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return restored["state"]

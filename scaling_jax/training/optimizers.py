@@ -3,23 +3,98 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import optax
+from optax import contrib
+
+from scaling_jax.errors import UserError
+
+_ALIKE_RMS = 0.2  # of Muon's update, so that Adam's learning rates suit it (Liu et al. 2025, arXiv 2502.16982)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adam", "sgd"] = "adam"
-    beta1: float = 0.9
-    beta2: float = 0.98
+    """An optimizer; each takes those of the values below that it has.
+
+    β's are per step, or follow from half-lives in tokens, which keeps them comparable across batch sizes (Marek et al.
+    2025, arXiv 2507.07101). Weight decay is decoupled, times the learning rate, on matrices alone.
+    """
+
+    name: Literal["adam", "adamw", "sgd", "signum", "muon", "adafactor"] = "adam"
+    beta1: float = 0.9  # momentum of adam, adamw, signum and muon
+    beta2: float = 0.98  # second moment of adam, adamw and, for all but matrices, muon
+    beta1_half_life_tokens: float | None = None
+    beta2_half_life_tokens: float | None = None
+    weight_decay: float = 0.0
     clip_norm: float | None = None  # applied after the noise scale is measured
+
+    def __post_init__(self):
+        for beta in ("beta1", "beta2"):
+            if not 0 <= getattr(self, beta) < 1:
+                raise UserError(f"optimizer.{beta} = {getattr(self, beta)} must be at least 0 and below 1")
+            half_life = getattr(self, f"{beta}_half_life_tokens")
+            if half_life is not None and not half_life > 0:
+                raise UserError(f"optimizer.{beta}_half_life_tokens = {half_life} must be positive")
+        decays = self.weight_decay > 0
+        if self.weight_decay < 0 or (self.name == "adam" and decays) or (self.name == "adamw" and not decays):
+            raise UserError(
+                f"optimizer.weight_decay = {self.weight_decay} with {self.name}: adamw takes a positive one, adam none"
+            )
+
+    def at(self, batch_tokens: int, growth: float = 1.0) -> "OptimizerConfig":
+        """With β's per step, for a batch of `growth · batch_tokens`; β's given per step are those at `batch_tokens`."""
+        betas = {}
+        for name in ("beta1", "beta2"):
+            half_life = getattr(self, f"{name}_half_life_tokens")
+            beta = getattr(self, name) if half_life is None else 0.5 ** (batch_tokens / half_life)
+            betas[name] = beta**growth
+        return dataclasses.replace(self, **betas, beta1_half_life_tokens=None, beta2_half_life_tokens=None)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Update directions of unit learning rate, to be subtracted."""
-    direction = {
-        "adam": lambda: optax.scale_by_adam(config.beta1, config.beta2),
-        "sgd": optax.identity,
-    }[config.name]()
-    if config.clip_norm is None:
-        return direction
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), direction)
+    """Update directions of unit learning rate, to be subtracted; from β's per step (see `OptimizerConfig.at`)."""
+    chain = [
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else None,
+        _direction(config),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_matrix) if config.weight_decay else None,
+    ]
+    return optax.chain(*(part for part in chain if part is not None))
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    if config.name == "sgd":
+        return optax.identity()
+    if config.name == "signum":  # Bernstein et al. 2018, arXiv 1802.04434
+        return optax.chain(optax.ema(config.beta1, debias=False), optax.scale_by_sign())
+    if config.name == "adafactor":  # Shazeer and Stern 2018, arXiv 1804.04235, without the relative step size
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    if config.name == "muon":
+        muon = contrib.muon(
+            1.0,
+            beta=config.beta1,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=_muon_axes,
+            consistent_rms=_ALIKE_RMS,
+        )
+        return optax.chain(muon, optax.scale(-1.0))
+    return optax.scale_by_adam(config.beta1, config.beta2)
+
+
+def _is_matrix(params):
+    return jax.tree.map_with_path(lambda path, x: x.ndim - _is_stacked(path) >= 2, params)
+
+
+def _muon_axes(params):
+    """Matrices inside layers are orthogonalised, each for itself; embeddings, norms and biases take Adam."""
+
+    def axes(path, x):
+        inside = _is_stacked(path) and x.ndim == 3
+        return contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if inside else None
+
+    return jax.tree.map_with_path(axes, params)
+
+
+def _is_stacked(path) -> bool:
+    """Whether the leading axis counts layers."""
+    return any(getattr(key, "key", None) == "layers" for key in path)

@@ -19,11 +19,24 @@ from scaling_jax.training.run import Run, split_batch
 _TRACKER = tracker(half_life=20)  # steps: it serves the display, the raw series are kept as well
 
 
+class Average(NamedTuple):
+    """An exponential average of the weights over steps: `weighted_sum / weight`."""
+
+    weighted_sum: Any
+    weight: jax.Array
+
+
 class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: jax.Array  # optimizer steps taken, int32
     noise: TrackerState  # moments so far, smoothed
+    average: Average | None  # of the parameters, where the run is evaluated on it
+
+    @property
+    def evaluated_params(self) -> Any:
+        average = self.average
+        return self.params if average is None else jax.tree.map(lambda x: x / average.weight, average.weighted_sum)
 
 
 class StepMetrics(NamedTuple):
@@ -45,6 +58,7 @@ class Program:
     steps_per_call: int
     num_devices: int
     backend: Backend = "pmap"
+    average_decay: float | None = None  # per step, of the average of the weights
 
     @property
     def small_batch_sequences(self) -> int:
@@ -52,7 +66,7 @@ class Program:
 
     def init(self, seed: int) -> TrainState:
         """Parameters and optimizer state as a function of the seed alone."""
-        return _init(self.model, self.optimizer)(jnp.int32(seed))
+        return _init(self.model, self.optimizer, self.average_decay is not None)(jnp.int32(seed))
 
     def steps(
         self, state: TrainState, rows: jax.Array, order: np.ndarray, learning_rate: float, warmup_steps: int
@@ -81,12 +95,13 @@ def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Pr
     microbatch_sequences = run.microbatch_tokens // run.model.context
     return Program(
         model=run.model,
-        optimizer=run.optimizer,
+        optimizer=run.optimizer.at(run.batch_tokens),
         batch_sequences=run.batch_sequences,
         num_microbatches=split_batch(run.batch_sequences, microbatch_sequences, num_devices),
         steps_per_call=run.steps_per_call,
         num_devices=num_devices,
         backend=backend,
+        average_decay=run.average_decay,
     )
 
 
@@ -96,9 +111,9 @@ def l1_bounds(model: ModelConfig, state: TrainState, tokens_BxT1) -> list[float]
     return [float(x) for x in measured]
 
 
-def noise_scale_so_far(state: TrainState) -> float:
+def noise_scale_so_far(noise: TrackerState) -> float:
     """The smoothed noise scale in examples; NaN where |G|² isn't positive."""
-    grad_sq_norm, trace_cov = map(float, _TRACKER.read(state.noise))
+    grad_sq_norm, trace_cov = map(float, _TRACKER.read(noise))
     return trace_cov / grad_sq_norm if grad_sq_norm > 0 else math.nan
 
 
@@ -115,10 +130,11 @@ def batch_loss(model: ModelConfig):
 
 
 @functools.cache
-def _init(model: ModelConfig, optimizer: OptimizerConfig):
+def _init(model: ModelConfig, optimizer: OptimizerConfig, averaged: bool):
     def init(seed):
         params = Transformer(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
-        return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0), _TRACKER.init())
+        average = Average(jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if averaged else None
+        return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0), _TRACKER.init(), average)
 
     return jax.jit(init)
 
@@ -128,25 +144,45 @@ def _compile_l1(model: ModelConfig):
     return jax.jit(geometries.l1(batch_loss(model), num_microbatches=8))
 
 
-@functools.cache
-def _compile(program: Program):
-    optimizer = make_optimizer(program.optimizer)
-    loss_and_grad = value_and_grad(batch_loss(program.model), num_microbatches=program.num_microbatches, axis_name=AXIS)
+def one_step(program: Program, axis_name: str | None):
+    """`(state, tokens [B, T + 1], learning_rate, warmup_steps) -> (state, metrics)`: one optimizer step of one device.
 
-    def one_step(state: TrainState, batch, learning_rate, warmup_steps):
-        (loss, moments), grads = loss_and_grad(state.params, batch)
+    Gradients are averaged over `axis_name`; the noise scale's moments ride on that.
+    """
+    optimizer = make_optimizer(program.optimizer)
+    loss_and_grad = value_and_grad(
+        batch_loss(program.model), num_microbatches=program.num_microbatches, axis_name=axis_name
+    )
+
+    def step(state: TrainState, tokens_BxT1, learning_rate, warmup_steps):
+        (loss, moments), grads = loss_and_grad(state.params, tokens_BxT1)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         warm = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1, warmup_steps).astype(jnp.float32))
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * warm * u, updates))
+        average = _averaged(state.average, params, program.average_decay)
+        noise = _TRACKER.update(moments, state.noise)
         metrics = StepMetrics(loss, moments.small_sq_norm, moments.big_sq_norm)
-        return TrainState(params, opt_state, state.step + 1, _TRACKER.update(moments, state.noise)), metrics
+        return TrainState(params, opt_state, state.step + 1, noise, average), metrics
+
+    return step
+
+
+def _averaged(average: Average | None, params, decay: float | None) -> Average | None:
+    if average is None or decay is None:
+        return None
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, Average(params, jnp.float32(1)))
+
+
+@functools.cache
+def _compile(program: Program):
+    step = one_step(program, AXIS)
 
     def steps(state: TrainState, rows_RxT1, order_CxB, settings):
         num_steps, learning_rate, warmup_steps = settings
 
         def body(i, carry):
             state, series = carry
-            state, metrics = one_step(state, rows_RxT1[order_CxB[i]], learning_rate, warmup_steps)
+            state, metrics = step(state, rows_RxT1[order_CxB[i]], learning_rate, warmup_steps)
             return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), series, metrics)
 
         empty = StepMetrics(*(jnp.zeros(program.steps_per_call) for _ in StepMetrics._fields))

@@ -63,8 +63,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def keep_metrics_until(folder: Path, step: int) -> None:
     """Drops evaluations after `step`: a run resumed from there writes them again."""
-    kept = [line for line in read_metrics(folder) if line["step"] <= step]
-    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    write_metrics(folder, [line for line in read_metrics(folder) if line["step"] <= step])
+
+
+def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """What one training run is: every value that its results depend on."""
 
 import dataclasses
+import math
 
-from scaling_jax.config import config_hash, to_dict
+from scaling_jax.config import config_hash
 from scaling_jax.errors import UserError
 from scaling_jax.models import ModelConfig
 from scaling_jax.training.optimizers import OptimizerConfig
@@ -32,7 +33,9 @@ class Run:
     optimizer: OptimizerConfig = OptimizerConfig()
     ramp: tuple[Stage, ...] = ()
     live_ramp: LiveRamp | None = None
-    warmup_steps: int = 10
+    warmup_steps: int | None = 10
+    warmup_tokens: int | None = None  # instead of warmup_steps
+    average_half_life_tokens: float | None = None  # evaluate an exponential average of the weights (Zhang et al. 2024)
     seed: int = 0
     text: str = "python"
     tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
@@ -40,9 +43,11 @@ class Run:
     max_steps: int | None = None
     max_tokens: int | None = None
     deadlines: tuple[Deadline, ...] = ()
+    snapshot_tokens: tuple[int, ...] = ()  # states to keep, at the first step that has processed so many
     microbatch_tokens: int = 1024  # the noise scale's small batch at most; at least two make a step
     eval_tokens: int = 16_384
     eval_growth: float = 1.07  # evaluations lie at steps in this ratio
+    eval_every_tokens: int | None = None  # and at the first step past each multiple of this, where given
     steps_per_call: int = 64
 
     def __post_init__(self):
@@ -51,6 +56,12 @@ class Run:
                 raise UserError(f"{field} = {getattr(self, field)!r} must be positive")
         if (self.max_steps is None) == (self.max_tokens is None):
             raise UserError("give exactly one of max_steps and max_tokens")
+        if (self.warmup_steps is None) == (self.warmup_tokens is None):
+            raise UserError("give exactly one of warmup_steps and warmup_tokens, None for the other")
+        if self.eval_every_tokens is not None and self.eval_every_tokens < 1:
+            raise UserError(f"eval_every_tokens = {self.eval_every_tokens} must be positive")
+        if self.average_half_life_tokens is not None and not self.average_half_life_tokens > 0:
+            raise UserError(f"average_half_life_tokens = {self.average_half_life_tokens} must be positive")
         if self.eval_growth <= 1:
             raise UserError(f"eval_growth = {self.eval_growth} must be above 1: it is the ratio of evaluation steps")
         if self.ramp and self.live_ramp:
@@ -63,6 +74,20 @@ class Run:
     def batch_sequences(self) -> int:
         return self.batch_tokens // self.model.context
 
+    @property
+    def steps_of_warmup(self) -> int:
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        assert self.warmup_tokens is not None
+        return math.ceil(self.warmup_tokens / self.batch_tokens)
+
+    @property
+    def average_decay(self) -> float | None:
+        """Per step, of the average of the weights; None if there is none."""
+        if self.average_half_life_tokens is None:
+            return None
+        return 0.5 ** (self.batch_tokens / self.average_half_life_tokens)
+
     def steps_left(self, step: int, tokens: int, batch_tokens: int) -> int:
         """How many steps of a batch size fit before `max_steps` or `max_tokens`; one always does."""
         if self.max_steps is not None:
@@ -71,16 +96,13 @@ class Run:
         return max((self.max_tokens - tokens) // batch_tokens, 1 - step)
 
     def at(self, stage: Stage) -> "Run":
-        """The run as it is in a stage: its batch size, Adam's β with their half-lives in tokens, its learning rate."""
+        """The run as it is in a stage: its batch size, β's with their half-lives in tokens, its learning rate."""
         growth = stage.batch_tokens / self.batch_tokens
-        optimizer = dataclasses.replace(
-            self.optimizer, beta1=self.optimizer.beta1**growth, beta2=self.optimizer.beta2**growth
-        )
         return dataclasses.replace(
             self,
             batch_tokens=stage.batch_tokens,
             learning_rate=self.learning_rate * stage.learning_rate_factor,
-            optimizer=optimizer,
+            optimizer=self.optimizer.at(self.batch_tokens, growth),
             ramp=(),
             live_ramp=None,
         )
@@ -88,11 +110,8 @@ class Run:
     @property
     def run_id(self) -> str:
         """Readable, and different whenever any value differs."""
-        values = to_dict(self)
-        if values["tokenizer"] == "bytes":
-            del values["tokenizer"]  # runs from before there was a choice keep their ids
         return (
-            f"{self.model.name}-b{self.batch_tokens}-lr{self.learning_rate:.2e}-s{self.seed}-{config_hash(values)}"
+            f"{self.model.name}-b{self.batch_tokens}-lr{self.learning_rate:.2e}-s{self.seed}-{config_hash(self)}"
         ).replace("e-0", "e-")
 
 

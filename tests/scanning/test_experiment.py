@@ -22,7 +22,7 @@ def test_an_experiment_survives_json(experiment):
         ("max_token", 1, "unknown key 'max_token' for Experiment: did you mean 'max_tokens'"),
         ("max_tokens", "many", "max_tokens = 'many': expected int"),
         ("batch_tokens", [128, 256, 2.5], r"batch_tokens\[2\] = 2.5: expected int"),
-        ("optimizer", {"name": "lion"}, "optimizer.name = 'lion': choose from adam, sgd"),
+        ("optimizer", {"name": "lion"}, "optimizer.name = 'lion': choose from adam, adamw, sgd"),
     ],
 )
 def test_a_damaged_description_is_refused_by_its_key(key, value, message):

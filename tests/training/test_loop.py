@@ -8,7 +8,7 @@ import pytest
 
 from scaling_jax.errors import UserError
 from scaling_jax.models import ModelConfig
-from scaling_jax.training import Interrupted, OptimizerConfig, Run, read_metrics, read_result, train
+from scaling_jax.training import Interrupted, OptimizerConfig, Run, Stage, read_metrics, read_result, train
 
 RUN = Run(
     ModelConfig(n_layer=1, d_model=16, n_head=1, context=16),
@@ -142,3 +142,50 @@ def test_evaluations_lie_in_the_given_ratio_and_calls_are_no_longer_than_asked(t
 def test_impossible_runs_are_refused_with_what_to_change(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(RUN, **changes)
+
+
+def test_a_branch_continues_its_parent_bit_for_bit(tmp_path, corpus):
+    """A branch from a kept state is the run that would have come out with its ramp from the first step on."""
+    parent = dataclasses.replace(RUN, snapshot_tokens=(1_000, 2_000))
+    branch = dataclasses.replace(RUN, max_steps=50, ramp=(Stage(2_000, 256, 2.0),))
+    train(parent, tmp_path / "branched", corpus=corpus, num_devices=1)
+    assert sorted(x.name for x in (run_folder(tmp_path / "branched", parent) / "snapshots").glob("[0-9]*")) == [
+        "16",
+        "32",
+    ]
+    train(branch, tmp_path / "branched", corpus=corpus, num_devices=1, branch_of=parent)
+    train(dataclasses.replace(branch), tmp_path / "whole", corpus=corpus, num_devices=1)
+    branched, whole = (read_metrics(run_folder(tmp_path / w, branch)) for w in ("branched", "whole"))
+    for key in ("train_loss", "big_sq_norm"):
+        assert [x for line in branched for x in line[key]] == [x for line in whole for x in line[key]]
+    assert branched[-1] == whole[-1]
+
+
+def test_a_branch_of_a_run_that_kept_no_state_is_refused(tmp_path, corpus):
+    train(RUN, tmp_path, corpus=corpus, num_devices=1)
+    branch = dataclasses.replace(RUN, ramp=(Stage(2_000, 256, 2.0),))
+    with pytest.raises(UserError, match="kept no state up to 2,000 tokens"):
+        train(branch, tmp_path, corpus=corpus, num_devices=1, branch_of=RUN)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, corpus):
+    train(RUN, tmp_path / "whole", corpus=corpus, num_devices=1)
+    answers = iter([False] * 4 + [True])
+    with pytest.raises(Interrupted):
+        train(
+            RUN,
+            tmp_path / "cut",
+            corpus=corpus,
+            num_devices=1,
+            checkpoint_seconds=0.0,
+            should_stop=lambda: next(answers, False),
+        )
+    kept = sorted((run_folder(tmp_path / "cut") / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    assert len(kept) == 2
+    for file in kept[-1].rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged"):
+        train(RUN, tmp_path / "cut", corpus=corpus, num_devices=1)
+    whole, cut = ((run_folder(tmp_path / which) / "metrics.jsonl").read_bytes() for which in ("whole", "cut"))
+    assert whole == cut

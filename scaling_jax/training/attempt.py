@@ -1,0 +1,143 @@
+"""A run's folder from the start of an attempt at it to its result."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from scaling_jax.config import to_dict
+from scaling_jax.data import Corpus
+from scaling_jax.errors import UserError
+from scaling_jax.training.journal import Journal, Progress
+from scaling_jax.training.program import TrainState
+from scaling_jax.training.records import (
+    RunResult,
+    Status,
+    keep_metrics_until,
+    read_metrics,
+    read_result,
+    write_json,
+    write_metrics,
+    write_result,
+)
+from scaling_jax.training.run import Run
+
+
+class Interrupted(Exception):
+    """Training stopped when asked to, with its state saved; the same call continues it."""
+
+
+def run_folder(workdir: str | Path, run: Run) -> Path:
+    return Path(workdir) / "runs" / run.run_id
+
+
+def finished_result(run: Run, workdir: str | Path, corpus: Corpus) -> RunResult | None:
+    """The result of a run that is done; None if it isn't.
+
+    Raises:
+      UserError: if the run was on other text, or the text doesn't fit the model.
+    """
+    _check_corpus(run, corpus)
+    folder = run_folder(workdir, run)
+    done = read_result(folder)
+    if done is not None and done.corpus_sha256 != corpus.manifest["sha256"]:
+        raise UserError(f"{folder} holds a run on other text ({run.text} has changed since): use another folder")
+    return done
+
+
+class Attempt:
+    """A run that trains: its journal, its checkpoints, and `state`, from which it goes on.
+
+    Args:
+      state: the run's first one.
+      branch_of: a finished run with the same steps up to a snapshot that it kept; the last such is started from
+        instead of `state`.
+
+    Raises:
+      UserError: if `branch_of` has kept no such snapshot.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        workdir: str | Path,
+        corpus: Corpus,
+        state: TrainState,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        branch_of: Run | None = None,
+    ):
+        from scaling_jax.training.checkpoints import Checkpoints  # Orbax takes seconds to import
+
+        self.run, self.folder, self._corpus = run, run_folder(workdir, run), corpus
+        write_json(self.folder / "config.json", {"run": to_dict(run), "corpus": corpus.manifest})
+        self._checkpoints = Checkpoints(self.folder / "checkpoints")
+        self._snapshots = Checkpoints(self.folder / "snapshots", keep=None) if run.snapshot_tokens else None
+        saved = self._checkpoints.restore(state)
+        if saved is not None:
+            self.state = saved
+            keep_metrics_until(self.folder, int(saved.step))
+        elif branch_of is not None:
+            self.state = _snapshot(run, branch_of, run_folder(workdir, branch_of), self.folder, state)
+        else:
+            self.state = state
+            keep_metrics_until(self.folder, 0)
+        self.journal = Journal(run, self.folder, corpus, on_progress)
+
+    def save(self, state: TrainState) -> None:
+        self._checkpoints.save(state)
+
+    def keep_snapshot(self, state: TrainState) -> None:
+        """Keeps a state for good, for branches to start from."""
+        if self._snapshots is not None:
+            self._snapshots.save(state)
+
+    def finish(self, status: Status, keep_checkpoint: bool, state: TrainState) -> RunResult:
+        if keep_checkpoint:
+            self.save(state)
+        self.close()
+        if not keep_checkpoint:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        last = self.journal.lines[-1]
+        result = RunResult(
+            run_id=self.run.run_id,
+            status=status,
+            steps=last["step"],
+            tokens=last["tokens"],
+            test_loss=last["test_loss"],
+            corpus_sha256=self._corpus.manifest["sha256"],
+        )
+        write_result(self.folder, result)
+        return result
+
+    def close(self) -> None:
+        """Waits until what was saved is on disk."""
+        for checkpoints in (self._checkpoints, self._snapshots):
+            if checkpoints is not None:
+                checkpoints.close()
+
+
+def _snapshot(run: Run, parent: Run, parent_folder: Path, folder: Path, like: TrainState) -> TrainState:
+    from scaling_jax.training.checkpoints import Checkpoints
+
+    branch_tokens = run.ramp[0].tokens if run.ramp else 0
+    lines = [line for line in read_metrics(parent_folder) if line["tokens"] <= branch_tokens]
+    kept = [line["step"] for line in lines if (parent_folder / "snapshots" / str(line["step"])).exists()]
+    if not kept:
+        raise UserError(f"{parent_folder} kept no state up to {branch_tokens:,} tokens: see Run.snapshot_tokens")
+    snapshots = Checkpoints(parent_folder / "snapshots", keep=None)
+    try:
+        state = snapshots.restore_step(kept[-1], like)
+    finally:
+        snapshots.close()
+    write_metrics(folder, [line for line in lines if line["step"] <= kept[-1]])
+    return state
+
+
+def _check_corpus(run: Run, corpus: Corpus) -> None:
+    if corpus.vocab_size > run.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {corpus.vocab_size:,} tokens but the model's vocab_size is {run.model.vocab_size:,}"
+        )
+    if corpus.train_RxT1.shape[1] != run.model.context + 1:
+        raise UserError(
+            f"rows of {corpus.train_RxT1.shape[1] - 1} tokens don't fit the model's context of {run.model.context}"
+        )

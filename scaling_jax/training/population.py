@@ -1,0 +1,168 @@
+"""Many runs at once on devices that one small run leaves idle; a run that ends frees its slot for the next."""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from scaling_jax.data import Corpus, example_order
+from scaling_jax.data.feeding import resident_rows
+from scaling_jax.parallel import Backend
+from scaling_jax.training.attempt import Attempt, Interrupted, finished_result
+from scaling_jax.training.course import next_call, span
+from scaling_jax.training.evaluation import held_out_rows
+from scaling_jax.training.journal import Progress
+from scaling_jax.training.program import StepMetrics, noise_scale_so_far, program_for
+from scaling_jax.training.records import RunResult
+from scaling_jax.training.run import Run
+from scaling_jax.training.slots import Slots
+
+
+def train_many(
+    next_run: Callable[[], Run | None],
+    on_result: Callable[[Run, RunResult], None],
+    workdir: str | Path,
+    corpus: Corpus,
+    *,
+    num_slots: int,
+    num_devices: int = 1,
+    backend: Backend = "pmap",
+    checkpoint_seconds: float = 60.0,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> None:
+    """Trains runs that share a program, as `train` would each of them, until there is none left.
+
+    A run's numbers are the same bit for bit whichever runs share its population. They are those of `train`, or of
+    another number of slots or devices, but for rounding.
+
+    Args:
+      next_run: called whenever a slot is free; None if there is no run to start now.
+      on_result: called when a run is done, after which `next_run` may have more.
+      corpus: of all runs; placed on every device.
+      num_slots: runs at a time; rounded up to a multiple of `num_devices`, each of which holds its share.
+      should_stop: asked after every call to the devices; True saves all runs and raises `Interrupted`.
+
+    Raises:
+      UserError: see `train`.
+      ValueError: if the runs don't share a program.
+      Interrupted: see `should_stop`.
+    """
+    population: _Population | None = None
+    rows = resident_rows(corpus, num_devices)
+    stopping = False
+    try:
+        while True:
+            while not stopping and (population is None or population.free) and (run := next_run()) is not None:
+                done = finished_result(run, workdir, corpus)
+                if done is not None:
+                    on_result(run, done)
+                    continue
+                if population is None:
+                    slots = Slots(program_for(run), num_devices, -(-num_slots // num_devices), backend)
+                    population = _Population(slots, rows, held_out_rows(corpus.test_RxT1, run.eval_tokens))
+                if program_for(run) != population.slots.program or run.ramp or run.live_ramp:
+                    raise ValueError(f"{run.run_id} doesn't share the population's program")
+                state = population.slots.program.init(run.seed)
+                population.start(Attempt(run, workdir, corpus, state, on_progress), len(corpus.train_RxT1))
+            if population is None or not population.seats:
+                if stopping:
+                    raise Interrupted(str(workdir))
+                return
+            stopping = stopping or should_stop()
+            for seat in population.advance():
+                if seat.result is not None:
+                    on_result(seat.attempt.run, seat.result)
+                elif stopping or time.monotonic() - seat.saved_at > checkpoint_seconds:
+                    population.save(seat, leave=stopping)
+    finally:
+        if population is not None:
+            population.close()
+
+
+class _Seat:
+    """A run in its slot, somewhere in a call."""
+
+    def __init__(self, slot: int, attempt: Attempt, num_rows: int):
+        self.slot, self.attempt, self._num_rows = slot, attempt, num_rows
+        self.saved_at = time.monotonic()
+        self.result: RunResult | None = None
+        self.next_call()
+
+    def next_call(self) -> None:
+        """Draws the rows of the run's next call."""
+        run, here = self.attempt.run, self.attempt.journal.here
+        self.call = next_call(run, here)
+        examples_seen, num_steps, batch_sequences = span(here, self.call)
+        order = example_order(run.seed, examples_seen, num_steps * batch_sequences, self._num_rows)
+        self.order = order.reshape(num_steps, batch_sequences)
+        self.series: list[StepMetrics] = []
+
+    def take(self, series: StepMetrics) -> None:
+        self.order = self.order[len(series.loss) :]
+        self.series.append(series)
+
+
+class _Population:
+    def __init__(self, slots: Slots, rows: jax.Array, held_out_RxT1: np.ndarray):
+        self.slots, self._rows, self._held_out = slots, rows, held_out_RxT1
+        self.seats: dict[int, _Seat] = {}
+
+    @property
+    def free(self) -> bool:
+        return len(self.seats) < len(self.slots)
+
+    def start(self, attempt: Attempt, num_rows: int) -> None:
+        slot = next(slot for slot in range(len(self.slots)) if slot not in self.seats)
+        self.slots.put(slot, attempt.state)
+        self.seats[slot] = _Seat(slot, attempt, num_rows)
+
+    def advance(self) -> list[_Seat]:
+        """Steps until some run's call ends; returns the seats whose did. Those with a result have left `seats`."""
+        num_steps = min(len(seat.order) for seat in self.seats.values())
+        idle = np.zeros((num_steps, self.slots.program.batch_sequences), np.int32)
+        seats = [self.seats.get(slot) for slot in range(len(self.slots))]
+        series = self.slots.steps(
+            self._rows,
+            [idle if seat is None else seat.order[:num_steps] for seat in seats],
+            [0.0 if seat is None else seat.attempt.journal.here.now.learning_rate for seat in seats],
+            [1 if seat is None else seat.attempt.run.steps_of_warmup for seat in seats],
+        )
+        for slot, seat in self.seats.items():
+            seat.take(jax.tree.map(lambda x, slot=slot: x[slot], series))
+        ended = [seat for seat in self.seats.values() if not len(seat.order)]
+        losses = functools.cache(lambda: self.slots.test_losses([seat.slot for seat in ended], self._held_out))
+        for seat in ended:
+            self._end_call(seat, losses)
+        return ended
+
+    def _end_call(self, seat: _Seat, losses: Callable[[], dict[int, float]]) -> None:
+        state = functools.cache(functools.partial(self.slots.get, seat.slot))
+        status = seat.attempt.journal.write(
+            seat.call,
+            jax.tree.map(lambda *parts: np.concatenate(parts), *seat.series),
+            self.slots.program.small_batch_sequences,
+            evaluate=lambda: losses()[seat.slot],
+            noise_scale=lambda: noise_scale_so_far(state().noise),
+        )
+        if seat.call.snapshot:
+            seat.attempt.keep_snapshot(state())
+        if status is not None:
+            seat.result = seat.attempt.finish(status, False, state())
+            del self.seats[seat.slot]
+        else:
+            seat.next_call()
+
+    def save(self, seat: _Seat, leave: bool) -> None:
+        seat.attempt.save(self.slots.get(seat.slot))
+        seat.saved_at = time.monotonic()
+        if leave:
+            seat.attempt.close()
+            del self.seats[seat.slot]
+
+    def close(self) -> None:
+        for seat in self.seats.values():
+            seat.attempt.close()

@@ -1,0 +1,107 @@
+"""Runs of one program side by side: states stacked in slots, vmapped, the slots spread over devices."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling_jax.parallel import Backend, spmd
+from scaling_jax.training.evaluation import evaluator
+from scaling_jax.training.program import Program, StepMetrics, TrainState, one_step
+
+
+class Slots:
+    """`num_devices · per_device` states; a slot's numbers don't depend on what its neighbours hold."""
+
+    def __init__(self, program: Program, num_devices: int, per_device: int, backend: Backend = "pmap"):
+        """All slots hold the state of seed 0; `program` is that of one run on one device."""
+        self.program, self._per_device = program, per_device
+        self._compiled = program, num_devices, per_device, backend
+        shape = (num_devices, per_device)
+        self._states = jax.tree.map(lambda x: jnp.broadcast_to(x, shape + x.shape), program.init(0))
+        self._shape = shape
+
+    def __len__(self) -> int:
+        return int(np.prod(self._shape))
+
+    def put(self, slot: int, state: TrainState) -> None:
+        self._states = _put(self._states, divmod(slot, self._per_device), state)
+
+    def get(self, slot: int) -> TrainState:
+        return _get(self._states, divmod(slot, self._per_device))
+
+    def steps(
+        self,
+        rows: jax.Array,
+        orders: Sequence[np.ndarray],
+        learning_rates: Sequence[float],
+        warmup_steps: Sequence[int],
+    ) -> StepMetrics:
+        """Takes as many steps in every slot, and returns each one's metrics [slots, steps].
+
+        Args:
+          rows: the corpus [R, T + 1] on every device.
+          orders: for each slot the rows of each step's batch [steps, batch_sequences].
+        """
+        num_steps = len(orders[0])
+        order_SxCxB = np.zeros((len(self), self.program.steps_per_call, self.program.batch_sequences), np.int32)
+        order_SxCxB[:, :num_steps] = orders
+        settings = np.asarray(learning_rates, np.float32), np.asarray(warmup_steps, np.int32)
+        share = functools.partial(jax.tree.map, lambda x: x.reshape(*self._shape, *x.shape[1:]))
+        compiled = _compile_steps(*self._compiled)
+        self._states, series = compiled(self._states, rows, share(order_SxCxB), share(settings), jnp.int32(num_steps))
+        return jax.tree.map(lambda x: np.asarray(x).reshape(len(self), -1)[:, :num_steps], series)
+
+    def test_losses(self, slots: Sequence[int], held_out_RxT1: np.ndarray) -> dict[int, float]:
+        """Loss on held-out rows of some slots, in nats per token."""
+        wanted = np.zeros(len(self), bool)
+        wanted[list(slots)] = True
+        losses = _compile_losses(*self._compiled)(self._states, held_out_RxT1, wanted.reshape(self._shape))
+        return {slot: float(loss) for slot, loss in enumerate(np.asarray(losses).reshape(-1)) if wanted[slot]}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(states: TrainState, place: Any, state: TrainState) -> TrainState:
+    return jax.tree.map(lambda xs, x: xs.at[place].set(x), states, state)
+
+
+@jax.jit
+def _get(states: TrainState, place: Any) -> TrainState:
+    return jax.tree.map(lambda xs: xs[place], states)
+
+
+@functools.cache
+def _compile_steps(program: Program, num_devices: int, per_device: int, backend: Backend):
+    step = jax.vmap(one_step(program, None))
+
+    def steps(states, rows_RxT1, order_SxCxB, settings, num_steps):
+        learning_rate_S, warmup_steps_S = settings
+
+        def body(i, carry):
+            states, series = carry
+            states, metrics = step(states, rows_RxT1[order_SxCxB[:, i]], learning_rate_S, warmup_steps_S)
+            return states, jax.tree.map(lambda xs, x: xs.at[:, i].set(x), series, metrics)
+
+        empty = StepMetrics(*(jnp.zeros((per_device, program.steps_per_call)) for _ in StepMetrics._fields))
+        return jax.lax.fori_loop(0, num_steps, body, (states, empty))
+
+    split = (True, False, True, True, False)
+    return spmd(steps, split=split, num_devices=num_devices, backend=backend, donate_argnums=(0,), split_outputs=True)
+
+
+@functools.cache
+def _compile_losses(program: Program, num_devices: int, per_device: int, backend: Backend):
+    evaluate = evaluator(program.model)
+
+    def losses(states: TrainState, rows_RxT1, wanted_S):
+        def one(loss_S, slot):
+            state = jax.tree.map(lambda xs: xs[slot], states)
+            loss = jax.lax.cond(wanted_S[slot], lambda: evaluate(state.evaluated_params, rows_RxT1), lambda: 0.0)
+            return loss_S.at[slot].set(loss), None
+
+        return jax.lax.scan(one, jnp.zeros(per_device), jnp.arange(per_device))[0]
+
+    return spmd(losses, split=(True, False, True), num_devices=num_devices, backend=backend, split_outputs=True)

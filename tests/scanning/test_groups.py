@@ -1,0 +1,43 @@
+"""Many runs at once find what one after the other find."""
+
+import jax
+import numpy as np
+import pytest
+
+from scaling_jax.data import Corpus
+from scaling_jax.models import ModelConfig
+from scaling_jax.scanning import Experiment, LearningRates, Subject, groups, schedule
+from scaling_jax.scanning.search import finished
+
+MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
+EXPERIMENT = Experiment(
+    name="tiny",
+    subjects=(Subject(MODEL, (5.45, 5.3), LearningRates(1e-2, 256, factor=3.0, most=3, together=2)),),
+    batch_tokens=(64, 128, 256),
+    max_tokens=2_000,
+    seeds=(0, 1),
+    eval_tokens=512,
+)
+
+
+@pytest.mark.slow
+def test_a_scan_on_accelerators_trains_groups_that_differ_in_seed_together_as_each_alone(tmp_path, monkeypatch):
+    draws = np.random.default_rng(0)
+    stream = (np.cumsum(draws.integers(1, 4, 16 * 400)) % 257).astype(np.uint16)
+    rows = stream[np.arange(399)[:, None] * 16 + np.arange(17)]
+    corpus = Corpus(rows[:320], rows[320:], 257, {"source": "counting", "sha256": "counting"})
+    for module in (groups, schedule):
+        monkeypatch.setattr(module, "prepare", lambda *_: corpus)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    events = []
+    schedule.scan(EXPERIMENT, tmp_path / "together", on_event=events.append)
+    for event in ("done", "progress"):
+        assert {e["group"] for e in events if e["event"] == event} == set(range(len(EXPERIMENT.groups)))
+    for group in EXPERIMENT.groups[:2]:
+        groups.run_group(EXPERIMENT, group, tmp_path / "alone", lambda: False, lambda _: None)
+        together, alone = (finished(EXPERIMENT, group, tmp_path / where) for where in ("together", "alone"))
+        assert {t.run for t in together} == {t.run for t in alone}
+        for t in together:
+            other = next(a for a in alone if a.run == t.run)
+            np.testing.assert_allclose(t.steps_to_target, other.steps_to_target, rtol=1e-4)

@@ -1,0 +1,129 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scaling_jax.errors import UserError
+from scaling_jax.models import ModelConfig
+from scaling_jax.training import OptimizerConfig, Run, read_metrics, train
+from scaling_jax.training.optimizers import make_optimizer
+from scaling_jax.training.program import program_for
+from scaling_jax.training.ramp import Stage
+
+MODEL = ModelConfig(n_layer=2, d_model=16, n_head=1, context=16)
+RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, max_steps=40, eval_tokens=512, steps_per_call=8)
+ALL = [
+    (OptimizerConfig("adam"), 1e-2),
+    (OptimizerConfig("adamw", weight_decay=0.1), 1e-2),
+    (OptimizerConfig("sgd"), 0.3),
+    (OptimizerConfig("signum"), 3e-3),
+    (OptimizerConfig("muon"), 1e-2),
+    (OptimizerConfig("adafactor"), 1e-2),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "learning_rate"), ALL, ids=lambda x: getattr(x, "name", ""))
+def test_every_optimizer_learns(tmp_path, corpus, optimizer, learning_rate):
+    run = dataclasses.replace(RUN, optimizer=optimizer, learning_rate=learning_rate)
+    train(run, tmp_path, corpus=corpus, num_devices=1)
+    losses = [x["test_loss"] for x in read_metrics(tmp_path / "runs" / run.run_id) if "test_loss" in x]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def some_gradients():
+    params = program_for(RUN).init(0).params
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return params, tree.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def direction(optimizer, params, grads):
+    transform = make_optimizer(optimizer)
+    return transform.update(grads, transform.init(params), params)[0]
+
+
+def test_muon_orthogonalises_the_matrices_of_layers_alone():
+    params, grads = some_gradients()
+    update = direction(OptimizerConfig("muon"), params, grads)
+    kernel_LxDxF = update["layers"]["feed_forward_in"]["dense"]["kernel"]
+    for kernel_DxF in kernel_LxDxF:
+        values = jnp.linalg.svd(kernel_DxF, compute_uv=False)
+        assert float(values.max() / values.min()) < 2.0  # five quintic steps leave singular values within 0.7 … 1.2
+    adam = direction(OptimizerConfig("adam"), params, grads)
+    np.testing.assert_array_equal(jnp.sign(update["embedding"]), jnp.sign(adam["embedding"]))
+    assert (jax.tree.map(lambda u, g: float(jnp.vdot(u, g)) > 0, update, grads)) == jax.tree.map(lambda _: True, grads)
+
+
+def test_signum_moves_by_the_sign_of_the_averaged_gradient():
+    params, grads = some_gradients()
+    update = direction(OptimizerConfig("signum", beta1=0.5), params, grads)
+    jax.tree.map(lambda u, g: np.testing.assert_array_equal(u, jnp.sign(g)), update, grads)
+
+
+def test_weight_decay_shrinks_matrices_alone_by_the_learning_rate_times_itself():
+    params, _ = some_gradients()
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    update = direction(OptimizerConfig("adamw", weight_decay=0.1), params, nothing)
+    np.testing.assert_allclose(update["embedding"], 0.1 * params["embedding"], rtol=1e-6)
+    np.testing.assert_allclose(
+        update["layers"]["qkv"]["dense"]["kernel"], 0.1 * params["layers"]["qkv"]["dense"]["kernel"], rtol=1e-6
+    )
+    assert not np.any(update["layers"]["feed_forward_norm"]["layer_norm"]["scale"])
+    assert not np.any(update["norm"]["layer_norm"]["scale"])
+
+
+def test_half_lives_in_tokens_are_the_same_at_every_batch_size_and_in_every_stage():
+    optimizer = OptimizerConfig(beta1_half_life_tokens=1_000, beta2_half_life_tokens=50_000)
+    for batch_tokens in (64, 512):
+        run = dataclasses.replace(RUN, batch_tokens=batch_tokens, optimizer=optimizer)
+        for now in (run, run.at(Stage(0, 4 * batch_tokens))):
+            betas = program_for(now).optimizer
+            assert betas.beta1 ** (1_000 / now.batch_tokens) == pytest.approx(0.5)
+            assert betas.beta2 ** (50_000 / now.batch_tokens) == pytest.approx(0.5)
+
+
+def test_the_evaluated_average_is_that_of_the_weights_after_each_step(corpus):
+    run = dataclasses.replace(RUN, average_half_life_tokens=128.0)
+    program, decay = program_for(run), 0.5 ** (64 / 128)
+    order = np.arange(3 * 4).reshape(3, 4)
+    state, params = program.init(0), []
+    for k in range(3):
+        state, _ = program.steps(state, corpus.train_RxT1, order[k : k + 1], 1e-2, 2)
+        params.append(jax.tree.map(np.asarray, state.params))
+    weights = np.array([decay**2, decay, 1.0])
+    expected = jax.tree.map(lambda *xs: sum(w * x for w, x in zip(weights, xs, strict=True)) / weights.sum(), *params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.evaluated_params, expected)
+
+
+def test_an_average_changes_what_is_evaluated_and_not_the_training(tmp_path, corpus):
+    plain, averaged = RUN, dataclasses.replace(RUN, average_half_life_tokens=1_000.0)
+    lines = []
+    for run in (plain, averaged):
+        train(run, tmp_path, corpus=corpus, num_devices=1)
+        lines.append(read_metrics(tmp_path / "runs" / run.run_id))
+    assert [x["train_loss"] for x in lines[0]] == [x["train_loss"] for x in lines[1]]
+    assert lines[0][-1]["test_loss"] != lines[1][-1]["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "adamw"}, "adamw takes a positive one"),
+        ({"weight_decay": 0.1}, "adam none"),
+        ({"beta2": 1.0}, r"optimizer.beta2 = 1.0"),
+        ({"beta1_half_life_tokens": 0.0}, "beta1_half_life_tokens = 0.0 must be positive"),
+    ],
+)
+def test_impossible_optimizers_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        OptimizerConfig(**values)
+
+
+def test_adam_is_optax_adam():
+    params, grads = some_gradients()
+    reference = optax.adam(-1.0, 0.9, 0.98)
+    expected, _ = reference.update(grads, reference.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, direction(OptimizerConfig(), params, grads), expected)
