@@ -7,7 +7,7 @@ import numpy as np
 
 from scaling_jax.data.corpus import Corpus
 from scaling_jax.data.order import example_order, share_of
-from scaling_jax.parallel import replicate
+from scaling_jax.parallel import deal_out, replicate
 
 RESIDENT_BYTES = 1 << 30  # of train rows: up to here they are placed on the devices, once a process
 
@@ -21,9 +21,13 @@ class Span(NamedTuple):
 
 
 class Batches(NamedTuple):
-    """Rows on the devices [R, T + 1], and which of them each step takes [steps, this process's sequences]."""
+    """Rows on the devices, and which of them each step takes [steps, this process's sequences].
 
-    rows_RxT1: Any
+    All devices have the rows of a small corpus [R, T + 1]. Of a large one each has those that it takes alone
+    [num_devices, R, T + 1], and its part of the order counts in them.
+    """
+
+    rows: Any
     order_SxB: np.ndarray
 
 
@@ -31,7 +35,8 @@ class Feeder:
     """The batches of any span of steps, for this process; a context manager.
 
     Rows of a corpus above `RESIDENT_BYTES` are read when they are asked for, the process's share alone; a thread reads
-    those that are expected next meanwhile. The devices then hold the rows of up to three spans.
+    those that are expected next meanwhile. Each device is given
+    its share alone; the devices then hold the rows of up to three spans.
     """
 
     def __init__(
@@ -77,9 +82,14 @@ class Feeder:
 
     def _read(self, span: Span) -> Batches:
         order_SxB, corpus_RxT1 = self._order(span), self._corpus.train_RxT1
-        rows_RxT1 = np.zeros((self._longest * order_SxB.shape[1], corpus_RxT1.shape[1]), corpus_RxT1.dtype)
-        rows_RxT1[: order_SxB.size] = corpus_RxT1[order_SxB.reshape(-1)]  # np.take would copy the whole view first
-        return Batches(replicate(rows_RxT1, self._num_devices), np.arange(order_SxB.size).reshape(order_SxB.shape))
+        num_steps, num_devices = len(order_SxB), self._num_devices
+        order_DxSxB = order_SxB.reshape(num_steps, num_devices, -1).swapaxes(0, 1)
+        each = order_DxSxB.shape[2]
+        rows_DxRxT1 = np.zeros((num_devices, self._longest * each, corpus_RxT1.shape[1]), corpus_RxT1.dtype)
+        # np.take would copy the whole view first
+        rows_DxRxT1[:, : num_steps * each] = corpus_RxT1[order_DxSxB.reshape(num_devices, -1)]
+        own_order_SxB = np.tile(np.arange(num_steps * each).reshape(num_steps, each), num_devices)
+        return Batches(deal_out(rows_DxRxT1, num_devices), own_order_SxB)
 
 
 def is_resident(corpus: Corpus) -> bool:

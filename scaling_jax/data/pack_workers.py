@@ -1,7 +1,7 @@
-"""Processes that pack shards, one a core.
+"""Processes that pack shards, one a core, and one that trains a tokenizer: Ctrl-C can't reach into a library's loops.
 
-Shards come in on standard input, a JSON line each; the number of each that is done goes out on standard output. The end
-of the input, because whoever started it stopped or died, ends the process at once: what it was at is packed again.
+Jobs come in on standard input, a JSON line each; the number of each that is done goes out on standard output. The end
+of the input, because whoever started it stopped or died, ends the process at once: what it was at is done again.
 """
 
 import contextlib
@@ -15,12 +15,23 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from scaling_jax.data.bpe_training import write_tokenizer
 from scaling_jax.data.shards import as_shard, pack_shard
 from scaling_jax.data.sources import Shard
 from scaling_jax.data.tokenizers import load_tokenizer
 from scaling_jax.errors import UserError
 
 _START = "import sys; from scaling_jax.data.pack_workers import main; main(*sys.argv[1:])"
+_TRAIN = -1  # in place of a shard's number
+
+
+def train_in_worker(shards: list[Shard], tokenizer: str, work: Path) -> None:
+    """Writes `tokenizer.json`, trained on the shards' train split; interrupted, it stops at once and leaves none.
+
+    Raises:
+      UserError, OSError: see `pack_in_workers`.
+    """
+    list(_in_workers([[_TRAIN, shards]], tokenizer, work, 1))
 
 
 def pack_in_workers(shards: dict[int, Shard], tokenizer: str, work: Path, workers: int) -> Iterator[int]:
@@ -30,14 +41,17 @@ def pack_in_workers(shards: dict[int, Shard], tokenizer: str, work: Path, worker
       UserError: what a worker refused, or that it died.
       OSError: if a worker couldn't write.
     """
-    waiting = list(shards.items())
+    return _in_workers([[number, shard] for number, shard in shards.items()], tokenizer, work, workers)
+
+
+def _in_workers(waiting: list, tokenizer: str, work: Path, workers: int) -> Iterator[int]:
     answers: queue.Queue[tuple[subprocess.Popen, dict | None]] = queue.Queue()
     started = [_start(tokenizer, work, answers) for _ in range(workers)]
     processes = [process for process, _ in started]
     try:
         for process in processes:
-            _give(process, *waiting.pop(0))
-        for _ in range(len(shards)):
+            _give(process, waiting.pop(0))
+        for _ in range(len(waiting) + len(processes)):
             process, answer = answers.get()
             if answer is None:
                 raise UserError(f"a packing process died (exit code {process.wait()}): the same command continues")
@@ -47,7 +61,7 @@ def pack_in_workers(shards: dict[int, Shard], tokenizer: str, work: Path, worker
                 raise OSError(answer["errno"], answer["error"], answer["filename"])
             yield answer["done"]
             if waiting:
-                _give(process, *waiting.pop(0))
+                _give(process, waiting.pop(0))
     finally:
         for process in processes:
             with contextlib.suppress(BrokenPipeError):
@@ -80,9 +94,9 @@ def _start(tokenizer: str, work: Path, answers: queue.Queue) -> tuple[subprocess
     return process, listener
 
 
-def _give(process: subprocess.Popen, number: int, shard: Shard) -> None:
+def _give(process: subprocess.Popen, job: list) -> None:
     with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed by its output's end
-        process.stdin.write(json.dumps([number, shard]) + "\n")  # type: ignore[union-attr]
+        process.stdin.write(json.dumps(job) + "\n")  # type: ignore[union-attr]
         process.stdin.flush()  # type: ignore[union-attr]
 
 
@@ -99,10 +113,14 @@ def main(work: str, tokenizer_name: str) -> None:
     threading.Thread(target=listen, daemon=True).start()
     answer: dict = {}
     try:
-        tokenizer = load_tokenizer(tokenizer_name, Path(work))
+        tokenizer = None
         while True:
-            number, shard = json.loads(jobs.get())
-            pack_shard(as_shard(shard), tokenizer, Path(work), number)
+            number, job = json.loads(jobs.get())
+            if number == _TRAIN:
+                write_tokenizer([as_shard(shard) for shard in job], tokenizer_name, Path(work))
+            else:
+                tokenizer = tokenizer or load_tokenizer(tokenizer_name, Path(work))
+                pack_shard(as_shard(job), tokenizer, Path(work), number)
             print(json.dumps({"done": number}), file=answers, flush=True)
     except UserError as error:
         answer = {"refused": str(error)}

@@ -13,13 +13,11 @@ from typing import NamedTuple
 
 from scaling_jax.data.cache import cache_folder
 from scaling_jax.data.corpus import FORMAT, SPLITS, Corpus, open_corpus
-from scaling_jax.data.pack_workers import pack_in_workers
-from scaling_jax.data.shards import pack_shard, read, shard_counts, token_dtype, write_synced
+from scaling_jax.data.pack_workers import pack_in_workers, train_in_worker
+from scaling_jax.data.shards import pack_shard, shard_counts, token_dtype, write_synced
 from scaling_jax.data.sources import Document, Fingerprint, Source, file_shards, find_documents, fingerprint
-from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer, train_bpe
+from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer
 from scaling_jax.errors import UserError
-
-BPE_TRAINING_CHARACTERS = 256 << 20  # at most, taken evenly from all over the train split
 
 
 class PackProgress(NamedTuple):
@@ -127,9 +125,9 @@ def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progre
         for leftover in work.glob("*.unfinished"):
             leftover.unlink()
         if found.text.source == "python":
-            from scaling_jax.data.python_sources import python_shards  # seconds to import: only who packs pays
+            from scaling_jax.data.text_builder import embedded_shards  # seconds to import: only who packs pays
 
-            found = found._replace(shards=python_shards(find_documents("python"), found.text.sha256))
+            found = found._replace(shards=embedded_shards())
         total = len(found.shards)
         tokenizer = _tokenizer(found, name, work, on_progress)
         missing = [n for n in range(total) if shard_counts(work, n) is None]
@@ -160,22 +158,10 @@ def _packed(found: Source, missing: list[int], tokenizer: Tokenizer, work: Path,
 
 
 def _tokenizer(found: Source, name: str, work: Path, on_progress: OnProgress) -> Tokenizer:
-    vocabulary, path = bpe_vocabulary(name), work / "tokenizer.json"
-    if vocabulary is not None and not path.exists():
+    if bpe_vocabulary(name) is not None and not (work / "tokenizer.json").exists():
         on_progress(PackProgress("training the tokenizer", 0, 1))
-        write_synced(path, train_bpe(_training_texts(found), vocabulary).encode())
+        train_in_worker(found.shards, name, work)
     return load_tokenizer(name, work)
-
-
-def _training_texts(found: Source) -> Iterator[str]:
-    for shard in found.shards:
-        left = BPE_TRAINING_CHARACTERS // len(found.shards)
-        for piece in read(shard):
-            if left <= 0:
-                break
-            if not piece.held_out:
-                yield piece.text[:left]
-                left -= len(piece.text)
 
 
 def _join(found: Source, tokenizer: Tokenizer, work: Path, on_progress: OnProgress) -> None:

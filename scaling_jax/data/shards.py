@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scaling_jax.data.corpus import SPLITS
 from scaling_jax.data.sources import Part, Shard
 from scaling_jax.data.text_files import Piece, read_lines, read_text
 from scaling_jax.data.tokenizers import Tokenizer
@@ -32,26 +33,15 @@ def pack_shard(shard: Shard, tokenizer: Tokenizer, work: Path, number: int) -> N
     Raises:
       UserError, OSError: if the text can't be read or the tokens can't be written; then there is no `.json`.
     """
-    streams = {
-        held_out: _Stream(work / f"{number:05}.{split}") for held_out, split in ((False, "train"), (True, "test"))
-    }
-    waiting: dict[bool, list[Piece]] = {False: [], True: []}
-    characters = {False: 0, True: 0}
+    streams = [_Stream(work / f"{number:05}.{split}", tokenizer) for split in SPLITS]
+    add = [stream.add for stream in streams]  # short documents are so many that every look-up tells
     try:
-        for piece in read(shard):
-            split = piece.held_out
-            waiting[split].append(piece)
-            characters[split] += len(piece.text) + 1
-            if characters[split] >= _BATCH:
-                streams[split].write(waiting[split], tokenizer)
-                waiting[split], characters[split] = [], 0
-        counts = {}
-        for split, stream in streams.items():
-            stream.write(waiting[split], tokenizer)
-            counts[stream.path.suffix[1:]] = stream.finish()
+        for held_out, text, last in read(shard):
+            add[held_out](text, last)
+        counts = {stream.path.suffix[1:]: stream.finish() for stream in streams}
         write_synced(work / f"{number:05}.json", json.dumps(counts).encode())
     finally:
-        for stream in streams.values():
+        for stream in streams:
             stream.discard()
 
 
@@ -78,27 +68,38 @@ def unfinished_name(path: Path) -> Path:
 class _Stream:
     """A split's tokens of one shard on their way to disk."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, tokenizer: Tokenizer):
         self.path = path
+        self._tokenizer = tokenizer
         self._file = unfinished_name(path).open("wb")
         self._digest = hashlib.sha256()
         self._tokens = self._bytes = self._documents = 0
+        self._waiting: list[str] = []
+        self._is_last: list[bool] = []
+        self._characters = 0
 
-    def write(self, pieces: list[Piece], tokenizer: Tokenizer) -> None:
-        if not pieces:
-            return
-        texts = [piece.text for piece in pieces]
-        tokens, lengths = tokenizer.encode(texts)
-        ends = np.cumsum(lengths)[np.array([piece.last for piece in pieces])]
-        dtype = token_dtype(tokenizer)
-        data = np.insert(tokens, ends, tokenizer.separator).astype(dtype, copy=False)
+    def add(self, text: str, last: bool) -> None:
+        """A piece of a document."""
+        self._waiting.append(text)
+        self._is_last.append(last)
+        self._characters += len(text) + 1
+        if self._characters >= _BATCH:
+            self._write()
+
+    def _write(self) -> None:
+        tokens, lengths = self._tokenizer.encode(self._waiting)
+        ends = np.cumsum(lengths)[np.array(self._is_last, bool)]
+        data = np.insert(tokens, ends, self._tokenizer.separator).astype(token_dtype(self._tokenizer), copy=False)
         self._file.write(data.data)
         self._digest.update(data.data)
         self._tokens += len(data)
         self._documents += len(ends)
-        self._bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        self._bytes += _utf8_bytes("".join(self._waiting))
+        self._waiting, self._is_last, self._characters = [], [], 0
 
     def finish(self) -> dict:
+        if self._waiting:
+            self._write()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -115,6 +116,10 @@ class _Stream:
             with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
                 self._file.close()
             os.unlink(self._file.name)
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:

@@ -1,12 +1,16 @@
 """Documents out of TFDS text data sets, as array_record through `as_data_source`: TensorFlow isn't imported."""
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from scaling_jax.data.sources import MOST_SHARDS, SHARD_BYTES, Fingerprint, Part, Source, is_test
 from scaling_jax.data.text_files import Piece
@@ -18,18 +22,18 @@ _BYTES_AT_ONCE, _RECORDS_AT_ONCE = 4 << 20, 8192  # each reading costs as much a
 def find_data_set(source: str) -> Source:
     """The text of `tfds:<name>[/<config>][:<version>][#<field>]`, prepared by TFDS in its own folder if it isn't yet.
 
+    Hugging Face's `<user>/<name>` is `huggingface:<user>__<name>[/<config>]`; it needs their `datasets` library.
+
     Its "test" split is held out, else its "validation" split, else one record of "train" in ten, by the text's hash.
     Without `#<field>` the text is the feature "text", or the only one whose name ends so.
 
     Raises:
       UserError: if TFDS has no such data set, can't prepare it here, or it has no such field.
     """
-    import tensorflow_datasets as tfds  # seconds to import
-
     name, _, field = source.removeprefix("tfds:").partition("#")
     quiet()
     try:
-        builder = tfds.builder(name, file_format="array_record")
+        builder = _builder(name)
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except Exception as error:  # of any kind: data sets download and convert by code of their own
@@ -60,7 +64,7 @@ def split_parts(builder, split: str, held_out: bool | None, field: str) -> list[
     """The records of a prepared builder's split, as ranges of at most a shard's size."""
     folder = str(builder.data_dir)
     _builders[folder] = builder
-    edges = _edges(len(_records(folder, split)), builder.info.splits[split].num_bytes)
+    edges = _edges(len(_source(folder, split)), builder.info.splits[split].num_bytes)
     return [Part("tfds", folder, held_out, start, stop, field, split) for start, stop in itertools.pairwise(edges)]
 
 
@@ -72,29 +76,54 @@ def read_records(part: Part) -> Iterator[Piece]:
     """
     from tensorflow_datasets.proto import tf_example_pb2
 
-    records, stop = _records(part.path, part.split), part.stop or 0
-    info = _builders[part.path].info.splits[part.split]
-    at_once = min(_RECORDS_AT_ONCE, max(1, _BYTES_AT_ONCE * info.num_examples // max(1, info.num_bytes)))
-    for start in range(part.start, stop, at_once):
-        indices = list(range(start, min(start + at_once, stop)))
-        try:
-            batch = records.__getitems__(indices)
-        except (RuntimeError, IndexError) as error:  # array_record's, for a file that is gone, cut or altered
-            raise UserError(
-                f"{part.path}, split {part.split!r}, is cut or altered ({error}): prepare it with TFDS again"
-            ) from None
-        for index, record in zip(indices, batch, strict=True):
+    parse, field, held_out = tf_example_pb2.Example.FromString, part.field, part.held_out
+    index = part.start - 1
+    for batch in _batches(part):
+        for record in batch:
+            index += 1
             # Parsed here because decoding by TFDS takes four times as long as all the rest.
-            values = tf_example_pb2.Example.FromString(record).features.feature[part.field].bytes_list.value
+            values = parse(record).features.feature[field].bytes_list.value
             if not values:  # of a cut file, array_record makes empty records
                 raise UserError(f"{part.path}, split {part.split!r}, is cut or altered: prepare it with TFDS again")
+            utf8 = values[0]
             try:
-                text = values[0].decode("utf-8")
+                text = utf8.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"record {index} of {part.path}, split {part.split!r}, is not UTF-8 text ({error})"
                 ) from None
-            yield Piece(is_test(text) if part.held_out is None else part.held_out, text, last=True)
+            yield Piece(is_test(utf8) if held_out is None else held_out, text, True)
+
+
+def _batches(part: Part) -> Iterator[list[bytes]]:
+    """The range's serialized records in order, some megabytes at a time."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    source, info = _source(part.path, part.split), _builders[part.path].info.splits[part.split]
+    at_once = min(_RECORDS_AT_ONCE, max(1, _BYTES_AT_ONCE * info.num_examples // max(1, info.num_bytes)))
+    try:
+        if not isinstance(getattr(source, "data_source", None), ArrayRecordDataSource):
+            for start in range(part.start, part.stop or 0, at_once):
+                yield source.__getitems__(list(range(start, min(start + at_once, part.stop or 0))))
+            return
+        # Its files by ranges: asked for one by one, short records cost as much again as all that is done with them.
+        before = 0
+        for file in info.file_instructions:
+            stop = min((part.stop or 0) - before, file.take)
+            for start in range(max(part.start - before, 0), stop, at_once):
+                yield _file(file.filename).read(file.skip + start, file.skip + min(start + at_once, stop))
+            before += file.take
+    except (RuntimeError, IndexError, ValueError) as error:  # array_record's, for a file that is gone, cut or altered
+        raise UserError(
+            f"{part.path}, split {part.split!r}, is cut or altered ({error}): prepare it with TFDS again"
+        ) from None
+
+
+@functools.lru_cache(maxsize=2)
+def _file(name: str):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(name, f"readahead_buffer_size:{_BYTES_AT_ONCE},max_parallelism:0")
 
 
 def _edges(count: int, num_bytes: int) -> list[int]:
@@ -105,7 +134,9 @@ def _edges(count: int, num_bytes: int) -> list[int]:
 def _text_field(source: str, features, field: str) -> str:
     import tensorflow_datasets as tfds
 
-    texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    # Hugging Face's strings come as scalars of dtype object.
+    scalars = {k: v for k, v in features.items() if isinstance(v, tfds.features.Tensor) and v.shape == ()}
+    texts = [name for name, feature in scalars.items() if feature.np_dtype == np.object_]
     if field and field not in texts:
         raise UserError(f"{source} has no text field {field!r}; it has {', '.join(texts) or 'none'}")
     ending = [name for name in texts if name.endswith("text")]
@@ -119,10 +150,22 @@ def _text_field(source: str, features, field: str) -> str:
     )
 
 
+def _builder(name: str):
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        importlib.import_module(
+            "tensorflow_datasets.text"
+        )  # c4, wiki40b, wikipedia: TFDS leaves it out without TensorFlow
+        return tfds.builder(name, file_format="array_record")
+
+
 _builders: dict[str, Any] = {}  # by folder; a process that only reads has none and needs none of the data set's code
 
 
-def _records(directory: str, split: str):
+def _source(directory: str, split: str):
     import tensorflow_datasets as tfds
 
     if directory not in _builders:

@@ -11,6 +11,7 @@ import numpy as np
 from scaling_jax.errors import UserError
 
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+_GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
 class Tokenizer(Protocol):
@@ -37,9 +38,12 @@ class Bytes:
     sha256 = hashlib.sha256(b"UTF-8 bytes, 256 ends a document").hexdigest()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        whole = "".join(texts)
+        if whole.isascii():
+            return np.frombuffer(whole.encode("ascii"), np.uint8).astype(np.uint16), _lengths(texts)
         encoded = [text.encode("utf-8") for text in texts]
         tokens = np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint16)
-        return tokens, np.array([len(part) for part in encoded], np.int64)
+        return tokens, _lengths(encoded)
 
     def decode(self, tokens: np.ndarray) -> str:
         kept = np.asarray(tokens)
@@ -50,7 +54,7 @@ class GPT2:
     """GPT-2's 50,257 tokens (Radford et al. 2019), as in Kaplan et al. 2020, by tiktoken; `<|endoftext|>` separates.
 
     Raises:
-      UserError: if the vocabulary file is neither cached nor can be fetched.
+      UserError: if the vocabulary file is neither cached nor can be fetched, or the cached one is another.
     """
 
     name = "gpt2"
@@ -58,12 +62,15 @@ class GPT2:
     def __init__(self):
         import tiktoken
 
+        placed = _gpt2_folder() / hashlib.sha1(_GPT2_URL.encode()).hexdigest()
+        if placed.exists() and hashlib.sha256(placed.read_bytes()).hexdigest() != _GPT2_SHA256:  # tiktoken removes it
+            raise UserError(f"{placed} is not GPT-2's vocabulary (sha256 {_GPT2_SHA256}): save {_GPT2_URL} there again")
         try:
             self._encoding = tiktoken.get_encoding("r50k_base")  # GPT-2's own, in one file instead of two
         except Exception as error:  # of whatever kind tiktoken's HTTP library raises
             raise UserError(
                 f"the GPT-2 tokenizer needs the network once ({type(error).__name__}); offline, save {_GPT2_URL} as "
-                f"{_gpt2_folder() / hashlib.sha1(_GPT2_URL.encode()).hexdigest()} (TIKTOKEN_CACHE_DIR sets the folder)"
+                f"{placed} (TIKTOKEN_CACHE_DIR sets the folder)"
             ) from None
         self.vocab_size = self._encoding.n_vocab
         self.separator = self._encoding.eot_token
@@ -146,8 +153,11 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> str:
 
 
 def _joined(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(part) for part in parts], np.int64)
-    return np.concatenate([np.zeros(0, np.uint32), *parts]), lengths
+    return np.concatenate([np.zeros(0, np.uint32), *parts]), _lengths(parts)
+
+
+def _lengths(parts: Sequence) -> np.ndarray:
+    return np.fromiter(map(len, parts), np.int64, len(parts))
 
 
 def _gpt2_folder() -> Path:

@@ -1,5 +1,5 @@
 """Devices into one SPMD program."""
 
-from scaling_jax.parallel.spmd import AXIS, Backend, replicate, spmd
+from scaling_jax.parallel.spmd import AXIS, Backend, deal_out, replicate, spmd
 
-__all__ = ["AXIS", "Backend", "replicate", "spmd"]
+__all__ = ["AXIS", "Backend", "deal_out", "replicate", "spmd"]

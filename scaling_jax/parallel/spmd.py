@@ -62,5 +62,10 @@ def replicate(tree: Any, num_devices: int) -> Any:
     return jax.device_put(tree, NamedSharding(_mesh(num_devices), PartitionSpec()))
 
 
+def deal_out(tree: Any, num_devices: int) -> Any:
+    """Arrays [num_devices, …], a part on each of the devices: what `spmd` splits, placed before the call."""
+    return jax.device_put(tree, NamedSharding(_mesh(num_devices), PartitionSpec(AXIS)))
+
+
 def _mesh(num_devices: int) -> Mesh:
     return Mesh(np.array(jax.local_devices()[:num_devices]), (AXIS,), axis_types=(AxisType.Auto,))

@@ -7,8 +7,14 @@ there is the largest whose loss then is no more than a tolerance above the run's
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from scaling_jax.errors import UserError
+from scaling_jax.scanning.experiment import Experiment, Group
+from scaling_jax.scanning.search import best_of, finished
 from scaling_jax.training import Run, RunResult, Stage
 
 EVALUATIONS = 8  # of each branch, evenly spaced in tokens
@@ -83,3 +89,27 @@ def run_branches(plan: BranchPlan, train: Callable[[Run, Run | None], RunResult]
     for point in plan.points:
         for factor in plan.factors:
             train(plan.branch(point, factor), plan.trunk)
+
+
+def plan_branches(
+    experiment: Experiment, group: Group, workdir: Path, most_points: int = 8, **options: Any
+) -> BranchPlan:
+    """Branches of a group's best run, at target losses that it passed.
+
+    Args:
+      workdir: holds the finished scan.
+      most_points: target losses at most, spread over all that were reached.
+      options: of `BranchPlan`.
+
+    Raises:
+      UserError: if the group isn't finished, or its best run reached no target.
+    """
+    tried = finished(experiment, group, workdir)
+    if tried is None:
+        raise UserError(f"{workdir} isn't complete ({group.name} is missing): run the scan again, it continues")
+    best = best_of(tried)
+    reached = best.steps_to_target[np.isfinite(best.steps_to_target)]
+    if not len(reached):
+        raise UserError(f"{group.name}: no run reached a target loss, so there is nothing to branch at")
+    chosen = np.unique(np.linspace(0, len(reached) - 1, most_points).round().astype(int))
+    return BranchPlan(best.run, tuple(int(n * group.batch_tokens) for n in reached[chosen]), **options)

@@ -50,7 +50,7 @@ def next_call(run: Run, here: Position) -> Call:
     def until(tokens: int | None) -> float:
         return math.inf if tokens is None else math.ceil((tokens - here.tokens) / here.now.batch_tokens)
 
-    evaluation = next_evaluation(here.step, run.eval_growth) - here.step
+    evaluation: float = next_evaluation(here.step, run.eval_growth) - here.step
     if run.eval_every_tokens is not None:
         evaluation = min(evaluation, until((here.tokens // run.eval_every_tokens + 1) * run.eval_every_tokens))
     snapshot = until(min((t for t in run.snapshot_tokens if t > here.tokens), default=None))

@@ -74,15 +74,16 @@ class Program:
         """Takes a step for each batch of `order`, and donates `state`.
 
         Args:
-          rows: the corpus [R, T + 1] on every device.
-          order: rows of each step's batch [steps, batch_sequences], at most `steps_per_call` steps.
+          rows: the corpus [R, T + 1] on every device, or rows of its own on each [num_devices, R, T + 1].
+          order: rows of each step's batch [steps, batch_sequences], at most `steps_per_call` steps; each device's part
+            counts in the rows that it has.
         """
         num_steps = len(order)
         order_CxB = np.zeros((self.steps_per_call, self.batch_sequences), np.int32)
         order_CxB[:num_steps] = order
         order_DxCxB = order_CxB.reshape(self.steps_per_call, self.num_devices, -1).transpose(1, 0, 2)
         settings = jnp.int32(num_steps), jnp.float32(learning_rate), jnp.int32(warmup_steps)
-        state, metrics = _compile(self)(state, rows, order_DxCxB, settings)
+        state, metrics = _compile(self, rows.ndim == 3)(state, rows, order_DxCxB, settings)
         return state, jax.tree.map(lambda x: np.asarray(x)[:num_steps], metrics)
 
 
@@ -174,7 +175,7 @@ def _averaged(average: Average | None, params, decay: float | None) -> Average |
 
 
 @functools.cache
-def _compile(program: Program):
+def _compile(program: Program, own_rows: bool):
     step = one_step(program, AXIS)
 
     def steps(state: TrainState, rows_RxT1, order_CxB, settings):
@@ -191,7 +192,7 @@ def _compile(program: Program):
 
     return spmd(
         steps,
-        split=(False, False, True, False),
+        split=(False, own_rows, True, False),
         num_devices=program.num_devices,
         backend=program.backend,
         donate_argnums=(0,),

@@ -5,12 +5,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from scaling_jax.data import packing, prepare, shards, sources
+from scaling_jax.data import pack_workers, packing, prepare, shards, sources
 from scaling_jax.errors import UserError
 
 FILES = ("manifest.json", "test.tokens", "train.tokens")
@@ -123,6 +124,37 @@ def test_packings_killed_many_times_at_random_leave_the_same_files_once_rerun(tm
     kill_and_rerun(tmp_path, tokenizer, workers, kills=10)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe with a name")
+def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once_and_leaves_nothing(tmp_path, monkeypatch):
+    """In the middle of its text, which is a pipe that doesn't end."""
+    work, pipe, workers = tmp_path / "work", tmp_path / "pipe", []
+    work.mkdir()
+    os.mkfifo(pipe)
+    started = pack_workers._start
+    monkeypatch.setattr(pack_workers, "_start", lambda *args: workers.append(started(*args)) or workers[-1])
+
+    def interrupt():
+        with pipe.open("wb") as text:  # waits until the worker reads
+            text.write(b"some words " * 5000)
+            text.flush()
+            os.kill(os.getpid(), signal.SIGINT)
+            workers[0][0].wait()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        pack_workers.train_in_worker([[sources.Part("text", str(pipe), False)]], "bpe:300", work)
+    thread.join()
+    assert workers[0][0].returncode == 0
+    assert not list(work.iterdir())
+
+
+def test_a_tokenizer_is_trained_on_what_can_be_read_or_the_bad_file_is_named(own_text):
+    (own_text / "7.txt").write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(UserError, match=r"7\.txt is not UTF-8 text"):
+        prepare(f"files:{own_text}/*.txt", 16, "bpe:300")
+
+
 def test_two_packings_at_once_are_one(own_text, tmp_path):
     processes = [start(f"files:{own_text}/*", "bytes", 1, tmp_path / "cache") for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
@@ -216,7 +248,7 @@ def test_a_full_disk_leaves_no_shard_that_counts(own_text, tmp_path, monkeypatch
         with monkeypatch.context() as patched:
             error = OSError(28, "No space left on device")
             if moment == "write":
-                patched.setattr(shards._Stream, "write", raising(error))
+                patched.setattr(shards._Stream, "_write", raising(error))
             else:
                 patched.setattr(os, moment, raising(error))
             with pytest.raises(OSError, match="No space"):

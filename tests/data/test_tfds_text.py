@@ -1,3 +1,5 @@
+import gzip
+import json
 import os
 import shutil
 import subprocess
@@ -6,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import naming
 from tensorflow_datasets.testing import mocking
 
-from scaling_jax.data import Bytes, is_test, packing, prepare, sources, tfds_text
+from scaling_jax.data import Bytes, is_test, packing, prepare, sources, text_builder, text_files, tfds_text
 from scaling_jax.data.shards import read
 from scaling_jax.errors import UserError
 from tests.data import tiny_data_sets
@@ -146,7 +149,7 @@ def small_library(tmp_path, monkeypatch):
 
 def test_the_embedded_corpus_is_a_data_set_of_its_own_with_the_rows_that_its_files_have(small_library, tmp_path):
     embedded = packing.prepare("python", 16, workers=1)
-    assert list((tmp_path / "cache" / "tfds" / "python_sources").glob("*/1.0.0/*.array_record*"))
+    assert list((tmp_path / "cache" / "tfds" / "text_source").glob("*/1.0.0/*.array_record*"))
     assert embedded.manifest["source"] == "python"
     expected = np.array(embedded.train_RxT1), np.array(embedded.test_RxT1)
     shutil.rmtree(packing.corpus_folder(packing.look_up("python").text, "bytes"))
@@ -155,3 +158,63 @@ def test_the_embedded_corpus_is_a_data_set_of_its_own_with_the_rows_that_its_fil
     assert files.manifest["sha256"] == embedded.manifest["sha256"]
     np.testing.assert_array_equal(files.train_RxT1, expected[0])
     np.testing.assert_array_equal(files.test_RxT1, expected[1])
+
+
+@pytest.fixture
+def mixed_files(tmp_path):
+    """Plain text, long and empty, and lines, compressed and not: 60 documents and 2 of 40 lines."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for k in range(20):
+        (folder / f"{k}.txt").write_text(f"document {k}, ünïcode\n" * (k % 5), encoding="utf-8")
+    for name, opened in (("a.jsonl", open), ("b.jsonl.gz", gzip.open)):
+        with opened(folder / name, "wt") as file:
+            file.writelines(json.dumps({"text": f"line {k} of {name}", "n": k}) + "\n" for k in range(40))
+    return folder
+
+
+def test_files_are_a_data_set_whose_examples_are_what_packing_reads(mixed_files, monkeypatch):
+    monkeypatch.setattr(text_files, "_PIECE", 16)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 500)
+    source = f"files:{mixed_files}/*"
+    builder = tfds.builder(text_builder.TextSource.name, source=source, file_format="array_record")
+    builder.download_and_prepare()
+    corpus = prepare(source, 1)
+    for split, rows in (("train", corpus.train_RxT1), ("test", corpus.test_RxT1)):
+        examples = list(builder.as_data_source(split))
+        assert len(examples) == corpus.manifest["documents"][split] > 5
+        stream = [token for example in examples for token in [*example["text"], 256]]
+        assert [rows[0, 0], *rows[:, 1]] == stream
+        assert {example["name"] for example in examples} <= {path.name.encode() for path in mixed_files.iterdir()}
+
+
+def test_changed_files_are_another_data_set_and_a_bad_one_is_named(mixed_files):
+    first = tfds.builder("text_source", source=f"files:{mixed_files}/*").data_dir
+    (mixed_files / "0.txt").write_bytes(b"\xff")
+    changed = tfds.builder("text_source", source=f"files:{mixed_files}/*", file_format="array_record")
+    assert changed.data_dir != first
+    with pytest.raises(UserError, match=r"0\.txt is not UTF-8 text"):
+        changed.download_and_prepare()
+    with pytest.raises(UserError, match="matches no file"):
+        tfds.builder("text_source", source=f"files:{mixed_files}/*.md")
+
+
+def test_names_that_tfds_hides_without_tensorflow_are_found():
+    for name in ("c4/realnewslike", "wiki40b/en", "wikipedia/20230601.en", "pg19"):
+        assert name.startswith(tfds_text._builder(name).name)
+
+
+def test_a_data_set_of_hugging_face_is_named_as_tfds_names_it_and_its_strings_are_text(monkeypatch):
+    """Their builder needs the network: what it would return is made up, of the features that it converts strings to."""
+    known, asked = tfds.builder, []
+
+    def builder(name, **options):
+        asked.append(naming.parse_builder_name_kwargs(name))
+        return known("tiny_scalars", **options)
+
+    monkeypatch.setattr(tfds, "builder", builder)
+    assert pieces("tfds:huggingface:allenai__c4/en")[7].text == text_of("train", 7)
+    assert pieces("tfds:huggingface:allenai__c4/en:1.0.0#url")[7].text == "url 7"
+    (name, first), (_, second) = asked
+    assert (name.namespace, name.name) == ("huggingface", "allenai__c4")
+    assert (first, second) == ({"config": "en"}, {"config": "en", "version": "1.0.0"})

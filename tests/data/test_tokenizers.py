@@ -1,12 +1,17 @@
+import base64
+import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 import tiktoken.load
+import tiktoken.registry
 from hypothesis import given
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
 from scaling_jax.data import Bytes, prepare, tokenizers
 from scaling_jax.data.inspection import inspect
@@ -78,6 +83,55 @@ def test_gpt2_without_network_says_where_its_file_goes(tmp_path, monkeypatch):
     # tiktoken itself looks there: a file of that name is what it reads instead of the address
     (tmp_path / name).write_bytes(b"placed by hand")
     assert tiktoken.load.read_file_cached(tokenizers._GPT2_URL) == b"placed by hand"
+
+
+@pytest.fixture
+def placed_vocabulary(tmp_path, monkeypatch):
+    """A file of GPT-2's size and form where it is looked for, of other merges; its hash passes for the true one."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail("fetched"))
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [bytes([a, b]) for a in b"lower case" + bytes(range(128, 255)) for b in range(256)]
+    tokens += [bytes([a, a, b, c]) for a in b"xyz" for b in range(80) for c in range(256)]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(dict.fromkeys(tokens))][:50_256]
+    path = tmp_path / hashlib.sha1(tokenizers._GPT2_URL.encode()).hexdigest()
+    path.write_bytes(b"".join(lines))
+    sha256, true_sha256 = hashlib.sha256(path.read_bytes()).hexdigest(), tokenizers._GPT2_SHA256
+    load = openai_public.load_tiktoken_bpe
+
+    def load_with_its_hash(url, expected_hash):
+        assert (url, expected_hash) == (tokenizers._GPT2_URL, true_sha256), "what our error message says is tiktoken's"
+        return load(url, sha256)
+
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", load_with_its_hash)
+    monkeypatch.setattr(tokenizers, "_GPT2_SHA256", sha256)
+    return path
+
+
+def test_gpt2_is_loaded_from_a_file_placed_by_hand(placed_vocabulary):
+    gpt2 = GPT2()
+    assert (gpt2.vocab_size, gpt2.separator) == (50_257, 50_256)
+    assert gpt2.decode(gpt2.encode(["low"])[0]) == "low"
+    assert len(gpt2.encode(["low"])[0]) == 2
+
+
+def test_the_documentation_places_gpt2s_file_where_it_is_looked_for():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for said in (
+        tokenizers._GPT2_URL,
+        tokenizers._GPT2_SHA256,
+        hashlib.sha1(tokenizers._GPT2_URL.encode()).hexdigest(),
+    ):
+        assert said in text
+
+
+def test_a_placed_file_that_is_not_gpt2s_is_refused_and_left_alone(placed_vocabulary):
+    cut = placed_vocabulary.read_bytes()[:-1]
+    placed_vocabulary.write_bytes(cut)
+    with pytest.raises(UserError, match=r"is not GPT-2's vocabulary .*: save https://.* there again"):
+        GPT2()
+    assert placed_vocabulary.read_bytes() == cut
 
 
 def test_the_same_texts_train_the_same_bpe_in_another_process(trained):

@@ -34,6 +34,24 @@ class TrainAlone(WithTest):
     SPLITS = ("train",)
 
 
+class Scalars(WithTest):
+    """As Hugging Face's data sets come: strings are scalars of dtype object."""
+
+    name = "tiny_scalars"
+
+    def _info(self):
+        text = tfds.features.Scalar(np.object_)
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict({"text": text, "url": text, "pages": np.int64}),
+            description="Made up.",
+            disable_shuffling=True,
+        )
+
+    def _generate_examples(self, split):
+        for k in range(30):
+            yield k, {"text": text_of(split, k), "url": f"url {k}", "pages": k}
+
+
 class Given(tfds.core.GeneratorBasedBuilder):
     """Whatever texts benchmarks put here, by configuration."""
 

@@ -13,18 +13,19 @@ from scaling_jax.training.optimizers import make_optimizer
 from scaling_jax.training.program import program_for
 from scaling_jax.training.ramp import Stage
 
-MODEL = ModelConfig(n_layer=2, d_model=16, n_head=1, context=16)
+MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
 RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, max_steps=40, eval_tokens=512, steps_per_call=8)
 ALL = [
     (OptimizerConfig("adam"), 1e-2),
     (OptimizerConfig("adamw", weight_decay=0.1), 1e-2),
-    (OptimizerConfig("sgd"), 0.3),
+    (OptimizerConfig("sgd"), 3.0),
     (OptimizerConfig("signum"), 3e-3),
     (OptimizerConfig("muon"), 1e-2),
     (OptimizerConfig("adafactor"), 1e-2),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "learning_rate"), ALL, ids=lambda x: getattr(x, "name", ""))
 def test_every_optimizer_learns(tmp_path, corpus, optimizer, learning_rate):
     run = dataclasses.replace(RUN, optimizer=optimizer, learning_rate=learning_rate)

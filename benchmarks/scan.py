@@ -1,0 +1,72 @@
+"""A whole scan as the project runs it against the same runs one after the other.
+
+    python -m benchmarks.scan [--quick] [--rounds 1]      # from the repository; 25 minutes on two cores, --quick 5
+
+Baseline: one process with all cores to itself trains every run of every group in turn. Against it: `scan`, which on
+CPUs keeps a process on each core, and on accelerators trains runs that share a program together. Both start with no
+compiled programs and must make the same runs; rounds alternate.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_ONE_BY_ONE = """
+import sys
+from pathlib import Path
+from scaling_jax.scanning.groups import run_group
+from scaling_jax.training.compilation import keep_compiled_programs
+from benchmarks.scan import experiment
+keep_compiled_programs()
+chosen = experiment(sys.argv[1] == "quick")
+for group in chosen.groups:
+    run_group(chosen, group, Path(sys.argv[2]), lambda: False, lambda _: None)
+"""
+_TOGETHER = """
+import sys
+from scaling_jax.scanning import scan
+from benchmarks.scan import experiment
+scan(experiment(sys.argv[1] == "quick"), sys.argv[2])
+"""
+
+
+def experiment(quick: bool):
+    from scaling_jax.scanning.demo import DEMO, QUICK
+
+    return QUICK if quick else DEMO
+
+
+def seconds(code: str, quick: bool) -> tuple[float, int]:
+    """Wall time of a scan in a fresh folder, and its number of runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
+        start = time.perf_counter()
+        command = [sys.executable, "-c", code, "quick" if quick else "demo", f"{folder}/results"]
+        subprocess.run(command, check=True, env=environment)
+        return time.perf_counter() - start, len(list(Path(folder, "results", "runs").iterdir()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    ratios = []
+    print(f"{'round':>5} {'one by one, s':>14} {'scan, s':>9} {'ratio':>6} {'runs':>5}")
+    for n in range(options.rounds):
+        one_by_one, runs = seconds(_ONE_BY_ONE, options.quick)
+        together, same = seconds(_TOGETHER, options.quick)
+        if runs != same:
+            raise SystemExit(f"{runs} runs one by one but {same} in the scan: they should be the same")
+        ratios.append(one_by_one / together)
+        print(f"{n + 1:>5} {one_by_one:>14.0f} {together:>9.0f} {ratios[-1]:>6.2f} {runs:>5}", flush=True)
+    print(f"median {statistics.median(ratios):.2f} on {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`python` and `files:<glob>` as a data set of TFDS: array_record without TensorFlow."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import tensorflow_datasets as tfds
+
+from scaling_jax.data.cache import cache_folder
+from scaling_jax.data.packing import corpus_folder, look_up
+from scaling_jax.data.shards import read
+from scaling_jax.data.sources import Shard, find_documents
+from scaling_jax.data.tfds_text import quiet, split_parts
+
+
+class TextSource(tfds.core.GeneratorBasedBuilder):
+    """The documents that packing reads, on the same sides and in the same order: an example each, `{"name", "text"}`.
+
+    `tfds.builder("text_source", source="files:~/web/*.jsonl.gz#text")` finds it once this module is imported; `name` is
+    that of the file. Packing reads files where they are, through the generator's own readers: records of TFDS would be
+    a second copy of the text, written by one process that can't continue where it was stopped.
+
+    Raises:
+      UserError: if the source, or a text in it, can't be read.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, source: str, **kwargs):
+        found = look_up(source)
+        self._shards = found.shards
+        self._names = {str(document.path.absolute()): document.name for document in find_documents(source)}
+        # Named by what the text is, so that changed files never meet records of what they were.
+        config = tfds.core.BuilderConfig(name=corpus_folder(found.text, "text").name)
+        super().__init__(config=config, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict({"name": tfds.features.Text(), "text": tfds.features.Text()}),
+            description="Text of this machine, a document each.",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
+
+    def _generate_examples(self, held_out: bool) -> Iterator[tuple[int, dict[str, str]]]:
+        index, text = 0, ""
+        for part in (part for shard in self._shards for part in shard if part.held_out in (None, held_out)):
+            for piece in read([part]):
+                if piece.held_out == held_out:
+                    text += piece.text
+                    if piece.last:
+                        yield index, {"name": self._names[part.path], "text": text}
+                        index, text = index + 1, ""
+
+
+def embedded_shards() -> list[Shard]:
+    """The Python sources' records, built now unless they were before, in the shards that packing reads."""
+    quiet()
+    builder = TextSource("python", data_dir=cache_folder() / "tfds", file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    return [[part] for split in ("train", "test") for part in split_parts(builder, split, split == "test", "text")]
