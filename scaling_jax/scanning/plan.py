@@ -1,16 +1,27 @@
 """What a scan would take before it is started: runs, tokens, FLOPs, memory."""
 
 import math
+import os
+import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from scaling_jax.data import prepare
+from scaling_jax.data.feeding import is_resident
 from scaling_jax.errors import UserError
 from scaling_jax.scanning.experiment import Experiment, Group
+from scaling_jax.scanning.pool import available_cores
+from scaling_jax.scanning.search import finished
 from scaling_jax.training.program import Program, program_for
 
 LEAST_RATES = 3  # a learning rate between two others
+MOST_WORKERS = 8  # each holds a JAX of its own: memory, not speed, is the limit
+PROCESS_BYTES = 600 << 20  # of a worker before it holds a model
+EFFICIENCY = 0.3  # of training steps, against a large matrix product; small models reach 0.2 to 0.5 on CPUs
 
 
 class GroupPlan(NamedTuple):
@@ -76,3 +87,62 @@ def _step_bytes(program: Program) -> int:
     model, sequences = program.model, program.batch_sequences // program.num_microbatches
     per_position = model.n_layer * (16 * model.d_model + 2 * model.n_head * model.context) + 3 * model.vocab_size
     return 4 * sequences * model.context * per_position
+
+
+class ScanPlan(NamedTuple):
+    """What a whole scan takes at most, and of what there is."""
+
+    groups: tuple[GroupPlan, ...]  # those that aren't done
+    groups_done: int
+    workers: int  # that groups are shared by
+    bytes_available: int  # for one group
+    flops_per_second: float  # of the machine, in a large matrix product
+
+    @property
+    def most_seconds(self) -> float:
+        """From the FLOPs, as if steps ran at `EFFICIENCY` of a large matrix product's rate."""
+        return sum(p.most_flops for p in self.groups) / (self.flops_per_second * EFFICIENCY)
+
+
+def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
+    """What `scan` would do in a folder, on this machine; trains nothing, packs the text if it wasn't yet.
+
+    Raises:
+      UserError: if a group takes more memory than there is.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    workers = min(len(available_cores()), MOST_WORKERS) if on_cpu else 1
+    available = _cpu_bytes() // workers - PROCESS_BYTES if on_cpu else _accelerator_bytes()
+    waiting = [group for group in experiment.groups if finished(experiment, group, workdir) is None]
+    plans = []
+    for group in waiting:
+        corpus = prepare(experiment.text, group.subject.model.context, experiment.tokenizer)
+        seats = len(experiment.seeds) * group.subject.learning_rates.together
+        together = 1 if on_cpu else math.ceil(seats / jax.local_device_count())
+        resident = corpus.train_RxT1.nbytes if is_resident(corpus) else 0
+        plans.append(plan_group(experiment, group, resident, together))
+    if plans:
+        refuse_what_cannot_fit(plans, available)
+    done = len(experiment.groups) - len(waiting)
+    return ScanPlan(tuple(plans), done, workers, available, matmul_flops_per_second())
+
+
+def matmul_flops_per_second(size: int = 1024, seconds: float = 0.3) -> float:
+    """What a large float32 matrix product reaches on all local devices together."""
+    product = jax.jit(lambda a: a @ a)
+    a = jnp.ones((size, size))
+    product(a).block_until_ready()
+    start, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < seconds:
+        product(a).block_until_ready()
+        count += 1
+    return jax.local_device_count() * count * 2.0 * size**3 / passed
+
+
+def _cpu_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _accelerator_bytes() -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit", 2**63))

@@ -14,6 +14,7 @@ from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
 from scaling_jax.scanning.experiment import Experiment, Group, Subject
 from scaling_jax.scanning.groups import can_run_together, run_alike, run_group
+from scaling_jax.scanning.plan import MOST_WORKERS
 from scaling_jax.scanning.pool import Event, available_cores, run_groups
 from scaling_jax.scanning.search import finished
 from scaling_jax.training import Interrupted, Progress
@@ -21,7 +22,6 @@ from scaling_jax.training.compilation import keep_compiled_programs
 from scaling_jax.training.records import write_json
 from scaling_jax.training.stopping import stop_on_signals
 
-_MOST_WORKERS = 8  # each holds a JAX of its own: memory, not speed, is the limit
 _LOCK_SECONDS = 60
 
 
@@ -49,7 +49,7 @@ def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Eve
             prepare(experiment.text, context, experiment.tokenizer)  # once, before workers ask for it together
         missing.sort(key=lambda n: -relative_cost(experiment.groups[n]))  # the longest first keeps all cores busy
         if jax.default_backend() == "cpu":
-            run_groups(workdir, missing, on_event, available_cores()[:_MOST_WORKERS], lock)
+            run_groups(workdir, missing, on_event, available_cores()[:MOST_WORKERS], lock)
         else:
             _run_here(experiment, workdir, missing, on_event)
     return workdir
