@@ -1,8 +1,6 @@
 """From a finished scan to measurements.csv, noise_scale.csv and fit.json."""
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from pathlib import Path
@@ -10,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from scaling_jax.analysis.csv_rows import write_rows
 from scaling_jax.analysis.fit_json import finite, fit_as_json
-from scaling_jax.analysis.measurements import Measurement, measure, write_measurements
+from scaling_jax.analysis.measurements import Measurement, measure
 from scaling_jax.analysis.noise import NoiseMeasurement, measure_noise
+from scaling_jax.analysis.seeds import SeedSpread, measure_spread, seed_notes
 from scaling_jax.config import from_dict
 from scaling_jax.errors import UserError
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, compare_forms, fit_joint, fit_scan
 from scaling_jax.scanning import Experiment
-from scaling_jax.training.records import write_atomically, write_json
+from scaling_jax.training.records import write_json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,26 +49,32 @@ def analyse(workdir: str | Path) -> Analysis:
     experiment = read_experiment(workdir)
     measurements = measure(experiment, workdir)
     noise = measure_noise(experiment, workdir)
+    spreads = measure_spread(experiment, workdir)
+    early = {(m.model, m.target_loss) for m in measurements if m.passed_early}
+    used = [m for m in measurements if (m.model, m.target_loss) not in early]
     columns: dict[str, Any] = {
-        "model": [m.model for m in measurements],
-        "batch_tokens": [m.batch_tokens for m in measurements],
-        "target_loss": [m.target_loss for m in measurements],
-        "steps": [m.steps for m in measurements],
-        "run": [m.seed for m in measurements],
+        "model": [m.model for m in used],
+        "batch_tokens": [m.batch_tokens for m in used],
+        "target_loss": [m.target_loss for m in used],
+        "steps": [m.steps for m in used],
+        "run": [m.seed for m in used],
+        "steps_tried": [m.steps_tried for m in used],
     }
-    fit = fit_scan(**columns, steps_tried=[m.steps_tried for m in measurements])
+    fit = fit_scan(**columns)
     sizes = {subject.model.name: subject.model.num_params for subject in experiment.subjects}
     analysis = Analysis(
         experiment=experiment,
         measurements=measurements,
         noise=noise,
         fit=fit,
-        notes=fit.notes + _tuning_notes(measurements),
+        notes=fit.notes + _early_notes(early) + _tuning_notes(used) + seed_notes(spreads),
         joint=fit_joint(**columns),
         forms=compare_forms(**columns, num_params=sizes),
     )
-    write_measurements(workdir / "measurements.csv", measurements)
-    _write_noise(workdir / "noise_scale.csv", noise)
+    write_rows(workdir / "measurements.csv", Measurement, measurements)
+    write_rows(workdir / "noise_scale.csv", NoiseMeasurement, noise)
+    if spreads:
+        write_rows(workdir / "seeds.csv", SeedSpread, spreads)
     extra = {"noise_scale_over_b_crit": finite(analysis.noise_ratio), "corpus": _corpus(workdir)}
     write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, analysis.notes) | extra)
     return analysis
@@ -99,34 +105,32 @@ def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[Nois
     return ratios
 
 
+def _early_notes(early: set[tuple[str, float]]) -> tuple[str, ...]:
+    return tuple(
+        f"model {model}: loss {loss:g} is left out, some run was below it when it was first evaluated"
+        for model, loss in sorted(early, reverse=True)
+    )
+
+
 def _tuning_notes(measurements: list[Measurement]) -> tuple[str, ...]:
     notes = []
     for model, batch, seed in dict.fromkeys((m.model, m.batch_tokens, m.seed) for m in measurements):
         rows = [m for m in measurements if (m.model, m.batch_tokens, m.seed) == (model, batch, seed)]
-        lowest = min(rows, key=lambda m: m.target_loss)
-        if math.isfinite(lowest.steps) and not lowest.tuned:
+        where = f"model {model} at {batch:,} tokens" + (f", seed {seed}" if seed else "")
+        at_edge = [m for m in rows if math.isfinite(m.steps) and not m.tuned]
+        if at_edge:
+            rates = ", ".join(dict.fromkeys(f"{m.learning_rate:g}" for m in at_edge))
             notes.append(
-                f"model {model} at {batch:,} tokens: the best learning rate, {lowest.learning_rate:g}, "
-                "is at the edge of those tried"
+                f"{where}: the best learning rate, {rates}, is at the edge of those tried at {len(at_edge)} of "
+                f"{len(rows)} losses"
             )
-        missed = [m.target_loss for m in rows if math.isnan(m.steps)]
+        missed = [m for m in rows if math.isnan(m.steps)]
         if missed:
-            notes.append(
-                f"model {model} at {batch:,} tokens: loss {max(missed):g} and below not reached in "
-                f"{lowest.steps_tried:,} steps"
-            )
+            highest = max(m.target_loss for m in missed)
+            notes.append(f"{where}: loss {highest:g} and below not reached in {missed[0].steps_tried:,} steps")
     return tuple(notes)
 
 
 def _corpus(workdir: Path) -> dict[str, Any]:
     config = next((workdir / "runs").glob("*/config.json"))
     return json.loads(config.read_text())["corpus"]
-
-
-def _write_noise(path: Path, rows: list[NoiseMeasurement]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(NoiseMeasurement._fields)
-    for row in rows:
-        writer.writerow([f"{v:.10g}" if isinstance(v, float) else v for v in row])
-    write_atomically(path, text.getvalue())

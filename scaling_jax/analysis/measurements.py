@@ -1,15 +1,12 @@
 """Steps to each target loss at the best learning rate, for each model and batch size: measurements.csv."""
 
-import csv
-import io
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 from scaling_jax.errors import UserError
 from scaling_jax.scanning import Experiment, Group
-from scaling_jax.scanning.search import Tried, finished
-from scaling_jax.training.records import write_atomically
+from scaling_jax.scanning.search import Tried, best_at, finished, is_tuned
 
 
 class Measurement(NamedTuple):
@@ -24,6 +21,7 @@ class Measurement(NamedTuple):
     learning_rate: float  # of the run that got there first; NaN if none did
     tuned: bool  # False: a better rate may lie beyond the grid
     steps_tried: int  # the longest run
+    passed_early: bool = False  # some rate was below the target when first evaluated: its steps are unknown
 
 
 def measure(experiment: Experiment, workdir: Path) -> list[Measurement]:
@@ -51,10 +49,8 @@ def _measure_group(group: Group, tried: list[Tried]) -> list[Measurement]:
     targets = group.subject.target_losses
     rows = []
     for k, target in enumerate(targets):
-        reached = [t for t in tried if math.isfinite(t.steps_to_target[k])]
-        best = min(reached, key=lambda t: t.steps_to_target[k], default=None)
+        best = None if any(t.passed_early[k] for t in tried) else best_at(tried, k)
         steps = float(best.steps_to_target[k]) if best else math.nan
-        indices = [t.rate_index for t in tried]
         rows.append(
             Measurement(
                 model=group.subject.model.name,
@@ -64,21 +60,9 @@ def _measure_group(group: Group, tried: list[Tried]) -> list[Measurement]:
                 steps=steps,
                 tokens=steps * group.batch_tokens,
                 learning_rate=best.run.learning_rate if best else math.nan,
-                tuned=best is not None and min(indices) < best.rate_index < max(indices),
+                tuned=is_tuned(tried, k),
                 steps_tried=max(t.result.steps for t in tried),
+                passed_early=any(bool(t.passed_early[k]) for t in tried),
             )
         )
     return rows
-
-
-def write_measurements(path: Path, rows: list[Measurement]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Measurement._fields)
-    for row in rows:
-        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else _cell(v) for v in row])
-    write_atomically(path, text.getvalue())
-
-
-def _cell(value):
-    return f"{value:.10g}" if isinstance(value, float) else value

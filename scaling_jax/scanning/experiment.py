@@ -18,14 +18,13 @@ class LearningRates:
     peak: float
     reference_batch_tokens: int
     factor: float = 2.0
+    places: int = 1  # grid places per factor: more than one refines the grid around the best rate, see `refinement`
     most: int = 8  # rates tried at most for one batch size
     together: int = 1  # rates tried at a time; more than one makes use of an accelerator that one run leaves idle
-    give_up_factor: float | None = (
-        2.0  # a rate that needs this many times the best one's steps to some loss is given up
-    )
+    give_up_factor: float | None = 2.0  # times the best rate's steps to some loss; a slower rate is given up
 
     def __post_init__(self):
-        for field in ("peak", "reference_batch_tokens", "most", "together"):
+        for field in ("peak", "reference_batch_tokens", "places", "most", "together"):
             if not getattr(self, field) > 0:
                 raise UserError(f"learning_rates.{field} = {getattr(self, field)} must be positive")
         for field in ("factor", "give_up_factor"):
@@ -36,7 +35,7 @@ class LearningRates:
     def rate(self, batch_tokens: int, index: int) -> float:
         """The grid's rate `index` places above the rule, to three digits."""
         rule = self.peak / math.sqrt(1 + self.reference_batch_tokens / batch_tokens)
-        return float(f"{rule * self.factor**index:.3g}")
+        return float(f"{rule * self.factor ** (index / self.places):.3g}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling_jax.fitting import steps_to_loss
-from scaling_jax.scanning.experiment import Experiment, Group
+from scaling_jax.scanning.experiment import Experiment, Group, LearningRates
+from scaling_jax.scanning.refinement import next_between
 from scaling_jax.training import Deadline, Run, RunResult, next_evaluation, read_metrics, read_result
 
 
@@ -18,7 +19,8 @@ class Tried(NamedTuple):
     rate_index: int
     run: Run
     result: RunResult
-    steps_to_target: np.ndarray  # [target losses]; NaN where it didn't get there
+    steps_to_target: np.ndarray  # [target losses]; NaN where it didn't get there, or was there before it was evaluated
+    passed_early: np.ndarray  # [target losses], bool: below the target at its first evaluation
 
 
 def search(experiment: Experiment, group: Group, workdir: Path, train: Callable[[Run], RunResult]) -> list[Tried]:
@@ -33,22 +35,26 @@ def search(experiment: Experiment, group: Group, workdir: Path, train: Callable[
 
 def look_at(group: Group, workdir: Path, index: int, run: Run, result: RunResult) -> Tried:
     """What came of a run that is done."""
-    crossings = steps_to_loss(*evaluations(workdir / "runs" / run.run_id), group.subject.target_losses)
-    return Tried(index, run, result, crossings.steps)
+    steps, losses = evaluations(workdir / "runs" / run.run_id)
+    targets = group.subject.target_losses
+    if not steps:  # diverged before its first evaluation
+        return Tried(index, run, result, np.full(len(targets), math.nan), np.zeros(len(targets), bool))
+    crossings = steps_to_loss(steps, losses, targets)
+    return Tried(index, run, result, crossings.steps, crossings.already_below)
 
 
 def next_wave(experiment: Experiment, group: Group, tried: Mapping[int, Tried]) -> dict[int, Run]:
     """The runs to be made next, by rate index; none once the search is over.
 
     The first are `LearningRates.together` around the rule. Then come neighbours of the rate that was best at the lowest
-    target, until that rate has a neighbour on both sides, and so on for each target above. A run for the sake of a
-    target ends there, and earlier once it can no longer be best: when it has taken as many steps as the best one, or
-    `LearningRates.give_up_factor` times as many to some loss on the way.
+    target until it has one on both sides, then places between them (`refinement`), and so on for each target above. A
+    run for the sake of a target ends there, and earlier once it can no longer be best: when it has taken as many steps
+    as the best one, or `LearningRates.give_up_factor` times as many to some loss on the way.
     """
     rates = group.subject.learning_rates
     last = len(group.subject.target_losses) - 1
     if not tried:
-        around = [0] + [sign * k for k in range(1, rates.most) for sign in (1, -1)]
+        around = [0] + [sign * rates.places * k for k in range(1, rates.most) for sign in (1, -1)]
         return {index: experiment.run(group, index) for index in around[: min(rates.together, rates.most)]}
     for target in range(last, -1, -1):
         best = best_at(list(tried.values()), target)
@@ -56,11 +62,28 @@ def next_wave(experiment: Experiment, group: Group, tried: Mapping[int, Tried]) 
             if target < last:
                 continue
             best = best_of(list(tried.values()))
-        wanted = [index for index in (best.rate_index + 1, best.rate_index - 1) if index not in tried]
+        wanted = _wanted(rates, tried, best, target)
         room = min(rates.together, rates.most - len(tried))
         if wanted:
             return {index: _contender(experiment, group, index, best, target) for index in wanted[:room]}
     return {}
+
+
+def _wanted(rates: LearningRates, tried: Mapping[int, Tried], best: Tried, target: int) -> list[int]:
+    here, places = best.rate_index, rates.places
+    beyond = []
+    if max(tried) == here:
+        beyond.append(here - here % places + places)
+    if min(tried) == here:
+        beyond.append(-(-here // places) * places - places)
+    if best.result.status == "diverged":
+        beyond.reverse()
+    if beyond or places == 1 or not math.isfinite(best.steps_to_target[target]):
+        return beyond
+    steps = {index: t.steps_to_target[target] for index, t in tried.items()}
+    log_steps = {index: math.log(x) for index, x in steps.items() if math.isfinite(x)}
+    between = next_between(log_steps, set(tried), math.log(rates.factor) / places)
+    return [] if between is None else [between]
 
 
 def _contender(experiment: Experiment, group: Group, index: int, best: Tried, target: int) -> Run:
@@ -117,4 +140,5 @@ def best_of(tried: list[Tried]) -> Tried:
 def is_tuned(tried: list[Tried], target: int) -> bool:
     """Whether the best rate at a target lies between two others that were tried as far as that."""
     best = best_at(tried, target)
-    return best is not None and {best.rate_index - 1, best.rate_index + 1} <= {t.rate_index for t in tried}
+    indices = [t.rate_index for t in tried]
+    return best is not None and min(indices) < best.rate_index < max(indices)
