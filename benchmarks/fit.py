@@ -8,7 +8,8 @@ all are timed in the same rounds. Vectorised numpy, nothing is compiled, so that
 does; it takes one core.
 
 Takes about half a minute. Seen on two cores shared with others: two-stage 0.55 s (worst 0.82 s), joint 0.44 s (worst
-0.51 s), one at a time 27 minutes.
+0.51 s), one at a time 27 minutes. The two-stage kernel as one jitted, vmapped program instead took 0.86 s, after 9 s of
+compiling, where numpy took 1.23 s in the same rounds on a busy machine.
 """
 
 import statistics

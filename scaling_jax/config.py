@@ -6,6 +6,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from scaling_jax.errors import UserError
@@ -35,6 +36,48 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"missing key {where + name!r} for {cls.__name__}")
     return cls(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def with_overrides(config: C, overrides: Sequence[str]) -> C:
+    """A config with some values replaced.
+
+    Args:
+      overrides: such as "max_tokens=2e6", "seeds=[0,1]", "optimizer.beta2=0.95", "subjects.0.learning_rates.peak=1e-2".
+
+    Raises:
+      UserError: naming the key that isn't there, with the closest one, or the value that doesn't fit.
+    """
+    values = to_dict(config)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: write it as key=value")
+        *parents, last = path.split(".")
+        inner: Any = values
+        for key in parents:
+            inner = inner[_place(inner, key, override)]
+        inner[_place(inner, last, override)] = _parse(text)
+    return from_dict(type(config), values)
+
+
+def _place(values: Any, key: str, override: str) -> Any:
+    """The key, or the index, by which a dict or list of values holds what is to change."""
+    if not isinstance(values, (dict, list)):
+        raise UserError(f"--set {override}: what comes before {key!r} is a value and has no parts")
+    known = list(values) if isinstance(values, dict) else [str(k) for k in range(len(values))]
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+        raise UserError(f"--set {override}: there is no {key!r}; {hint}")
+    return key if isinstance(values, dict) else int(key)
+
+
+def _parse(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def config_hash(*configs: Any) -> str:

@@ -1,9 +1,11 @@
 """What is being trained, while it is: a scan as a live table on a terminal or plain lines, one run as lines."""
 
+import contextlib
 import math
 import signal
 import threading
 import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,36 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from scaling_jax.analysis.branches import branch_scan
 from scaling_jax.data import Corpus
+from scaling_jax.report.status import duration, part_done
 from scaling_jax.report.summary import tokens
-from scaling_jax.scanning import Experiment, relative_cost
+from scaling_jax.scanning import Experiment, relative_cost, scan
+from scaling_jax.scanning.search import finished
+from scaling_jax.trackers import Follower, Writer
 from scaling_jax.training import Interrupted, Progress, Run, train
 from scaling_jax.training.compilation import keep_compiled_programs
+from scaling_jax.training.stopping import stop_on_signals
+
+LOG_SECONDS = 60.0  # between lines where there is no terminal
 
 
 class ScanDisplay:
-    """A context manager whose `on_event` takes a scan's events."""
+    """A context manager whose `on_event` takes a scan's events.
 
-    def __init__(self, experiment: Experiment, console: Console):
+    Args:
+      done: groups, by number, that were done before.
+    """
+
+    def __init__(self, experiment: Experiment, console: Console, done: Collection[int] = ()):
         self._experiment = experiment
         self._console = console
         self._latest: dict[int, dict[str, Any]] = {}  # of running groups
         self._runs: dict[int, set[str]] = {}
         self._cost = {n: relative_cost(group) for n, group in enumerate(experiment.groups)}
-        self._done: set[int] = set()
-        self._started = time.monotonic()
+        self._done = set(done)
+        self._fraction_before = self._fraction()
+        self._started = self._printed = time.monotonic()
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "ScanDisplay":
@@ -43,41 +57,54 @@ class ScanDisplay:
 
     def on_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "stopping":
-            self._console.print("stopping: runs are being saved …")
+            self._print("stopping: runs are being saved …")
             return
         number = event["group"]
         if event["event"] == "progress":
             self._latest[number] = event
             self._runs.setdefault(number, set()).add(event["run_id"])
+            if time.monotonic() - self._printed > LOG_SECONDS:
+                self._log(f"running: {'; '.join(self._running())}")
         if event["event"] == "done":
             self._done.add(number)
             last = self._latest.pop(number, None)
-            if not self._console.is_terminal:
-                name = self._experiment.groups[number].name
-                rates = len(self._runs.get(number, ()))
-                loss = f", loss {last['test_loss']:.3f}" if last else ""
-                self._console.print(
-                    f"{self._clock()}  {len(self._done)} of {len(self._cost)} done: {name}, {rates} learning rates"
-                    f"{loss}, {self._time_left()} left",
-                    highlight=False,
-                )
+            name = self._experiment.groups[number].name
+            loss = f", loss {last['test_loss']:.3f}" if last else ""
+            self._log(f"done: {name}, {len(self._runs.get(number, ()))} learning rates{loss}")
+
+    def _log(self, what: str) -> None:
+        """A line for a log; a terminal shows the same live."""
+        if not self._console.is_terminal:
+            count = f"{len(self._done)} of {len(self._cost)} done"
+            self._print(f"{self._clock()}  {count}, about {self._time_left()} left  {what}")
+            self._printed = time.monotonic()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _running(self) -> list[str]:
+        return [
+            f"{self._experiment.groups[n].name} at step {event['step']:,}, loss {event['test_loss']:.3f}, "
+            f"{tokens(event['tokens_per_second'])} tokens/s"
+            for n, event in sorted(self._latest.items())
+        ]
 
     def _fraction(self) -> float:
-        """Of the expected cost; a running group counts by its runs, of which three are usual."""
+        """Of the expected cost."""
         spent = sum(self._cost[n] for n in self._done)
         for n, event in self._latest.items():
             within = event["step"] / event["last_step"] if len(self._runs[n]) > 1 else 0.5
-            spent += self._cost[n] * min(0.95, (len(self._runs[n]) - 1 + within) / 3)
+            spent += self._cost[n] * part_done(len(self._runs[n]) - 1 + within)
         return spent / sum(self._cost.values())
 
     def _time_left(self) -> str:
-        fraction = self._fraction()
-        if fraction < 0.02:
+        gained = self._fraction() - self._fraction_before
+        if gained < 0.02:
             return "…"
-        return _duration((time.monotonic() - self._started) * (1 - fraction) / fraction)
+        return duration((time.monotonic() - self._started) * (1 - self._fraction()) / gained)
 
     def _clock(self) -> str:
-        return _duration(time.monotonic() - self._started)
+        return duration(time.monotonic() - self._started)
 
     def _render(self) -> Group:
         table = Table(box=None, header_style="dim", pad_edge=False)
@@ -104,7 +131,33 @@ class ScanDisplay:
         return Group(head, bar, table)
 
 
-def train_on_console(run: Run, results: Path, corpus: Corpus) -> None:
+def scan_on_console(
+    experiment: Experiment, results: Path, writers: Iterable[Callable[[Path], Writer]] = (), **options: Any
+) -> None:
+    """A scan with what it does on the console, and in the dashboards that `writers` open (`trackers`).
+
+    Args:
+      options: see `scan`.
+
+    Raises:
+      UserError, KeyboardInterrupt: see `scan`.
+    """
+    console = Console()
+    console.print(f"{experiment.name}: results in {results}", highlight=False, markup=False, soft_wrap=True)
+    done = [n for n, group in enumerate(experiment.groups) if finished(experiment, group, results) is not None]
+    with contextlib.ExitStack() as stack:
+        followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
+        display = stack.enter_context(ScanDisplay(experiment, console, done))
+
+        def on_event(event: dict[str, Any]) -> None:
+            display.on_event(event)
+            for follower in followers:
+                follower.look()
+
+        scan(experiment, results, on_event=on_event, **options)
+
+
+def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[Callable[[Path], Writer]] = ()) -> None:
     """Trains a run with a line an evaluation; Ctrl-C and SIGTERM save it first.
 
     Raises:
@@ -124,14 +177,18 @@ def train_on_console(run: Run, results: Path, corpus: Corpus) -> None:
             highlight=False,
             soft_wrap=True,
         )
+        for follower in followers:
+            follower.look()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     keep_compiled_programs()
-    try:
-        result = train(run, results, corpus=corpus, should_stop=stopping.is_set, on_progress=report)
-    except Interrupted:
-        raise KeyboardInterrupt from None
+    with contextlib.ExitStack() as stack:
+        followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
+        try:
+            result = train(run, results, corpus=corpus, should_stop=stopping.is_set, on_progress=report)
+        except Interrupted:
+            raise KeyboardInterrupt from None
     loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
     console.print(
         f"{result.status} after {result.steps:,} steps, {tokens(result.tokens)} tokens: test loss {loss}; "
@@ -141,7 +198,36 @@ def train_on_console(run: Run, results: Path, corpus: Corpus) -> None:
     )
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def branch_on_console(
+    experiment: Experiment, results: Path, models: Sequence[str], batch_tokens: int, tolerance: float, **options: Any
+) -> None:
+    """Branches of a scan's runs with a line an evaluation of each; see `branch_scan`.
+
+    Raises:
+      UserError: see `branch_scan`.
+      KeyboardInterrupt: after a run that was stopped has been saved.
+    """
+    console = Console()
+
+    def report(p: Progress) -> None:
+        console.print(
+            f"{p.run_id}  step {p.step:,} of {p.last_step:,}  test loss {p.test_loss:.4f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    keep_compiled_programs()
+    with stop_on_signals() as should_stop:
+        try:
+            branch_scan(
+                experiment,
+                results,
+                models,
+                batch_tokens,
+                tolerance,
+                on_progress=report,
+                should_stop=should_stop,
+                **options,
+            )
+        except Interrupted:
+            raise KeyboardInterrupt from None

@@ -12,7 +12,8 @@ from rich.text import Text
 from scaling_jax.advice.choices import Choice, Hardware, choices, fastest, largest_within, powers_around
 from scaling_jax.advice.goal import Goal, goal
 from scaling_jax.advice.ramp import Reached, Stage, progress, ramp, reach
-from scaling_jax.analysis.table_fit import fit_table, short
+from scaling_jax.analysis.numbers import short
+from scaling_jax.analysis.table_fit import fit_table
 from scaling_jax.errors import UserError
 from scaling_jax.training.records import write_atomically
 

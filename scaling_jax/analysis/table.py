@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ NAMES = {
 OPTIONAL = {"run": ("seed", "run"), "steps_tried": ("steps_tried",), "params": ("params",)}
 IN_SEQUENCES = {"batch_sequences", "batch_seqs", "sequences", "batch_size", "batch_examples", "examples"}
 FEWEST_TOKENS = 64  # a scan whose batches are all smaller counts sequences
+LARGEST_GAP = 64  # between neighbouring batches; a wider one is a change of unit
 LARGEST_LOSS = 15.0  # nats per token; guessing among three million tokens costs as much
 
 
@@ -37,7 +39,7 @@ class Table(NamedTuple):
     @property
     def columns(self) -> dict[str, Any]:
         """Keyword arguments of `fitting.fit_scan` and its like."""
-        names = ("model", "batch_tokens", "target_loss", "steps", "run")
+        names = ("model", "batch_tokens", "target_loss", "steps", "run", "steps_tried")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -154,6 +156,14 @@ def _check_batches(table: Table) -> None:
                 f"{table.path} line {table.lines[largest]}, column batch_tokens: the largest batch of model {model} is "
                 f"{batches[-1]:g} tokens; if these are sequences, multiply by the tokens in one"
             )
+        for smaller, larger in itertools.pairwise(batches):
+            if larger >= LARGEST_GAP * smaller:
+                row = next(i for i in rows if table.batch_tokens[i] == smaller)
+                raise UserError(
+                    f"{table.path} line {table.lines[row]}, column batch_tokens: model {model} has batches of "
+                    f"{smaller:g} and next of {larger:g} tokens; if the smaller are sequences, multiply by the tokens "
+                    "in one"
+                )
         if len(batches) < 3:
             listed = ", ".join(f"{b:g}" for b in batches)
             raise UserError(

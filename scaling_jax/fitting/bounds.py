@@ -35,10 +35,10 @@ def fit_bounded(log_batch, log_steps, mask, bound, start=None, num_rounds=3, num
     """
     alone = fit_hyperbolas(log_batch, log_steps, mask, start, num_rounds, num_iterations)
     position, level, limit = alone.log_b_crit[..., None], alone.log_s_min[..., None], alone.limit
-    noise = _noise(alone.residuals, mask, limit)
+    noise = noise_of(alone.residuals, mask, limit, NUM_PARAMETERS)
     for _ in range(NUM_ITERATIONS):
         overhead, slope = log_overhead(position, log_batch)
-        pull, weights = _pull(log_steps - overhead - level, mask, bound, limit, noise)
+        pull, weights = pull_of(log_steps - overhead - level, mask, bound, limit, noise)
         total = weights.sum(-1, keepdims=True)
         centred = slope - (weights * slope).sum(-1, keepdims=True) / total
         step = (pull * centred).sum(-1, keepdims=True) / np.maximum(
@@ -47,10 +47,10 @@ def fit_bounded(log_batch, log_steps, mask, bound, start=None, num_rounds=3, num
         step = np.clip(step, -0.5, 0.5)
         level = level + np.clip((pull - weights * slope * step).sum(-1, keepdims=True) / total, -0.5, 0.5)
         position = position + step
-        noise = _noise(log_steps - log_overhead(position, log_batch)[0] - level, mask, limit)
+        noise = noise_of(log_steps - log_overhead(position, log_batch)[0] - level, mask, limit, NUM_PARAMETERS)
     overhead, slope = log_overhead(position, log_batch)
     residuals = log_steps - overhead - level
-    _, weights = _pull(residuals, mask, bound, np.inf, noise)
+    _, weights = pull_of(residuals, mask, bound, np.inf, noise)
     centred = slope - (weights * slope).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
     information = (weights * centred**2).sum(-1)
     fits = Hyperbolas(position[..., 0], level[..., 0], residuals * mask, information, limit, weights)
@@ -93,17 +93,20 @@ def _loss_at(log_b_crit, fit: BoundedHyperbolas, log_batch, log_steps, mask, bou
     limit, remainder = fit.hyperbolas.limit, log_steps - overhead
     level = (mask * remainder).sum(-1, keepdims=True) / mask.sum(-1, keepdims=True)
     for _ in range(NUM_ITERATIONS):
-        pull, weights = _pull(remainder - level, mask, bound, limit, fit.noise)
+        pull, weights = pull_of(remainder - level, mask, bound, limit, fit.noise)
         level = level + np.clip(pull.sum(-1, keepdims=True) / weights.sum(-1, keepdims=True), -2.0, 2.0)
-    residuals = remainder - level
+    return loss_of(remainder - level, mask, bound, limit, fit.noise).sum(-1)
+
+
+def loss_of(residuals, mask, bound, limit, noise) -> np.ndarray:
+    """Each point's loss: Huber's where steps were measured, -noise²·log probability where there is a bound."""
     size = np.abs(residuals)
     clipped = np.minimum(size, limit)
     measured = mask * clipped * (size - 0.5 * clipped)
-    above = bound * fit.noise**2 * special.log_ndtr(np.clip(-residuals / fit.noise, -1e6, None))
-    return (measured - above).sum(-1)
+    return measured - bound * noise**2 * special.log_ndtr(np.clip(-residuals / noise, -1e6, None))
 
 
-def _pull(residuals, mask, bound, limit, noise):
+def pull_of(residuals, mask, bound, limit, noise) -> tuple[np.ndarray, np.ndarray]:
     """Minus the slope of each point's loss in its fitted value, and the curvature that Newton's step takes."""
     z = np.clip(residuals / noise, -30.0, 1e6)
     hazard = np.exp(-0.5 * z**2 - 0.5 * np.log(2 * np.pi) - special.log_ndtr(-z))
@@ -113,9 +116,10 @@ def _pull(residuals, mask, bound, limit, noise):
     return weights * residuals + bound * noise * hazard * held_back, weights + bound * curvature * held_back
 
 
-def _noise(residuals, mask, limit):
+def noise_of(residuals, mask, limit, num_parameters: int, axis: int | tuple[int, ...] = -1) -> np.ndarray:
+    """Standard deviation of log steps along `axis`, which is kept, with outliers held back."""
+    count = mask.sum(axis, keepdims=True)
     pull = mask * np.clip(residuals, -limit, limit)
-    inside = (mask & (np.abs(residuals) <= limit)).sum(-1, keepdims=True) / mask.sum(-1, keepdims=True)
-    freedom = np.maximum(mask.sum(-1, keepdims=True) - NUM_PARAMETERS, 1)
-    variance = (pull**2).sum(-1, keepdims=True) / freedom / np.maximum(inside, 0.5)
+    inside = (mask & (np.abs(residuals) <= limit)).sum(axis, keepdims=True) / count
+    variance = (pull**2).sum(axis, keepdims=True) / np.maximum(count - num_parameters, 1) / np.maximum(inside, 0.5)
     return np.maximum(np.sqrt(variance), SMALLEST_NOISE)

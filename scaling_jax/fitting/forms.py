@@ -16,13 +16,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from scaling_jax.fitting.bounds import fit_rows
+from scaling_jax.fitting.bounds import fit_rows, loss_of
 from scaling_jax.fitting.joint import JointFits, fit_joint_rows
 from scaling_jax.fitting.joint_fit import reached_by, shows_both_sides
+from scaling_jax.fitting.loss_law import floors_below
 from scaling_jax.fitting.resampling import fit_chain
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 
-FLOORS = 48  # values of L_inf tried, from 0 to just below the lowest loss
+FLOORS = 48
 VARIABLES = {
     "loss": "loss in nats per token",
     "above floor": "loss in nats per token",
@@ -51,11 +52,21 @@ class FormFit:
         return self.constant * (np.asarray(variable, float) - self.floor) ** self.exponent
 
 
-def compare_forms(model, batch_tokens, target_loss, steps, *, run=None, num_params: Mapping[str, float] | None = None):
+def compare_forms(
+    model,
+    batch_tokens,
+    target_loss,
+    steps,
+    *,
+    run=None,
+    steps_tried=None,
+    num_params: Mapping[str, float] | None = None,
+) -> tuple[FormFit, ...]:
     """Fits every form that the scan can tell of, best held-out error first.
 
     Args:
-      model, batch_tokens, target_loss, steps, run: columns as of `fit_scan`; targets not reached don't enter.
+      model, batch_tokens, target_loss, steps, run, steps_tried: columns as of `fit_scan`. Bounds enter the fits; the
+        errors are those of measured steps.
       num_params: of each model, non-embedding; without two different ones there is no form of the size.
 
     Returns:
@@ -64,7 +75,7 @@ def compare_forms(model, batch_tokens, target_loss, steps, *, run=None, num_para
     Raises:
       ValueError: as `fit_scan` does; for a model without a number of parameters.
     """
-    table = reached_by(scan_table(model, batch_tokens, target_loss, steps, run), 4)
+    table = reached_by(scan_table(model, batch_tokens, target_loss, steps, run, steps_tried), 4)
     if not shows_both_sides(table, 0.95):
         return ()
     sizes = None if num_params is None else np.array([_size(num_params, name) for name in table.models])
@@ -80,7 +91,7 @@ def _size(num_params, name):
 
 def _assess(form: str, table: ScanTable, sizes) -> FormFit:
     x, floors, fits = _fit(form, table, sizes)
-    best = int(np.argmin(_loss(fits, table.mask)))
+    best = int(np.argmin(_loss(fits, table)))
     centre = _centre(x, best)
     residuals = fits.residuals[best]
     count = 3 if form == "above floor" else 2
@@ -101,16 +112,16 @@ def _assess(form: str, table: ScanTable, sizes) -> FormFit:
 
 def _fit(form: str, table: ScanTable, sizes, held_out=None) -> tuple[np.ndarray, np.ndarray, JointFits]:
     """x `[K, G]`, floors `[K]` and fits for every floor; one floor in forms that have none."""
-    seen = table if held_out is None else table._replace(mask=table.mask & ~held_out)
+    seen = table if held_out is None else _without(table, held_out)
     floors = np.zeros(1)
     if form == "size":
         x = np.log(sizes)[None]
     elif form == "data":
-        alone = fit_rows(seen.log_batch, seen.log_steps, seen.mask, np.zeros_like(seen.mask))
+        alone = fit_rows(seen.log_batch, seen.log_steps, seen.mask, seen.bound)
         x = (alone.log_b_crit + alone.log_s_min)[None]
     else:
         if form == "above floor":
-            floors = table.losses.min() * (1.0 - np.geomspace(1.0, 0.02, FLOORS))
+            floors = floors_below(table.losses, FLOORS)
         x = np.log(table.losses - floors[:, None])
     centred = x - x.mean(-1, keepdims=True)
     line = fit_chain(seen).line
@@ -126,10 +137,15 @@ def _centre(x, best):
     return x[best].mean()
 
 
-def _loss(fits: JointFits, mask):
-    size = np.abs(fits.residuals)
-    clipped = np.minimum(size, fits.limit.min())  # one scale, or floors could buy a smaller loss by a smaller limit
-    return (mask * clipped * (size - 0.5 * clipped)).sum((-2, -1))
+def _loss(fits: JointFits, table: ScanTable):
+    # One scale for all, or floors could buy a smaller loss by a smaller limit.
+    limit, noise = fits.limit.min(), fits.noise.min()
+    return loss_of(fits.residuals, table.mask, table.bound, limit, noise).sum((-2, -1))
+
+
+def _without(table: ScanTable, held_out) -> ScanTable:
+    """The table less the points where `held_out`, `[G, n]`, is True."""
+    return table._replace(mask=table.mask & ~held_out, bound=table.bound & ~held_out)
 
 
 def _predicted(x, fits: JointFits, best, table, log_s_min):
@@ -140,11 +156,11 @@ def _predicted(x, fits: JointFits, best, table, log_s_min):
 def _each_run_held_out(form, table, sizes) -> float:
     errors = []
     for r in np.unique(table.run_index[table.mask]):
-        held_out = table.mask & (table.run_index == r)
+        held_out = (table.mask | table.bound) & (table.run_index == r)
         x, _, fits = _fit(form, table, sizes, held_out)
-        best = int(np.argmin(_loss(fits, table.mask & ~held_out)))
+        best = int(np.argmin(_loss(fits, _without(table, held_out))))
         predicted = _predicted(x, fits, best, table, fits.log_s_min[best])
-        errors.append((table.log_steps - predicted)[held_out])
+        errors.append((table.log_steps - predicted)[held_out & table.mask])
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
 
 
@@ -158,12 +174,12 @@ def _low_losses_held_out(form, table, sizes) -> float:
     x_high, floors, fits = _fit(form, high, None if sizes is None else sizes[~low])
     # A floor above the losses to come predicts nothing there.
     usable = floors < distinct[0] * 0.999
-    loss = np.where(usable, _loss(fits, high.mask), np.inf)
+    loss = np.where(usable, _loss(fits, high), np.inf)
     best = int(np.argmin(loss))
     if form == "size":
         x = np.log(sizes)
     elif form == "data":
-        alone = fit_rows(table.log_batch, table.log_steps, table.mask, np.zeros_like(table.mask))
+        alone = fit_rows(table.log_batch, table.log_steps, table.mask, table.bound)
         x = alone.log_b_crit + alone.log_s_min
     else:
         x = np.log(table.losses - floors[best])
@@ -176,7 +192,7 @@ def _low_losses_held_out(form, table, sizes) -> float:
 
 def _independent_points(table: ScanTable) -> float:
     """How many independent numbers the points are worth, by residuals of trade-offs that no form has touched."""
-    fits = fit_rows(table.log_batch, table.log_steps, table.mask, np.zeros_like(table.mask))
+    fits = fit_rows(table.log_batch, table.log_steps, table.mask, table.bound)
     errors = np.zeros((table.run_index.max() + 1, table.target_index.max() + 1))
     g, i = np.nonzero(table.mask)
     errors[table.run_index[g, i], table.target_index[g]] = fits.residuals[g, i]

@@ -25,14 +25,14 @@ def joint_errors(
     forms = np.stack([influence[i].T @ influence[j] for i, j in ((0, 0), (1, 1), (0, 1))]) / np.maximum(freedom, 1.0)
 
     generator = np.random.default_rng(seed)
-    fitted = table.log_steps - fit.residuals
+    fitted = table.log_steps - fit.residuals * table.mask  # bounds stay what they are
     shifts, variances = [], []
     for first in range(0, resamples, CHUNK):
         count = min(CHUNK, resamples - first)
         drawn = generator.standard_normal((count, *errors.shape)) @ root.T
         log_steps = fitted + drawn[:, table.run_index, table.target_index[:, None]] * table.mask
         start = np.full(count, fit.level), np.full(count, fit.slope)
-        again = fit_joint_rows(table, x, log_steps, start, num_rounds=2, num_iterations=3)
+        again = fit_joint_rows(table, x, log_steps, start, num_rounds=2, num_iterations=3, bound_iterations=8)
         shifts.append(np.stack([again.level - fit.level, again.slope - fit.slope], axis=-1))
         variances.append(_variance(forms, _run_errors(table, again)))
     return LawErrors(
@@ -55,8 +55,8 @@ def _by_run(table: ScanTable, values: np.ndarray) -> np.ndarray:
 
 
 def _run_errors(table, fit):
-    inside = np.maximum((np.abs(fit.residuals) <= fit.limit).mean((-2, -1), keepdims=True), 0.5)
-    return _by_run(table, np.clip(fit.residuals, -fit.limit, fit.limit) / inside)
+    inside = (table.mask & (np.abs(fit.residuals) <= fit.limit)).sum((-2, -1), keepdims=True) / table.mask.sum()
+    return _by_run(table, np.clip(fit.residuals, -fit.limit, fit.limit) / np.maximum(inside, 0.5))
 
 
 def _degrees_of_freedom(table: ScanTable) -> np.ndarray:

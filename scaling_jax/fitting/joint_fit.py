@@ -11,33 +11,19 @@ import numpy as np
 
 from scaling_jax.fitting.joint import fit_joint_rows
 from scaling_jax.fitting.joint_errors import joint_errors
-from scaling_jax.fitting.loss_law import LossLaw
-from scaling_jax.fitting.resampling import LawErrors, fit_chain
+from scaling_jax.fitting.resampling import LawFit, fit_chain
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import fit_tradeoffs
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class JointFit:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class JointFit(LawFit):
     """One law, and S_min of each model and target loss under it."""
 
-    law: LossLaw | None  # None unless batches lie on both sides of B_crit at three losses or more
     models: tuple[str, ...]  # of each S_min
     losses: np.ndarray  # of each S_min, nats per token
-    s_min: np.ndarray  # steps
+    s_min: np.ndarray  # steps; NaN without a law
     residual_scale: float  # root mean square of log(steps measured/steps fitted)
-    confidence: float
-    errors: LawErrors | None = dataclasses.field(repr=False)
-
-    def band(self, loss) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper end of the law's interval at each loss, tokens.
-
-        Raises:
-          ValueError: if there is no law.
-        """
-        if self.errors is None:
-            raise ValueError("no band without a law")
-        return self.errors.band(loss, self.confidence)
 
 
 def fit_joint(
@@ -47,29 +33,33 @@ def fit_joint(
     steps,
     *,
     run=None,
+    steps_tried=None,
     confidence: float = 0.95,
     resamples: int = 4_000,
     seed: int = 0,
 ) -> JointFit:
-    """Fits the columns of `fit_scan` with one law; targets not reached don't enter.
+    """Fits the columns of `fit_scan` with one law; runs that ended above a target enter as bounds, too.
 
     Raises:
       ValueError: as `fit_scan` does.
     """
-    table = scan_table(model, batch_tokens, target_loss, steps, run)
-    table = reached_by(table, 3)
-    if not shows_both_sides(table, confidence):
-        return JointFit(None, table.models, table.losses, np.full(table.losses.shape, np.nan), np.nan, confidence, None)
-    line = fit_chain(table).line
-    x = np.log(table.losses) - line.centre
-    fit = fit_joint_rows(table, x, table.log_steps, (line.level, line.slope))
-    errors = joint_errors(table, x, float(line.centre), fit, resamples, seed)
+    table = reached_by(scan_table(model, batch_tokens, target_loss, steps, run, steps_tried), 3)
+    law = errors = None
+    s_min, residual_scale = np.full(table.losses.shape, np.nan), np.nan
+    if shows_both_sides(table, confidence):
+        line = fit_chain(table).line
+        x = np.log(table.losses) - line.centre
+        fit = fit_joint_rows(table, x, table.log_steps, (line.level, line.slope))
+        errors = joint_errors(table, x, float(line.centre), fit, resamples, seed)
+        law = errors.law(confidence, table.losses)
+        s_min = np.exp(fit.log_s_min)
+        residual_scale = float(np.sqrt(np.mean(fit.residuals[table.mask] ** 2)))
     return JointFit(
-        law=errors.law(confidence, table.losses),
+        law=law,
         models=table.models,
         losses=table.losses,
-        s_min=np.exp(fit.log_s_min),
-        residual_scale=float(np.sqrt(np.mean(fit.residuals[table.mask] ** 2))),
+        s_min=s_min,
+        residual_scale=residual_scale,
         confidence=confidence,
         errors=errors,
     )
@@ -85,5 +75,5 @@ def shows_both_sides(table: ScanTable, confidence: float) -> bool:
     """Whether batches lie on both sides of B_crit at three losses or more."""
     if not table.models:
         return False
-    fits = fit_tradeoffs(table.log_batch, table.log_steps, table.mask, confidence)
+    fits = fit_tradeoffs(table.log_batch, table.log_steps, table.mask, confidence, table.bound)
     return len({float(loss) for loss, fit in zip(table.losses, fits, strict=True) if not fit.one_sided}) >= 3

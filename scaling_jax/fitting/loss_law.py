@@ -1,6 +1,7 @@
 """The power law by which the critical batch size grows as the loss falls.
 
-Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.4: B_crit(L) = B_*/L^(1/alpha_B).
+Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.4: B_crit(L) = B_*/L^(1/alpha_B). With an irreducible loss, at which they
+expect it to diverge (section 5.1): B_*/(L - L_inf)^(1/alpha).
 """
 
 import dataclasses
@@ -12,11 +13,12 @@ from scipy import special
 from scaling_jax.fitting.robust import huber_limit, huber_weights
 
 NUM_PARAMETERS = 2
+NUM_FLOORS = 1_000
 
 
 @dataclasses.dataclass(frozen=True)
 class LossLaw:
-    """B_crit(L) = B_*·L^exponent with exponent = -1/alpha_B; L in nats per token, B_crit in tokens."""
+    """B_crit(L) = B_*·(L - floor)^exponent, exponent = -1/alpha_B; L and floor in nats per token, B_crit in tokens."""
 
     b_star: float
     exponent: float
@@ -24,6 +26,7 @@ class LossLaw:
     b_star_interval: tuple[float, float]
     loss_range: tuple[float, float]  # lowest and highest loss that entered: the law is untested elsewhere
     confidence: float
+    floor: float = 0.0  # L_inf
 
     @property
     def alpha_b(self) -> float:
@@ -32,7 +35,7 @@ class LossLaw:
 
     def __call__(self, loss):
         """Critical batch size in tokens at a loss in nats per token."""
-        return self.b_star * np.asarray(loss, float) ** self.exponent
+        return self.b_star * (np.asarray(loss, float) - self.floor) ** self.exponent
 
 
 class Lines(NamedTuple):
@@ -43,42 +46,61 @@ class Lines(NamedTuple):
     slope: np.ndarray
     level_error: np.ndarray  # standard errors, as if points were independent
     slope_error: np.ndarray
+    variance: np.ndarray  # of a point of weight one, the largest
+    misfit: np.ndarray  # Huber's loss, at the limit of the row that has the smallest
 
     @property
     def log_b_star(self) -> np.ndarray:
         return self.level - self.slope * self.centre
 
 
-def fit_loss_law(loss, b_crit, weights=None, *, confidence: float = 0.95) -> LossLaw:
-    """Fits B_crit(L) = B_*/L^(1/alpha_B) to points, robustly in log-log.
+def fit_loss_law(loss, b_crit, weights=None, *, floor: float | None = 0.0, confidence: float = 0.95) -> LossLaw:
+    """Fits B_crit(L) = B_*/(L - floor)^(1/alpha) to points, robustly in log-log.
 
     Args:
       loss: `[n]`, nats per token.
       b_crit: `[n]`, tokens.
       weights: `[n]`, inverse variances of log b_crit up to a factor; None takes all points as equally sure.
+      floor: L_inf in nats per token; None finds the best one between 0 and the lowest loss.
       confidence: of the intervals (Student t), which take the points as independent. Points of one scan share its
-        runs and aren't: `fit_scan` gives the interval that knows.
+        runs and aren't: `fit_scan` gives the interval that knows. Those of a law whose floor was found cover every
+        floor that the points don't reject.
 
     Raises:
-      ValueError: for values that aren't positive and finite, unequal lengths, or fewer than three distinct losses.
+      ValueError: for values that aren't positive and finite, unequal lengths, a floor that isn't below every loss, or
+        fewer distinct losses than three, four where the floor is to be found.
     """
     loss, b_crit = np.asarray(loss, float), np.asarray(b_crit, float)
     weights = np.ones(loss.shape) if weights is None else np.asarray(weights, float)
-    _check(loss, b_crit, weights)
-    lines = fit_lines(np.log(loss), np.log(b_crit), weights, np.ones(loss.shape, bool))
-    t = special.stdtrit(loss.size - NUM_PARAMETERS, 0.5 + confidence / 2)
-    log_b_star_error = np.hypot(lines.level_error, lines.slope_error * lines.centre)
+    _check(loss, b_crit, weights, floor)
+    floors = floors_below(loss, NUM_FLOORS) if floor is None else np.array([floor])
+    freedom = loss.size - NUM_PARAMETERS - (floor is None)
+    lines = fit_lines(np.log(loss - floors[:, None]), np.log(b_crit), weights, np.ones(loss.shape, bool))
+    best = int(np.argmin(lines.misfit))
+    # How much worse each floor is, as an F test counts it; what it leaves of t² is for the line at that floor.
+    worse = 2.0 * (lines.misfit - lines.misfit[best]) / np.maximum(lines.variance[best], 1e-24)
+    left = special.stdtrit(freedom, 0.5 + confidence / 2) ** 2 - worse
+    reach = np.sqrt(np.maximum(left, 0.0) * (loss.size - NUM_PARAMETERS) / freedom)
+
+    def interval(values, errors) -> tuple[float, float]:
+        ends = np.stack([values - reach * errors, values + reach * errors])[:, left >= 0]
+        return float(ends[0].min()), float(ends[1].max())
+
+    log_b_star = interval(lines.log_b_star, np.hypot(lines.level_error, lines.slope_error * lines.centre))
     return LossLaw(
-        b_star=float(np.exp(lines.log_b_star)),
-        exponent=float(lines.slope),
-        exponent_interval=(float(lines.slope - t * lines.slope_error), float(lines.slope + t * lines.slope_error)),
-        b_star_interval=(
-            float(np.exp(lines.log_b_star - t * log_b_star_error)),
-            float(np.exp(lines.log_b_star + t * log_b_star_error)),
-        ),
+        b_star=float(np.exp(lines.log_b_star[best])),
+        exponent=float(lines.slope[best]),
+        exponent_interval=interval(lines.slope, lines.slope_error),
+        b_star_interval=(float(np.exp(log_b_star[0])), float(np.exp(log_b_star[1]))),
         loss_range=(float(loss.min()), float(loss.max())),
         confidence=confidence,
+        floor=float(floors[best]),
     )
+
+
+def floors_below(loss: np.ndarray, count: int) -> np.ndarray:
+    """Values of L_inf to try, from 0 to just below the lowest loss."""
+    return loss.min() * (1.0 - np.geomspace(1.0, 0.02, count))
 
 
 def fit_lines(x, y, weights, mask, num_iterations=15) -> Lines:
@@ -99,12 +121,16 @@ def fit_lines(x, y, weights, mask, num_iterations=15) -> Lines:
     inside = _mean(1.0 * (np.abs(standardised) <= limit), 1.0 * mask)
     pull = np.clip(standardised, -limit, limit) * mask
     variance = (pull**2).sum(-1, keepdims=True) / freedom / inside**2
+    size = np.abs(standardised) * mask
+    held = np.minimum(size, limit.min())
     lines = (
         centre,
         level,
         slope,
         np.sqrt(variance / base.sum(-1, keepdims=True)),
         np.sqrt(variance / (base * (x - centre) ** 2).sum(-1, keepdims=True)),
+        variance,
+        (held * (size - 0.5 * held)).sum(-1, keepdims=True),
     )
     return Lines(*(values[..., 0] for values in lines))
 
@@ -113,7 +139,7 @@ def _mean(values, weights):
     return (weights * values).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
 
 
-def _check(loss, b_crit, weights):
+def _check(loss, b_crit, weights, floor):
     if loss.ndim != 1 or not loss.shape == b_crit.shape == weights.shape:
         raise ValueError(
             f"loss {loss.shape}, b_crit {b_crit.shape} and weights {weights.shape} should be lists of one length"
@@ -122,5 +148,8 @@ def _check(loss, b_crit, weights):
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if bad.size:
             raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]:g}; should be positive and finite")
-    if np.unique(loss).size < 3:
-        raise ValueError(f"{np.unique(loss).size} distinct losses can't show a power law: give at least 3")
+    fewest = 4 if floor is None else 3
+    if np.unique(loss).size < fewest:
+        raise ValueError(f"{np.unique(loss).size} distinct losses can't show a power law: give at least {fewest}")
+    if floor is not None and not 0 <= floor < loss.min():
+        raise ValueError(f"floor is {floor:g}; should be at least 0 and below the lowest loss, {loss.min():g}")

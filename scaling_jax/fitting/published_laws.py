@@ -3,6 +3,9 @@
 B_crit (twice the fewest steps, twice the fewest tokens), CBS20 (20 % more tokens than linear scaling) and B_opt (the
 batch with the lowest loss, or the fewest tokens, at a fixed budget) are different quantities: compare a law only with
 its own kind.
+
+Merrill et al. 2025 (arXiv 2505.23971) has no entry: they measure B_crit along two runs, near 0 at first and about 4,096
+documents of 4,096 tokens in the end, and print no formula.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ class PublishedLaw:
     corpus: str
     tokenizer: str
     source: str
+    checked: str  # which numbers of the authors it was held against (tests/fitting), and what could not be sourced
     variable_unit: float = 1.0
 
     def __call__(self, variable):
@@ -74,6 +78,7 @@ _KAPLAN = PublishedLaw(
     corpus="WebText2",
     tokenizer="GPT-2 byte-pair encoding, 50,257 tokens",
     source="Kaplan et al. 2020, arXiv 2001.08361, figure 10",
+    checked="the caption's doubling for 13 % less loss, and B ∝ C^0.24 of section 6.1; range: the figure's axis",
 )
 
 _BERGSMA = PublishedLaw(
@@ -84,9 +89,10 @@ _BERGSMA = PublishedLaw(
     constant=None,
     exponent=0.383,
     valid_range=None,
-    corpus="SlimPajama",
-    tokenizer=_UNKNOWN,
+    corpus="SlimPajama; models of 111M to 3.3B parameters, sequences of 2,048 tokens",
+    tokenizer="50,257 tokens",
     source="Bergsma et al. 2025, arXiv 2505.13738, figure 1",
+    checked="the exponents, as others quote them; constants and range are in a figure that we couldn't read",
 )
 
 published = {
@@ -100,6 +106,7 @@ published = {
             constant=2e8,
             exponent=-1 / 0.21,
             source="Kaplan et al. 2020, arXiv 2001.08361, eq. 1.4 and 5.3",
+            checked="both constants, in the paper's text; alpha_C = 0.054 of eq. 6.4, which follows; figure 10's law",
         ),
         PublishedLaw(
             key="minicpm2024",
@@ -112,6 +119,8 @@ published = {
             corpus="C4; models of 9M, 30M and 170M parameters",
             tokenizer="MiniCPM byte-pair encoding, 122,753 tokens",
             source="Hu et al. 2024, arXiv 2404.06395, section 3.2",
+            checked="the formula, in the paper's text, and the batch of 3.93e6 tokens of section 6.2; the range of "
+            "losses is in a figure only",
         ),
         PublishedLaw(
             key="deepseek2024",
@@ -124,6 +133,7 @@ published = {
             corpus="DeepSeek's own, Chinese and English",
             tokenizer="DeepSeek byte-level byte-pair encoding, 102,400 tokens",
             source="DeepSeek-AI 2024, arXiv 2401.02954, eq. 1",
+            checked="the batches of their 7B and 67B models (table 2), at C by their own formula",
         ),
         PublishedLaw(
             key="porian2024",
@@ -136,6 +146,8 @@ published = {
             corpus="RefinedWeb",
             tokenizer=_UNKNOWN,
             source="Porian et al. 2024, arXiv 2406.19146; constant in tokens as quoted by Li et al. 2025, table 1",
+            checked="0.00037·N^0.703 sequences of 2,048 tokens, as others quote it; range: the authors' list of "
+            "models, of which their batch sweep may have used the smaller ones only",
         ),
         PublishedLaw(
             key="steplaw2025",
@@ -144,10 +156,12 @@ published = {
             variable="training data D in tokens",
             constant=0.58,
             exponent=0.571,
-            valid_range=None,
-            corpus="English, Chinese-English and code mixtures; models of 60M to 1B parameters, up to 1e11 tokens",
+            valid_range=(2e9, 1e11),  # section 3.4.1: 2, 4, 8, 20 and 100 billion tokens
+            corpus="English, Chinese-English and code mixtures; models of 60M to 1B non-embedding parameters",
             tokenizer=_UNKNOWN,
-            source="Li et al. 2025, arXiv 2503.04715, eq. 1",
+            source="Li et al. 2025, arXiv 2503.04715, eq. 1 and table 2",
+            checked="the mean of the authors' 1,000 bootstrap fits, and the best batch of their released runs at 2e10 "
+            "tokens; the tokenizer isn't named where we could read",
         ),
         PublishedLaw(
             key="zhang2024",
@@ -160,6 +174,8 @@ published = {
             corpus="C4",
             tokenizer=_UNKNOWN,
             source="Zhang et al. 2024, arXiv 2410.21676",
+            checked="CBS20 of the five models whose steps the authors published; the paper's own table of it we "
+            "couldn't read, nor the tokenizer's name",
             variable_unit=1e6,
         ),
         _BERGSMA,

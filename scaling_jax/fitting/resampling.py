@@ -11,6 +11,7 @@ In 500 planted scans of 7 batches and 2 sizes (tests/fitting/test_scan_fit.py) t
 and 95 to 96 % for the law's band at the ends of its range, for each of four kinds of noise.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,25 @@ class LawErrors(NamedTuple):
         x = np.log(np.asarray(loss, float)) - self.centre
         _, low, high = self.interval((np.ones_like(x), x), confidence)
         return np.exp(low), np.exp(high)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LawFit:
+    """The law that a scan shows, and how sure it is; what the two-stage and the joint fit have in common."""
+
+    law: LossLaw | None  # None unless batches lie on both sides of B_crit at three losses or more
+    confidence: float
+    errors: LawErrors | None = dataclasses.field(repr=False)
+
+    def band(self, loss) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper end of the law's interval at each loss, tokens.
+
+        Raises:
+          ValueError: if there is no law.
+        """
+        if self.errors is None:
+            raise ValueError("no band without a law: batches lie on both sides of B_crit at fewer than three losses")
+        return self.errors.band(loss, self.confidence)
 
 
 def fit_chain(table: ScanTable, log_steps=None, start=None, num_rounds=3, num_iterations=6) -> Chain:

@@ -8,8 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from scaling_jax.fitting.loss_law import LossLaw
-from scaling_jax.fitting.resampling import LawErrors, law_errors
+from scaling_jax.fitting.resampling import LawFit, law_errors
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoffs
 
@@ -26,25 +25,12 @@ class CriticalBatch:
     in_law: bool  # False: the data bound B_crit on one side at most, so that the law can't use it
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScanFit:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ScanFit(LawFit):
     """Trade-offs of every model and target loss, and the one law through them."""
 
     points: tuple[CriticalBatch, ...]  # by model in order of appearance, then by falling loss
-    law: LossLaw | None  # None unless batches lie on both sides of B_crit at three losses or more
     notes: tuple[str, ...]  # what was left out, and why
-    confidence: float
-    errors: LawErrors | None = dataclasses.field(repr=False)
-
-    def band(self, loss) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper end of the law's interval at each loss, tokens.
-
-        Raises:
-          ValueError: if there is no law.
-        """
-        if self.errors is None:
-            raise ValueError(f"no band without a law: {self.notes[-1]}")
-        return self.errors.band(loss, self.confidence)
 
 
 def fit_scan(
@@ -110,14 +96,14 @@ def fit_scan(
 
     # An interval at 95 % looks bounded by luck now and then, at many losses at once as they share runs.
     both_sides = {point.loss for point in points if point.in_law and not point.tradeoff.one_sided}
+    law = errors = None
     if len(both_sides) < 3:
         notes.append(f"no law: batches lie on both sides of B_crit at {len(both_sides)} losses, and a law takes 3")
-        return ScanFit(tuple(points), None, tuple(notes), confidence, None)
-
-    used = table.select(identified)
-    errors = law_errors(used, resamples, seed)
-    law = errors.law(confidence, used.losses)
-    return ScanFit(tuple(points), law, tuple(notes), confidence, errors)
+    else:
+        used = table.select(identified)
+        errors = law_errors(used, resamples, seed)
+        law = errors.law(confidence, used.losses)
+    return ScanFit(points=tuple(points), law=law, notes=tuple(notes), confidence=confidence, errors=errors)
 
 
 def _place(table: ScanTable, g) -> str:

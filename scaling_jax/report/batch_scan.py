@@ -1,63 +1,56 @@
 """Figure 2: the batch size scan, tokens against steps along every run, coloured by loss."""
 
-from pathlib import Path
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.axes import Axes
 
 from scaling_jax.analysis import Analysis
-from scaling_jax.analysis.measurements import tried_runs
-from scaling_jax.report.style import new_figure
-from scaling_jax.scanning.search import best_of, evaluations
+from scaling_jax.fitting import Tradeoff
+from scaling_jax.report.chart import Chart
+from scaling_jax.report.runs import GroupRuns
+from scaling_jax.report.style import COLOURS, count_axis, loss_bar, new_figure, plain
+from scaling_jax.report.summary import tokens
 
 
-def batch_scan_figure(analysis: Analysis, workdir: Path) -> Figure:
+def batch_scan_chart(analysis: Analysis, runs: list[GroupRuns], models: list[str]) -> Chart:
     """A panel a model, x = steps, y = tokens, both log.
 
     Constant-loss fits are (S/S_min − 1)(E/E_min − 1) = 1 (McCandlish et al. 2018, eq. 2.11).
     """
-    subjects = analysis.experiment.subjects
-    figure, (axes,) = new_figure(len(subjects), width=4.8 * len(subjects) + 1.2, height=4.6, sharey=True)
-    targets = [loss for s in subjects for loss in s.target_losses]
-    colours = plt.get_cmap("viridis")
-    norm = Normalize(min(targets), max(targets))
-    for axis, subject in zip(axes, subjects, strict=True):
-        for group in (g for g in analysis.experiment.groups if g.subject == subject):
-            run = best_of(tried_runs(analysis.experiment, group, workdir)).run
-            steps, losses = (np.array(x) for x in evaluations(workdir / "runs" / run.run_id))
-            shown = losses <= max(subject.target_losses) * 1.1
-            steps, losses = steps[shown], losses[shown]
-            tokens = steps * group.batch_tokens
-            axis.plot(steps, tokens, "--", color="0.8", lw=0.8, zorder=1)
-            axis.scatter(steps, tokens, c=losses, cmap=colours, norm=norm, s=11, zorder=2, linewidths=0)
-        for point in (p for p in analysis.fit.points if p.model == subject.model.name and p.in_law):
-            _draw_tradeoff(axis, point, colours(norm(point.loss)))
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel("steps")
-        axis.set_title(f"{subject.model.name}, {subject.model.num_params:,} parameters", loc="left")
-    axes[0].set_ylabel("tokens processed")
-    axes[0].legend(
-        handles=[
-            Line2D(
-                [], [], ls="--", color="0.8", marker="o", mfc="0.4", mec="none", ms=3.5, label="a run, one batch size"
-            ),
-            Line2D([], [], color="0.3", lw=1, label="fit at constant loss"),
-        ],
-        loc="upper left",
-        fontsize=8.5,
+    subjects = [s for s in analysis.experiment.subjects if s.model.name in models]
+    figure, axes = new_figure(len(subjects), height=4.6)
+    chart = Chart(
+        "batch_size_scan",
+        "Tokens processed against optimizer steps along the best run of every batch size, coloured by test loss.",
+        figure,
     )
-    bar = figure.colorbar(plt.cm.ScalarMappable(norm, colours), ax=axes, pad=0.02)
-    bar.set_label("test loss, nats per token")
-    bar.outline.set_visible(False)
-    return figure
+    norm = loss_bar(figure, axes, [loss for s in analysis.experiment.subjects for loss in s.target_losses])
+    for axis, subject in zip(axes, subjects, strict=True):
+        for run in (r for r in runs if r.group.subject == subject):
+            shown = run.losses <= max(subject.target_losses) * 1.1
+            steps, losses = run.steps[shown], run.losses[shown]
+            processed = steps * run.batch_tokens
+            axis.plot(steps, processed, "--", color="0.8", lw=0.8, zorder=1)
+            axis.scatter(steps, processed, c=losses, cmap=COLOURS, norm=norm, s=11, zorder=2, linewidths=0)
+            texts = [
+                f"{subject.model.name}, batch of {run.batch_tokens:,} tokens\n"
+                f"step {step:,.0f}, {tokens(e)} tokens: loss {loss:.3f}"
+                for step, e, loss in zip(steps, processed, losses, strict=True)
+            ]
+            chart.mark(axis, steps, processed, texts)
+        for point in (p for p in analysis.fit.points if p.model == subject.model.name and p.in_law):
+            _draw_tradeoff(axis, point.tradeoff, COLOURS(norm(point.loss)))
+        count_axis(axis.xaxis)
+        axis.set_xlabel("optimizer steps")
+        axis.set_title(plain(f"{subject.model.name}, {subject.model.num_params:,} parameters"), loc="left")
+    count_axis(axes[0].yaxis)
+    axes[0].set_ylabel("tokens processed")
+    axes[0].plot([], [], "--o", color="0.8", mfc="0.4", mec="none", ms=3.5, label="a run, one batch size")
+    axes[0].plot([], [], color="0.3", lw=1, label="fit at constant loss")
+    axes[0].legend(loc="upper left", fontsize=8.5)
+    return chart
 
 
-def _draw_tradeoff(axis, point, colour) -> None:
-    fit = point.tradeoff
-    batch = np.geomspace(min(fit.batch_tokens) / 1.5, max(fit.batch_tokens) * 1.5, 60)
-    steps = fit.s_min * (1 + fit.b_crit / batch)
+def _draw_tradeoff(axis: Axes, fit: Tradeoff, colour) -> None:
+    batch = np.geomspace(min(fit.batch_tokens) / 1.5, max(fit.batch_tokens) * 1.5, 40)
+    steps = fit.steps_at(batch)
     axis.plot(steps, steps * batch, color=colour, lw=1, zorder=3)

@@ -3,78 +3,109 @@
 import math
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from scaling_jax.analysis import Analysis
-from scaling_jax.report.style import LAW_COLOUR, MODEL_COLOURS, NOISE_COLOUR, loss_axis, new_figure
+from scaling_jax.fitting import CriticalBatch
+from scaling_jax.report.chart import Chart
+from scaling_jax.report.style import LAW_COLOUR, MODEL_COLOURS, NOISE_COLOUR, count_axis, loss_axis, new_figure
+from scaling_jax.report.summary import tokens
 
 
-def critical_batch_figure(analysis: Analysis) -> Figure:
+def critical_batch_chart(analysis: Analysis) -> Chart:
     """Log-log; x = test loss falling to the right, y = tokens."""
-    figure, ((axis,),) = new_figure(width=7.5, height=5.2)
+    figure, (axis,) = new_figure(width=6.4, height=4.8)
+    chart = Chart(
+        "critical_batch_size",
+        "Critical batch size against test loss, for each model, with the fitted law and every noise scale measured.",
+        figure,
+    )
     fitted = [p for p in analysis.fit.points if p.in_law]
-    losses = [p.loss for p in fitted] or [p.loss for p in analysis.fit.points] or [2.0, 3.0]
-    low, high = min(losses), max(losses)
-    low, high = low * (low / high) ** 0.06, high * (high / low) ** 0.06
+    low, high = loss_axis(axis, [p.loss for p in fitted] or [p.loss for p in analysis.fit.points])
+    noise = [n for n in analysis.noise if low <= n.loss <= high]
 
-    _draw_noise(axis, analysis, low, high)
-    law = analysis.fit.law
-    x = np.geomspace(low, high, 100)
-    if law is not None:
-        below, above = analysis.fit.band(x)
-        axis.fill_between(x, below, above, color=LAW_COLOUR, alpha=0.12, linewidth=0)
-        formula = f"$B_{{crit}}$ = {_power_of_ten(law.b_star)} tokens · $L^{{{law.exponent:.1f}}}$"
-        span = "[{:.1f}, {:.1f}]".format(*law.exponent_interval)
-        axis.plot(x, law(x), "--", color=LAW_COLOUR, label=f"{formula}\nexponent's 95 % interval {span}")
+    draw_noise(chart, axis, noise)
+    draw_law(chart, axis, analysis, low, high)
     for k, model in enumerate(dict.fromkeys(p.model for p in fitted)):
-        colour = MODEL_COLOURS[k % len(MODEL_COLOURS)]
         points = [p for p in fitted if p.model == model]
-        b_crit = np.array([p.tradeoff.b_crit for p in points])
-        ends = np.array([p.tradeoff.b_crit_interval for p in points]).T
-        error = np.abs(np.nan_to_num(ends, posinf=1e12) - b_crit)
-        params = _num_params(analysis, model)
-        axis.errorbar([p.loss for p in points], b_crit, error, color=colour, elinewidth=0.8, alpha=0.55, fmt="none")
-        axis.plot([p.loss for p in points], b_crit, "o-", color=colour, ms=5, label=f"{model}, N = {params}")
+        label = f"{model}, N = {_num_params(analysis, model)}"
+        draw_critical_batches(chart, axis, points, MODEL_COLOURS[k % len(MODEL_COLOURS)], label)
 
-    axis.set_yscale("log")
-    loss_axis(axis, low, high)
-    values = [p.tradeoff.b_crit for p in fitted] + [
-        n.b_simple for n in analysis.noise if n.resolved and low <= n.loss <= high
-    ]
+    values = [p.tradeoff.b_crit for p in fitted] + [n.b_simple for n in noise if n.resolved]
     if values:
-        axis.set_ylim(np.percentile(values, 1) / 3, np.percentile(values, 99) * 3)
-    axis.set_xlabel("test loss, nats per token")
+        axis.set_ylim(np.percentile(values, 1) / 6, np.percentile(values, 99) * 3)
+    count_axis(axis.yaxis)
     axis.set_ylabel("critical batch size, tokens")
     axis.set_title("Critical batch size vs. performance", loc="left")
     axis.legend(loc="lower right", fontsize=8.5)
-    return figure
+    return chart
 
 
-def _draw_noise(axis, analysis: Analysis, low, high) -> None:
-    inside = [n for n in analysis.noise if low <= n.loss <= high]
-    resolved = [n for n in inside if n.resolved]
-    bounds = [n for n in inside if not n.resolved and n.low > 0]
-    axis.plot(
-        [n.loss for n in resolved],
-        [n.b_simple for n in resolved],
-        "o",
-        color=NOISE_COLOUR,
-        ms=3.5,
-        alpha=0.6,
-        mec="none",
-        label="noise scale tr(Σ)/|G|², measured in the training step",
+def draw_critical_batches(chart: Chart, axis: Axes, points: list[CriticalBatch], colour, label: str, marker="o"):
+    """A scan's B_crit at each loss with its interval."""
+    loss = [p.loss for p in points]
+    b_crit = np.array([p.tradeoff.b_crit for p in points])
+    intervals = np.array([p.tradeoff.b_crit_interval for p in points])
+    axis.errorbar(loss, b_crit, reach(b_crit, intervals), color=colour, elinewidth=0.8, alpha=0.55, fmt="none")
+    axis.plot(loss, b_crit, f"{marker}-", color=colour, ms=5, label=label)
+    chart.mark(
+        axis,
+        loss,
+        b_crit,
+        [f"{p.model}, loss {p.loss:.3f}\nB_crit {_with_interval(p)} tokens" for p in points],
     )
+
+
+def draw_law(chart: Chart, axis: Axes, analysis: Analysis, low: float, high: float) -> None:
+    law = analysis.fit.law
+    if law is None:
+        return
+    x = np.geomspace(low, high, 60)
+    below, above = analysis.fit.band(x)
+    axis.fill_between(x, below, above, color=LAW_COLOUR, alpha=0.12, linewidth=0)
+    formula = f"$B_{{crit}}$ = {_power_of_ten(law.b_star)} tokens · $L^{{{law.exponent:.1f}}}$"
+    span = "[{:.1f}, {:.1f}]".format(*law.exponent_interval)
+    axis.plot(x, law(x), "--", color=LAW_COLOUR, label=f"{formula}\nexponent's 95 % interval {span}")
+    texts = [
+        f"the law at loss {loss:.3f}\n{tokens(value)} [{tokens(a)}, {tokens(b)}] tokens"
+        for loss, value, a, b in zip(x, law(x), below, above, strict=True)
+    ]
+    chart.mark(axis, x[::4], law(x)[::4], texts[::4])
+
+
+def draw_noise(chart: Chart, axis: Axes, noise: list, *, intervals: bool = False) -> None:
+    """Noise scales; those that are only bounded from below as open triangles at their bound."""
+    resolved, bounds = [n for n in noise if n.resolved], [n for n in noise if not n.resolved and n.low > 0]
+    loss, value = [n.loss for n in resolved], np.array([n.b_simple for n in resolved])
+    if intervals:
+        ends = np.array([(n.low, n.high) for n in resolved]).reshape(-1, 2)
+        axis.errorbar(loss, value, reach(value, ends), color=NOISE_COLOUR, elinewidth=0.7, alpha=0.3, fmt="none")
+    label = "noise scale tr(Σ)/|G|², measured in the training step"
+    axis.plot(loss, value, "o", color=NOISE_COLOUR, ms=3.5, alpha=0.6, mec="none", label=label)
+    texts = [
+        _noise_text(n) + f"\nnoise scale {tokens(n.b_simple)} [{tokens(n.low)}, {tokens(n.high)}]" for n in resolved
+    ]
+    chart.mark(axis, loss, value, texts)
     if bounds:
-        axis.plot(
-            [n.loss for n in bounds],
-            [n.low for n in bounds],
-            "^",
-            color="none",
-            ms=4,
-            alpha=0.6,
-            mec=NOISE_COLOUR,
-            label="noise scale unresolved: at least",
-        )
+        loss, value = [n.loss for n in bounds], np.array([n.low for n in bounds])
+        label = "noise scale unresolved: at least"
+        axis.plot(loss, value, "^", color="none", ms=4, alpha=0.6, mec=NOISE_COLOUR, label=label)
+        texts = [_noise_text(n) + f"\nnoise scale unresolved: at least {tokens(n.low)}" for n in bounds]
+        chart.mark(axis, loss, value, texts)
+
+
+def reach(values: np.ndarray, intervals: np.ndarray) -> np.ndarray:
+    """[2, values]: how far whiskers reach below and above; an infinite end lies far outside of the axes."""
+    return np.abs(np.nan_to_num(intervals, posinf=1e15).T.reshape(2, -1) - values)
+
+
+def _with_interval(point: CriticalBatch) -> str:
+    low, high = point.tradeoff.b_crit_interval
+    return f"{tokens(point.tradeoff.b_crit)} [{tokens(low)}, {tokens(high)}]"
+
+
+def _noise_text(n) -> str:
+    return f"{n.model}, batch of {n.batch_tokens:,} tokens, loss {n.loss:.3f}"
 
 
 def _num_params(analysis: Analysis, model: str) -> str:

@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling_jax.analysis import Analysis
+from scaling_jax.analysis.numbers import short as tokens
+from scaling_jax.analysis.table_fit import law_lines
 
 
 def summary(analysis: Analysis, figures: list[str], folder: Path) -> Rows:
@@ -34,28 +36,10 @@ def summary(analysis: Analysis, figures: list[str], folder: Path) -> Rows:
     )
 
 
-def tokens(value: float) -> str:
-    """Three significant digits, with k and M."""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "unresolved"
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
 def _sentences(analysis: Analysis) -> list[str]:
-    law, lines = analysis.fit.law, []
-    if law is None:
-        lines.append("No law: " + analysis.notes[0])
-    else:
-        low, high = law.exponent_interval
-        lines.append(
-            f"B_crit = {law.b_star:.3g} tokens · L^{law.exponent:.2f}, exponent's 95 % interval "
-            f"[{low:.2f}, {high:.2f}], for losses {law.loss_range[1]:.2f} to {law.loss_range[0]:.2f} (nats per token)"
-        )
-        if math.isfinite(analysis.noise_ratio):
-            lines.append(f"noise scale / B_crit, median over that range: {analysis.noise_ratio:.2f}")
+    lines = law_lines(analysis.fit, analysis.joint, analysis.forms)
+    if math.isfinite(analysis.noise_ratio):
+        lines.append(f"noise scale / B_crit, median over that range: {analysis.noise_ratio:.2f}")
     return lines + [f"note: {note}" for note in analysis.notes]
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -34,11 +35,13 @@ def run_groups(
     on_event: Callable[[Event], None],
     cores: Sequence[int | None],
     lock: int | None = None,
+    platform: str | None = "cpu",
 ) -> None:
     """Trains the groups, first come first served, with a worker on each of `cores`.
 
     Args:
       lock: a file descriptor that workers keep open as long as they may write.
+      platform: JAX's; None leaves it to JAX, which prefers accelerators.
 
     Raises:
       UserError: what a worker refused, or that it died and where its log is.
@@ -46,7 +49,7 @@ def run_groups(
     """
     waiting = list(groups)
     events: queue.Queue[tuple[_Worker, Event | None]] = queue.Queue()
-    workers = [_Worker(workdir, core, events, lock) for core in cores[: len(waiting)]]
+    workers = [_Worker(workdir, core, events, lock, platform) for core in cores[: len(waiting)]]
     try:
         for worker in workers:
             worker.give(waiting.pop(0))
@@ -76,8 +79,8 @@ def run_groups(
 
 
 class _Worker:
-    def __init__(self, workdir: Path, core: int | None, events: queue.Queue, lock: int | None):
-        self.log = workdir / "logs" / f"worker-{os.getpid()}-{core}.log"
+    def __init__(self, workdir: Path, core: int | None, events: queue.Queue, lock: int | None, platform: str | None):
+        self.log = workdir / "logs" / f"worker-{socket.gethostname()}-{os.getpid()}-{core}.log"
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -86,7 +89,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=_environment(),
+                env=_environment(platform),
                 pass_fds=() if lock is None else (lock,),
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which then dismisses the workers
             )
@@ -114,13 +117,13 @@ class _Worker:
         events.put((self, None))
 
 
-def _environment() -> dict[str, str]:
-    """One thread, one device, this package: whatever the parent's flags are, results are the same."""
+def _environment(platform: str | None) -> dict[str, str]:
+    """On CPUs one thread, one device; this package: whatever the parent's flags are, results are the same."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
     package_root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
+    chosen = os.environ if platform is None else os.environ | {"JAX_PLATFORMS": platform}
+    return chosen | {
         "XLA_FLAGS": f"{flags} --xla_cpu_multi_thread_eigen=false".strip(),
         "PYTHONPATH": path,
     }

@@ -4,14 +4,16 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 
 from scaling_jax.config import from_dict, to_dict
 from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
+from scaling_jax.scanning.executors import ENGINES, parse_options
 from scaling_jax.scanning.experiment import Experiment, Group, Subject
 from scaling_jax.scanning.groups import can_run_together, run_alike, run_group
 from scaling_jax.scanning.plan import MOST_WORKERS
@@ -25,7 +27,14 @@ from scaling_jax.training.stopping import stop_on_signals
 _LOCK_SECONDS = 60
 
 
-def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Event], None] = lambda _: None) -> Path:
+def scan(
+    experiment: Experiment,
+    workdir: str | Path,
+    *,
+    on_event: Callable[[Event], None] = lambda _: None,
+    executor: Literal["local", "ray", "slurm"] = "local",
+    executor_options: Sequence[str] = (),
+) -> Path:
     """Trains every run of an experiment that `workdir` doesn't hold yet; returns `workdir`.
 
     On CPUs a worker process a core shares the groups. On accelerators this process drives all devices: with many runs
@@ -34,12 +43,16 @@ def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Eve
 
     Args:
       on_event: called with {"event": "progress" | "done", "group": number, …} and {"event": "stopping"} as they come.
+      executor: who runs the groups: this machine, or an engine whose machines share `workdir`; see `executors`.
+      executor_options: the engine's own, as "key=value".
 
     Raises:
       UserError: if the folder holds another experiment or is in use, or a run is refused.
       KeyboardInterrupt: once all that was trained is saved; the same call continues it.
     """
     workdir = Path(workdir)
+    if executor == "local" and executor_options:
+        raise UserError(f"executor options {' '.join(executor_options)} are for --executor ray or slurm")
     with _locked(workdir) as lock:
         _claim(workdir, experiment)
         missing = [n for n, group in enumerate(experiment.groups) if finished(experiment, group, workdir) is None]
@@ -48,7 +61,9 @@ def scan(experiment: Experiment, workdir: str | Path, *, on_event: Callable[[Eve
         for context in {subject.model.context for subject in experiment.subjects}:
             prepare(experiment.text, context, experiment.tokenizer)  # once, before workers ask for it together
         missing.sort(key=lambda n: -relative_cost(experiment.groups[n]))  # the longest first keeps all cores busy
-        if jax.default_backend() == "cpu":
+        if executor != "local":
+            ENGINES[executor](workdir, missing, on_event, parse_options(executor_options))
+        elif jax.default_backend() == "cpu":
             run_groups(workdir, missing, on_event, available_cores()[:MOST_WORKERS], lock)
         else:
             _run_here(experiment, workdir, missing, on_event)
@@ -97,7 +112,12 @@ def _claim(workdir: Path, experiment: Experiment) -> None:
     path = workdir / "experiment.json"
     if not path.exists():
         write_json(path, to_dict(experiment))
-    elif from_dict(Experiment, json.loads(path.read_text())) != experiment:
+        return
+    try:
+        same = from_dict(Experiment, json.loads(path.read_text())) == experiment
+    except (ValueError, UserError):  # of another version
+        same = False
+    if not same:
         raise UserError(f"{workdir} holds another experiment (see {path}): choose another folder with --results")
 
 

@@ -6,10 +6,13 @@ input, because whoever started it stops or died, means: save and leave.
 
 import json
 import queue
+import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from scaling_jax.config import from_dict
 from scaling_jax.errors import UserError
@@ -30,6 +33,7 @@ def main(workdir: Path) -> None:
         jobs.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # as SLURM and preempted machines send it
     keep_compiled_programs()
     experiment = from_dict(Experiment, json.loads((workdir / "experiment.json").read_text()))
     while (number := jobs.get()) is not None:
@@ -39,7 +43,7 @@ def main(workdir: Path) -> None:
             send("progress", number, **progress._asdict())
 
         try:
-            run_group(experiment, group, workdir, stopping.is_set, report)
+            run_group(experiment, group, workdir, stopping.is_set, report, jax.local_device_count())
         except Interrupted:
             break
         except UserError as error:

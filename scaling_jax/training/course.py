@@ -37,7 +37,9 @@ class Call(NamedTuple):
 
 def position(run: Run, lines: Sequence[dict]) -> Position:
     step, tokens = (lines[-1]["step"], lines[-1]["tokens"]) if lines else (0, 0)
-    return Position(step, tokens, run.at(next_stage(run.batch_tokens, run.ramp, run.live_ramp, lines)))
+    return Position(
+        step, tokens, run.at(next_stage(run.batch_tokens, run.ramp, run.live_ramp, lines, run.steps_of_warmup))
+    )
 
 
 def next_call(run: Run, here: Position) -> Call:

@@ -1,7 +1,6 @@
 """One run, from its first step or its newest checkpoint to its result."""
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ from scaling_jax.training.attempt import Attempt, Interrupted, finished_result
 from scaling_jax.training.course import next_call, span
 from scaling_jax.training.evaluation import evaluator, held_out_rows
 from scaling_jax.training.journal import Progress
-from scaling_jax.training.program import Program, TrainState, l1_bounds, noise_scale_so_far, program_for
+from scaling_jax.training.live_metrics import measure
+from scaling_jax.training.program import Program, TrainState, noise_scale_so_far, program_for
 from scaling_jax.training.records import RunResult, Status, jsonable
 from scaling_jax.training.run import Run
 
@@ -112,11 +112,10 @@ def _test_loss(evaluate, state: TrainState, held_out) -> float:
 
 
 def _live_measurement(run: Run, state: TrainState, rows, step: int) -> dict[str, Any]:
-    """‖σ‖₁, ‖G‖₁ at least and at most, so that their noise scale counts in tokens; on sequences of its own."""
+    """What a live ramp's metric takes, at the steps where it looks; on sequences of its own."""
     live = run.live_ramp
-    if live is None or live.metric != "l1" or step % live.every_steps:
+    if live is None or live.metric == "simple" or step % live.every_steps:
         return {}
-    count = live.l1_sequences
+    count = live.sequences
     index = example_order(run.seed + 1_000_003, step // live.every_steps * count, count, len(rows))
-    noise, low, high = l1_bounds(run.model, state, rows[index])
-    return {"l1": [jsonable(x) for x in (noise * math.sqrt(run.model.context), low, high)]}
+    return {"live": [jsonable(x) for x in measure(run.model, live.metric, state, rows[index])]}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 
 from scaling_jax.models import ModelConfig, Transformer, next_token_loss
-from scaling_jax.noise_scale import TrackerState, geometries, tracker, value_and_grad
+from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
 from scaling_jax.parallel import AXIS, Backend, spmd
 from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
 from scaling_jax.training.run import Run, split_batch
@@ -106,12 +107,6 @@ def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Pr
     )
 
 
-def l1_bounds(model: ModelConfig, state: TrainState, tokens_BxT1) -> list[float]:
-    """‖σ‖₁ and both bounds on ‖G‖₁ (`noise_scale.geometries.l1`) on sequences that aren't trained on; in sequences."""
-    measured = _compile_l1(model)(state.params, tokens_BxT1)
-    return [float(x) for x in measured]
-
-
 def noise_scale_so_far(noise: TrackerState) -> float:
     """The smoothed noise scale in examples; NaN where |G|² isn't positive."""
     grad_sq_norm, trace_cov = map(float, _TRACKER.read(noise))
@@ -140,18 +135,14 @@ def _init(model: ModelConfig, optimizer: OptimizerConfig, averaged: bool):
     return jax.jit(init)
 
 
-@functools.cache
-def _compile_l1(model: ModelConfig):
-    return jax.jit(geometries.l1(batch_loss(model), num_microbatches=8))
-
-
-def one_step(program: Program, axis_name: str | None):
+def one_step(program: Program, axis_name: str | None, differentiate: Callable = value_and_grad):
     """`(state, tokens [B, T + 1], learning_rate, warmup_steps) -> (state, metrics)`: one optimizer step of one device.
 
-    Gradients are averaged over `axis_name`; the noise scale's moments ride on that.
+    Gradients are averaged over `axis_name`; the noise scale's moments ride on that. `differentiate` may stand in for
+    `noise_scale.value_and_grad`.
     """
     optimizer = make_optimizer(program.optimizer)
-    loss_and_grad = value_and_grad(
+    loss_and_grad = differentiate(
         batch_loss(program.model), num_microbatches=program.num_microbatches, axis_name=axis_name
     )
 
@@ -174,9 +165,9 @@ def _averaged(average: Average | None, params, decay: float | None) -> Average |
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, Average(params, jnp.float32(1)))
 
 
-@functools.cache
-def _compile(program: Program, own_rows: bool):
-    step = one_step(program, AXIS)
+def many_steps(program: Program, differentiate: Callable = value_and_grad):
+    """`(state, rows, order, settings) -> (state, metrics)`: what one device does in a call of `Program.steps`."""
+    step = one_step(program, AXIS, differentiate)
 
     def steps(state: TrainState, rows_RxT1, order_CxB, settings):
         num_steps, learning_rate, warmup_steps = settings
@@ -190,8 +181,13 @@ def _compile(program: Program, own_rows: bool):
         # A traced trip count: calls of any number of steps share one program.
         return jax.lax.fori_loop(0, num_steps, body, (state, empty))
 
+    return steps
+
+
+@functools.cache
+def _compile(program: Program, own_rows: bool):
     return spmd(
-        steps,
+        many_steps(program),
         split=(False, own_rows, True, False),
         num_devices=program.num_devices,
         backend=program.backend,

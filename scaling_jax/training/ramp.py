@@ -17,7 +17,10 @@ from scaling_jax.config import from_dict
 from scaling_jax.errors import UserError
 from scaling_jax.noise_scale import Moments, estimate, geometries, unbiased
 
+Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
+_BOUNDS_IN_A_NORM = ("l1", "spectral")  # measured as `NormBounds`, the others as `Moments`
 _NORMS = ("small_sq_norm", "big_sq_norm")
+_FEWEST_LOOKS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +36,25 @@ class Stage:
 class LiveRamp:
     """The batch doubles once the noise scale is sure to exceed `threshold` times the doubled batch.
 
-    Sure means the lower end of the noise scale's 95 % interval over the later half of the steps since the last change:
-    noise alone triggers nothing, and no further hysteresis is needed. The batch never shrinks.
+    Sure means the lower end of the noise scale's 95 % interval over the later half of what was measured since the last
+    change: noise alone triggers nothing, and no further hysteresis is needed. The batch never shrinks. `simple`, tr(Σ)
+    over |G|², comes with every training step; the other metrics (`live_metrics`) are measured at each look, and three
+    looks are the fewest. In ℓ1 and the spectral norm sure means the lower of the two bounds.
     """
 
     threshold: float
     max_batch_tokens: int
     every_steps: int = 25  # between looks at the noise scale, the first after warm-up
-    metric: Literal["simple", "l1"] = "simple"
-    l1_sequences: int = 128  # that an ℓ1 measurement takes, in eight parts; they are not trained on
+    metric: Metric = "simple"
+    sequences: int = 128  # that a measurement takes, besides those that are trained on
 
     def __post_init__(self):
         if not self.threshold > 0 or self.every_steps < 1:
             raise UserError(
                 f"a live ramp's threshold = {self.threshold} and every_steps = {self.every_steps} are positive"
             )
+        if self.sequences < 16 or self.sequences % 16:
+            raise UserError(f"a live ramp's sequences = {self.sequences} make two halves of eight parts: 16, 32, 48 …")
 
 
 def read_stages(path: Path) -> tuple[Stage, ...]:
@@ -91,42 +98,43 @@ def next_boundary(stages: Sequence[Stage], tokens: int) -> int | None:
     return min((s.tokens for s in stages if s.tokens > tokens), default=None)
 
 
-def next_stage(batch_tokens: int, stages: Sequence[Stage], live: LiveRamp | None, lines: Sequence[dict]) -> Stage:
+def next_stage(
+    batch_tokens: int, stages: Sequence[Stage], live: LiveRamp | None, lines: Sequence[dict], warmup_steps: int = 0
+) -> Stage:
     """The stage that a run's next step is in: a pure function of its metrics so far, so that resuming repeats it.
 
     Args:
       batch_tokens: the run's first.
-      lines: of `metrics.jsonl`.
+      lines: of `metrics.jsonl`; those of measured metrics hold what `live_metrics.measure` returned, as "live".
+      warmup_steps: during which a live ramp doesn't look.
     """
     tokens = lines[-1]["tokens"] if lines else 0
     if live is None:
         return stage_at(batch_tokens, stages, tokens)
     batch = lines[-1]["batch_tokens"] if lines else batch_tokens
-    if lines and lines[-1]["step"] % live.every_steps == 0 and _should_double(live, batch, lines):
+    looks = bool(lines) and lines[-1]["step"] % live.every_steps == 0 and lines[-1]["step"] > warmup_steps
+    if looks and 2 * batch <= live.max_batch_tokens and _at_least(live.metric, lines) > live.threshold * 2 * batch:
         batch *= 2
     return Stage(tokens, batch, math.sqrt(batch / batch_tokens))
 
 
-def recent_moments(lines: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Unbiased |G|² and tr(Σ) of the later half of the steps at the last batch size, so that they follow the loss.
-
-    Batches count in tokens, and so does tr(Σ).
-    """
+def _at_least(metric: Metric, lines: Sequence[dict]) -> float:
+    """What the noise scale is sure to exceed, in tokens, by what was measured at the last batch size."""
     since = [line for line in lines if line["batch_tokens"] == lines[-1]["batch_tokens"]]
-    small, big = (np.concatenate([np.array(line[name], float) for line in since]) for name in _NORMS)
+    if metric == "simple":
+        return estimate(*_of_training_steps(since)).low
+    measured = [line["live"] for line in since if "live" in line]
+    measured = measured[len(measured) // 2 :]
+    if len(measured) < _FEWEST_LOOKS:
+        return 0.0
+    columns = np.array(measured, float).T
+    if metric in _BOUNDS_IN_A_NORM:
+        return geometries.bounds(geometries.NormBounds(*columns))[0]
+    return estimate(*unbiased(Moments(*columns))).low
+
+
+def _of_training_steps(lines: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Unbiased |G|² and tr(Σ), in tokens, of the later half of the steps, so that they follow the loss."""
+    small, big = (np.concatenate([np.array(line[name], float) for line in lines]) for name in _NORMS)
     later = slice(len(small) // 2, None)
-    return unbiased(Moments(small[later], big[later], since[-1]["small_batch_tokens"], since[-1]["batch_tokens"]))
-
-
-def _should_double(live: LiveRamp, batch_tokens: int, lines: Sequence[dict]) -> bool:
-    if 2 * batch_tokens > live.max_batch_tokens:
-        return False
-    if live.metric == "l1":
-        measured = [line["l1"] for line in lines if line["batch_tokens"] == batch_tokens and "l1" in line]
-        measured = measured[len(measured) // 2 :]
-        if len(measured) < 3:
-            return False
-        noise_scale_at_least, _ = geometries.bounds(geometries.NormBounds(*np.array(measured, float).T))
-    else:
-        noise_scale_at_least = estimate(*recent_moments(lines)).low
-    return noise_scale_at_least > live.threshold * 2 * batch_tokens
+    return unbiased(Moments(small[later], big[later], lines[-1]["small_batch_tokens"], lines[-1]["batch_tokens"]))

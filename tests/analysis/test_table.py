@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.analysis.table import read_table
-from scaling_jax.analysis.table_fit import fit_table, print_fit, write_fit
+from scaling_jax.analysis.table_fit import fit_table, write_fit
 from scaling_jax.errors import UserError
 from tests.fitting.planted import Planted
 
@@ -99,6 +99,10 @@ def test_a_target_that_nobody_reached_is_named_and_left_out(tmp_path):
         (changed(3, "m,256,20.1,10"), "line 3, column target_loss is 20.1, .*perplexity"),
         (ROWS[:4], "line 2, column batch_tokens: model m has 2 distinct batch sizes .256, 1024.; a trade-off takes 3"),
         ([f"m,{b},3.0,{900 // b}" for b in (8, 16, 32)], "line 4, column batch_tokens: .* 32 tokens; if .*sequences"),
+        (
+            [f"m,{b},3.0,{9000 // b}" for b in (8, 16, 1024, 4096)],
+            "line 3, column batch_tokens: .* 16 and next of 1024",
+        ),
         ([f"m,{b},3.0," for b in (256, 512, 1024)], "line 2, column steps: model m reached none of its targets"),
         ([], "has no rows"),
     ],
@@ -137,16 +141,3 @@ def test_files_that_are_no_table_are_refused(tmp_path):
     (tmp_path / "image.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="can't read"):
         read_table(tmp_path / "image.csv")
-
-
-def test_one_sided_points_are_printed_without_numbers(tmp_path):
-    import io
-
-    from rich.console import Console
-
-    found = fit_table(planted(tmp_path / "a.csv", b_crit_middle=1e8))
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(print_fit(found, tmp_path / "fit.json"))
-    text = console.export_text()
-    assert text.count("one-sided") == 28
-    assert "No law" in text

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, special
 
-from scaling_jax.fitting import fit_scan, fit_tradeoff
+from scaling_jax.fitting import compare_forms, fit_joint, fit_scan, fit_tradeoff
 from scaling_jax.fitting.bounds import deviance_with_bounds, fit_bounded
 from scaling_jax.fitting.tradeoff import fit_tradeoffs
 from tests.fitting.planted import Planted
@@ -104,6 +104,54 @@ def test_a_scan_counts_its_bounds_and_keeps_its_law():
     unknown = fit_scan(**(columns | {"steps_tried": None}), resamples=300)
     assert all(point.bounds == 0 for point in unknown.points)
     assert unknown.law.exponent != fit.law.exponent
+
+
+def test_the_joint_fit_with_bounds_is_the_most_likely_one_at_its_noise():
+    """Against a general optimiser of Tobit's likelihood over all 2 + 5 parameters, without outliers to hold back."""
+    columns = Planted(num_models=1, num_losses=5, noise=0.0).columns(np.random.default_rng(0))
+    signs = np.tile([0.02, -0.02], 18)[:35]
+    batch, loss = columns["batch_tokens"], columns["target_loss"]
+    missed = ((batch == 256) & (loss < 2.5)) | ((batch == 512) & (loss < 2.1))
+    tried = np.where(missed, 1.02 * columns["steps"], columns["steps"] * np.exp(signs))  # 2 % above the truth
+    columns |= {"steps": np.where(missed, np.nan, tried), "steps_tried": np.where(missed, tried, np.nan)}
+    losses = np.unique(columns["target_loss"])
+    row = np.searchsorted(losses, columns["target_loss"])
+    fit = fit_joint(**columns, resamples=20)
+    joint = np.log([*fit.s_min[np.argsort(fit.losses)]])
+
+    def residuals(p):
+        log_b_crit = p[0] + p[1] * np.log(columns["target_loss"])
+        return np.log(tried) - p[2:][row] - np.logaddexp(0, log_b_crit - np.log(columns["batch_tokens"]))
+
+    found = np.concatenate([[np.log(fit.law.b_star), fit.law.exponent], joint])
+    noise = np.sqrt(np.sum(residuals(found)[~missed] ** 2) / ((~missed).sum() - 7))
+
+    def unlikely(p):
+        r = residuals(p) / noise
+        return np.sum(np.where(missed, -special.log_ndtr(-r), 0.5 * r**2))
+
+    best = optimize.minimize(unlikely, found, method="BFGS", options={"gtol": 1e-9})
+    assert missed.sum() >= 4
+    np.testing.assert_allclose(found, best.x, atol=2e-3)
+    assert unlikely(found) - best.fun < 1e-4
+    alone = fit_joint(**(columns | {"steps_tried": None}), resamples=20).law
+    assert abs(alone.exponent - fit.law.exponent) > 0.01  # so that ignoring the bounds would be seen
+
+
+def test_bounds_enter_every_form_and_those_that_say_nothing_change_none():
+    columns = capped_columns(0)
+    bounded, unknown = (
+        {form.form: form for form in compare_forms(**(columns | {"steps_tried": tried}))}
+        for tried in (columns["steps_tried"], None)
+    )
+    idle = {
+        form.form: form
+        for form in compare_forms(**(columns | {"steps_tried": np.where(np.isnan(columns["steps"]), 1.0, np.nan)}))
+    }
+    for name, form in unknown.items():
+        assert abs(bounded[name].exponent / form.exponent - 1) > 5e-4
+        np.testing.assert_allclose(idle[name].exponent, form.exponent, rtol=3e-4)
+        np.testing.assert_allclose(idle[name].held_out_error, form.held_out_error, rtol=1e-3)
 
 
 def test_the_laws_interval_covers_the_truth_with_bounds():

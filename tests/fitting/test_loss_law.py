@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from scaling_jax.fitting import fit_loss_law
+from scaling_jax.fitting import fit_data_law, fit_loss_law, fit_size_law
 
 LOSSES = np.geomspace(2.8, 1.7, 14)
 
@@ -52,6 +52,45 @@ def test_intervals_cover_the_truth_for_independent_points():
             ]
         )
     assert (abs(np.mean(covered, axis=0) - 0.95) < 0.03).all()
+
+
+def test_an_irreducible_loss_is_found_or_taken_as_given():
+    b_crit = 700 * (LOSSES - 1.4) ** -1.5
+    for law in (fit_loss_law(LOSSES, b_crit, floor=None), fit_loss_law(LOSSES, b_crit, floor=1.4)):
+        np.testing.assert_allclose(law.floor, 1.4, atol=2e-3)
+        np.testing.assert_allclose([law.exponent, law.alpha_b], [-1.5, 1 / 1.5], rtol=5e-3)
+        np.testing.assert_allclose(law(2.0), 700 * 0.6**-1.5, rtol=1e-3)
+    assert fit_loss_law(LOSSES, 1e5 * LOSSES**-4.8, floor=None).floor == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.05])
+def test_intervals_with_an_irreducible_loss_to_find_cover_every_floor_that_fits(noise):
+    """Those at the best floor alone would be a tenth as wide."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(300):
+        b_crit = 700 * (LOSSES - 1.4) ** -1.5 * np.exp(noise * rng.standard_normal(14))
+        low, high = fit_loss_law(LOSSES, b_crit, floor=None).exponent_interval
+        covered.append(low <= -1.5 <= high)
+    assert abs(np.mean(covered) - 0.95) < 0.04
+
+
+@pytest.mark.parametrize(("fit", "variable"), [(fit_data_law, "D_min in tokens"), (fit_size_law, "N in parameters")])
+def test_laws_of_data_and_of_size_are_power_laws(fit, variable):
+    values = np.geomspace(1e8, 1e10, 5)
+    law = fit(values, 3.0 * values**0.46)
+    np.testing.assert_allclose([law.constant, law.exponent, law(1e9)], [3.0, 0.46, 3.0 * 1e9**0.46], rtol=1e-6)
+    assert law.variable == variable
+    assert law.valid_range == pytest.approx((1e8, 1e10))
+    with pytest.raises(ValueError, match=rf"{variable.split()[0]}\[1\] is -1"):
+        fit([1e8, -1, 1e10], [1, 2, 3])
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.7, float("nan")])
+def test_a_floor_that_is_not_below_every_loss_is_refused(floor):
+    with pytest.raises(ValueError, match=r"should be at least 0 and below the lowest loss, 1\.7"):
+        fit_loss_law(LOSSES, LOSSES, floor=floor)
+    with pytest.raises(ValueError, match="give at least 4"):
+        fit_loss_law(LOSSES[:3], LOSSES[:3], floor=None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,3 @@
+from scaling_jax.cli.main import main
+
+main()

@@ -1,0 +1,40 @@
+"""The command line's entry."""
+
+import sys
+
+import scaling_jax.cli.data
+import scaling_jax.cli.results
+import scaling_jax.cli.running  # noqa: F401  each registers its commands
+from scaling_jax.cli.app import app
+from scaling_jax.errors import UserError
+
+DESCRIPTION = """Measure, fit and plan the critical batch size of language-model training.
+
+Examples:
+
+  scaling-jax demo                          two small models on this machine, a chart and a report
+
+  scaling-jax scan mine.py --dry-run        what an experiment would take
+
+  scaling-jax fit mine.csv                  critical batch sizes and their law from a table of your own
+
+  scaling-jax advise results/demo --target-loss 2.0
+
+Exit codes: 0 done; 1 what `compile` was asked for doesn't fit; 2 it could not be done and one line says why; 130
+interrupted, the same command continues. With --debug an error shows where it came from.
+"""
+
+
+def main() -> None:
+    """Runs the command that the arguments name; see `DESCRIPTION` for exit codes."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app.cli(args=arguments, prog="scaling-jax", description=DESCRIPTION)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"scaling-jax: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues where it was", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,264 @@
+"""A scan's groups on several machines: Ray or SLURM queues, places and restarts them; the results folder is shared.
+
+A group is one task of the engine. It continues what the folder holds of it, so an engine may start it again any time.
+An engine that takes a machine for dead may start a group while the old process still writes: a group is therefore
+trained under a lock in the folder, which the training process itself holds and the file system frees when it ends.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaling_jax.data import cache_folder
+from scaling_jax.errors import UserError
+from scaling_jax.scanning.pool import Event, run_groups
+
+_LOCK_SECONDS = 300  # a process whose group was given to another machine has saved and left long before
+_STOP_SECONDS = 60
+_POLL_SECONDS = 1.0
+_MINUTES_PER_JOB = 240  # a SLURM job's time limit; it is queued again where it was
+
+Ended = Iterable[tuple[int, str | None]]  # group, why it was refused
+
+
+def run_groups_on_ray(
+    workdir: Path, groups: Iterable[int], on_event: Callable[[Event], None], options: dict[str, Any] | None = None
+) -> None:
+    """Trains the groups as tasks of the Ray cluster that `RAY_ADDRESS` or this machine belongs to, else of a local one.
+
+    Args:
+      options: of `ray.remote`, such as num_gpus; one CPU and restarts without end unless given.
+
+    Raises:
+      UserError: if Ray is missing or doesn't know an option, or what a group refused.
+      KeyboardInterrupt: after the groups were told to save and a minute at most.
+    """
+    ray = _engine("ray", extra="ray")
+    try:  # a task that fails by itself isn't retried; one whose machine or process dies is
+        remote = ray.remote(**({"num_cpus": 1, "max_retries": -1} | (options or {})))(train_group)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"Ray takes no such task: {' '.join(str(error).split())}") from None
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(log_to_driver=False)
+    try:
+        tasks = {remote.remote(workdir.resolve(), cache_folder().resolve(), n): n for n in groups}
+
+        def ended() -> Ended:
+            for task in ray.wait(list(tasks), timeout=_POLL_SECONDS)[0]:
+                yield tasks.pop(task), ray.get(task)
+
+        def cancel() -> None:
+            for force in (False, True):
+                for task in tasks:
+                    ray.cancel(task, force=force)
+                if not tasks or not ray.wait(list(tasks), num_returns=len(tasks), timeout=_STOP_SECONDS)[1]:
+                    return
+
+        _watch(workdir, list(tasks.values()), on_event, ended, cancel)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def run_groups_on_slurm(
+    workdir: Path,
+    groups: Iterable[int],
+    on_event: Callable[[Event], None],
+    options: dict[str, Any] | None = None,
+    cluster: str = "slurm",
+) -> None:
+    """Trains the groups as a SLURM job array, through submitit; the jobs' logs are in `workdir/logs/slurm`.
+
+    Args:
+      options: of submitit's `update_parameters`, such as slurm_partition, gpus_per_node or timeout_min.
+      cluster: "local" runs the jobs on this machine.
+
+    Raises:
+      UserError: if submitit or SLURM is missing, SLURM takes no such job, or what a group refused.
+      KeyboardInterrupt: after the jobs were cancelled; SLURM lets them save for KillWait, 30 seconds where not changed.
+    """
+    submitit = _engine("submitit", extra="slurm")
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("no sbatch on this machine: start the scan where jobs of the SLURM cluster are submitted")
+    numbers = list(groups)
+    folder = workdir.resolve() / "logs" / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=1_000)
+    defaults = {
+        "name": "scaling-jax",
+        "timeout_min": _MINUTES_PER_JOB,
+        "cpus_per_task": 1,
+        "slurm_additional_parameters": {"requeue": True},  # when its machine dies
+    }
+    try:
+        executor.update_parameters(**(defaults | (options or {})))
+        submitted = executor.map_array(GroupJob(workdir.resolve(), cache_folder().resolve()), numbers)
+    except (NameError, submitit.core.utils.FailedJobError) as error:
+        raise UserError(f"SLURM took no job: {' '.join(str(error).split())}") from None
+    jobs = dict(zip(numbers, submitted, strict=True))
+
+    def ended() -> Ended:
+        time.sleep(_POLL_SECONDS)
+        for number in [n for n, job in jobs.items() if job.done()]:
+            job = jobs.pop(number)
+            try:
+                yield number, job.result()
+            except submitit.core.utils.UncompletedJobError:
+                yield number, f"SLURM job {job.job_id} ended without a result; its log: {job.paths.stderr}"
+
+    def cancel() -> None:
+        for job in jobs.values():
+            job.cancel()
+
+    _watch(workdir, numbers, on_event, ended, cancel)
+
+
+ENGINES = {"ray": run_groups_on_ray, "slurm": run_groups_on_slurm}
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs for an engine; numbers become numbers.
+
+    Raises:
+      UserError: for what isn't a pair.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise UserError(f"executor option {pair!r} is not of the form key=value, such as num_gpus=1")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def train_group(workdir: Path, cache: Path, number: int) -> str | None:
+    """Trains one group on the machine it is called on; returns why that was refused, if it was.
+
+    Args:
+      cache: folder for packed text; every machine uses the same path.
+    """
+    os.environ["SCALING_JAX_CACHE"] = str(cache)
+
+    def report(event: Event) -> None:
+        if event["event"] == "progress":
+            with _event_log(workdir, number).open("a") as file:  # closed each time: other machines see it at once
+                file.write(json.dumps(event) + "\n")
+
+    try:
+        with locked_group(workdir, number) as lock:
+            run_groups(workdir, [number], report, [None], lock, platform=None)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+class GroupJob:
+    """`train_group` as submitit wants it: `checkpoint` is asked what to queue again, here the same."""
+
+    def __init__(self, workdir: Path, cache: Path):
+        self._folders = workdir, cache
+
+    def __call__(self, number: int) -> str | None:
+        return train_group(*self._folders, number)
+
+    def checkpoint(self, number: int) -> Any:
+        return _engine("submitit", extra="slurm").helpers.DelayedSubmission(self, number)
+
+
+@contextlib.contextmanager
+def locked_group(workdir: Path, number: int, seconds: float = _LOCK_SECONDS) -> Iterator[int]:
+    """Waits until nobody else trains the group; yields a descriptor that whoever trains it keeps open.
+
+    Raises:
+      UserError: after `seconds`, naming who holds it; or if the file system has no locks.
+    """
+    import fcntl  # not on Windows, where scans that use no engine work
+
+    path = workdir / "logs" / f"group-{number}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    with path.open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise UserError(
+                        f"group {number} is being trained by {file.read()}: wait for it, or end it"
+                    ) from None
+                time.sleep(min(1.0, seconds / 10))
+            except OSError as error:
+                raise UserError(f"can't lock {path} ({error.strerror}): use a file system with locks") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        yield file.fileno()
+
+
+def _watch(
+    workdir: Path,
+    groups: Sequence[int],
+    on_event: Callable[[Event], None],
+    ended: Callable[[], Ended],
+    cancel: Callable[[], None],
+) -> None:
+    """Passes on what the groups' machines write to the folder, until the engine has ended them all."""
+    logs = {n: _Tail(_event_log(workdir, n)) for n in groups}
+    try:
+        while logs:
+            for number, refusal in list(ended()):
+                if refusal is not None:
+                    raise UserError(refusal)
+                for event in logs.pop(number).new():
+                    on_event(event)
+                on_event({"event": "done", "group": number})
+            for log in logs.values():
+                for event in log.new():
+                    on_event(event)
+    except KeyboardInterrupt:
+        on_event({"event": "stopping"})
+        raise
+    finally:
+        cancel()
+
+
+class _Tail:
+    """Lines that a file of JSON lines has gained."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._seen = path.stat().st_size if path.exists() else 0
+
+    def new(self) -> list[Event]:
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._seen)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._seen += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def _event_log(workdir: Path, number: int) -> Path:
+    return workdir / "logs" / f"group-{number}.jsonl"
+
+
+def _engine(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"this executor needs {module}: pip install 'scaling-jax[{extra}]'") from None

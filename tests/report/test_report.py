@@ -1,0 +1,198 @@
+import dataclasses
+import html.parser
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from scaling_jax.errors import UserError
+from scaling_jax.report import write_report
+from scaling_jax.report.branches import read_branches
+from scaling_jax.report.chart import draw
+from scaling_jax.report.page import charts, page, table
+from scaling_jax.report.provenance import command, without_home
+from scaling_jax.report.sections import sections
+from scaling_jax.report.tradeoffs import tradeoffs_chart
+from scaling_jax.scanning.demo import DEMO, QUICK
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+CHARTS = 2 + 6 * 2  # two of all models, six of each of two models
+HOSTILE = '"/><script>alert(1)</script>&$x$'
+
+
+class Document(html.parser.HTMLParser):
+    """Refuses what isn't well nested; keeps attributes, the text of each tag, and rows of tables."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.said: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, *attr) for attr in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, *attr) for attr in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data):
+        self.said.append((self.open[-1] if self.open else "", data))
+
+    def text(self, tag):
+        return [data for within, data in self.said if within == tag]
+
+
+@pytest.fixture(scope="module")
+def results(made_up, tmp_path_factory):
+    """A finished scan with branches of one run."""
+    workdir = tmp_path_factory.mktemp("report") / "scan"
+    shutil.copytree(made_up[1], workdir)
+    (workdir / "branches.csv").write_text(
+        "model,batch_tokens,seed,tokens,loss,b_crit,low,high\n"
+        "1x16,1024,0,5e5,2.7,700,500,900\n1x32,1024,0,1e6,2.4,1300,900,inf\n"
+    )
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def document(analysis, results):
+    text = write_report(analysis, results).read_text(encoding="utf-8")
+    assert len(text) < 5e6
+    return Document(text)
+
+
+def test_nothing_is_loaded_from_anywhere(document):
+    for tag, name, value in document.attributes:
+        if name in ("src", "href", "xlink:href", "action", "data"):
+            assert value.startswith(("#", "data:")), (tag, name, value)
+        assert "://" not in (value or ""), (tag, name, value)
+    assert not [data for data in document.text("style") if "url(" in data.replace("url(#", "") or "@import" in data]
+    policy = next(value for tag, name, value in document.attributes if name == "content" and "default-src" in value)
+    assert "default-src 'none'" in policy
+
+
+def test_every_chart_is_there_with_values_at_its_points(document):
+    tags = [tag for tag, name, _ in document.attributes if name == "viewbox"]
+    data = [json.loads(text) for text in document.text("script") if text.startswith("[")]
+    assert len(tags) == len(data) == CHARTS
+    for marks in data:
+        assert len(marks) > 4
+        for x, y, text in marks:
+            assert x > 0
+            assert y > 0
+            assert any(character.isdigit() for character in text)
+            assert "nan" not in text
+
+
+def test_no_id_comes_twice_and_every_reference_has_its_target(document):
+    ids = [value for _, name, value in document.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for _, name, value in document.attributes if name == "href" and value[0] == "#"} <= set(ids)
+
+
+def test_the_law_is_said_in_words(document, analysis):
+    law = analysis.fit.law
+    said = " ".join(document.text("li"))
+    assert f"At a loss of 2.00 nats per token, a batch of {law(2.0) / 1e3:.3g}k [" in said
+    assert f"L^{law.exponent:.2f}" in said
+    assert "At 4 times that batch you pay 2.5 times the tokens" in said
+
+
+def test_flags_runs_versions_fingerprint_and_command_are_there(document, analysis, runs):
+    cells, facts = document.text("td"), document.text("dd")
+    for note in analysis.notes:
+        assert note in document.text("li")
+    assert cells.count("reached") == sum(len(group.tried) for group in runs)
+    assert {"made up", "0.1.0"} <= set(facts)
+    assert "scaling-jax scan experiment.json --results again" in document.text("pre")
+    assert json.loads(document.text("pre")[-1])["name"] == analysis.experiment.name
+
+
+def test_branches_stand_beside_the_scan_at_the_same_loss(document):
+    headers = document.text("th")
+    assert "B_crit by branches, tokens" in headers
+    cells = document.text("td")
+    assert cells.count("1.3k") >= 1
+    assert "900 – ∞" in cells
+
+
+def test_a_scan_without_branches_or_law_is_reported_and_hostile_names_stay_text(analysis, runs):
+    fit = dataclasses.replace(analysis.fit, law=None, errors=None, notes=("no law: why not",))
+    experiment = dataclasses.replace(analysis.experiment, name=HOSTILE, text=f"files:/home/jane/{HOSTILE}")
+    told = dataclasses.replace(analysis, experiment=experiment, fit=fit, noise=[], notes=(HOSTILE,))
+    corpus = {"source": f"files:/home/jane/{HOSTILE}", "sha256": HOSTILE}
+    text = page(HOSTILE, sections(told, runs, [], corpus, {HOSTILE: HOSTILE}))
+    document = Document(text)
+    assert "No law could be fitted: no law: why not." in document.text("li")
+    assert "by branches" not in text
+    assert "alert(1)" not in "".join(document.text("script"))
+    assert document.text("h1") == [HOSTILE]
+    assert HOSTILE in document.text("li")
+    assert f"files:~/{HOSTILE}" in document.text("dd")
+    assert "jane" not in text
+
+
+def test_hostile_marks_stay_inside_their_script(analysis):
+    points = tuple(dataclasses.replace(p, model=HOSTILE) for p in analysis.fit.points)
+    told = dataclasses.replace(analysis, fit=dataclasses.replace(analysis.fit, points=points))
+    text = charts([draw(tradeoffs_chart(told, [HOSTILE]), "p")])
+    assert text.count("<script") == text.count("</script>") == 1
+    (data,) = Document(text).text("script")
+    assert json.loads(data)[0][2].startswith(HOSTILE)
+
+
+def test_tables_hold_what_they_are_given():
+    root = ET.fromstring(table(("a", "b"), [("x", 1), ("<y>", 2)]))
+    assert [cell.text for cell in root.iter("td")] == ["x", "1", "<y>", "2"]
+    assert [cell.get("class") for cell in root.iter("th")] == ["words", None]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "said"),
+    [
+        (DEMO, "scaling-jax demo --results again"),
+        (QUICK, "scaling-jax demo --quick --results again"),
+        (dataclasses.replace(DEMO, text="files:a b/*"), "scaling-jax demo --text 'files:a b/*' --results again"),
+        (dataclasses.replace(DEMO, max_tokens=1_000_000), "scaling-jax scan experiment.json --results again"),
+    ],
+)
+def test_the_command_makes_the_same_experiment(experiment, said):
+    assert command(experiment) == said
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        (f"{Path.home()}/x/y", "~/x/y"),
+        ("files:/home/jane.doe/notes/*.md", "files:~/notes/*.md"),
+        ("see /Users/jane", "see ~"),
+        (r"C:\Users\jane\x", r"~\x"),
+        ("/srv/text", "/srv/text"),
+    ],
+)
+def test_home_folders_are_not_told(path, shown):
+    assert without_home(path) == shown
+
+
+@pytest.mark.parametrize("row", ["1x16,1024,0,5e5,2.7,x,1,2", "1x16,1024,0,5e5", "1x16,1024,0,,2.7,1,1,2"])
+def test_a_damaged_branch_is_named_by_its_line(tmp_path, row):
+    (tmp_path / "branches.csv").write_text(f"model,batch_tokens,seed,tokens,loss,b_crit,low,high\n{row}\n")
+    with pytest.raises(UserError, match=r"branches\.csv line 2 "):
+        read_branches(tmp_path)
+
+
+def test_an_old_report_outlives_a_failure(analysis, tmp_path):
+    (tmp_path / "report.html").write_text("old")
+    with pytest.raises(UserError, match="isn't complete"):
+        write_report(analysis, tmp_path)
+    assert (tmp_path / "report.html").read_text() == "old"

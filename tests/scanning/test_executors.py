@@ -1,0 +1,210 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from scaling_jax.config import to_dict
+from scaling_jax.errors import UserError
+from scaling_jax.models import model_config
+from scaling_jax.scanning import Experiment, LearningRates, Subject, executors
+from scaling_jax.scanning.pool import run_groups
+from scaling_jax.training.records import write_json
+
+
+def test_a_group_is_trained_by_one_process_at_a_time(tmp_path):
+    with executors.locked_group(tmp_path, 3):
+        with pytest.raises(UserError, match=f"group 3 is being trained by process {os.getpid()} of "):
+            executors.locked_group(tmp_path, 3, seconds=0.1).__enter__()
+        with executors.locked_group(tmp_path, 4, seconds=0.1):
+            pass
+    with executors.locked_group(tmp_path, 3, seconds=0.1):
+        pass
+
+
+def test_a_process_that_is_still_saving_keeps_the_group_when_its_parent_is_gone(tmp_path):
+    with executors.locked_group(tmp_path, 0) as lock:
+        saving = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    with pytest.raises(UserError, match="group 0 is being trained"):
+        executors.locked_group(tmp_path, 0, seconds=0.1).__enter__()
+    saving.communicate(b"\n")
+    with executors.locked_group(tmp_path, 0, seconds=0.1):
+        pass
+
+
+def test_whoever_comes_second_waits_for_the_first(tmp_path):
+    with executors.locked_group(tmp_path, 0) as lock:
+        first = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"], pass_fds=(lock,))
+    with executors.locked_group(tmp_path, 0, seconds=20):
+        assert first.poll() is not None or first.wait(timeout=1) == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "module", "extra"),
+    [(executors.run_groups_on_ray, "ray", "ray"), (executors.run_groups_on_slurm, "submitit", "slurm")],
+)
+def test_a_missing_engine_is_one_line_that_says_what_to_install(tmp_path, monkeypatch, engine, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"needs {module}: pip install 'scaling-jax\[{extra}\]'"):
+        engine(tmp_path, [0], print)
+
+
+def test_slurm_is_asked_for_an_array_that_is_queued_again_when_a_machine_dies(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "srun", "sacct"):
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/bash\ncp "$1" {tmp_path}/submitted\necho "invalid partition: x" >&2\nexit 1\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    options = executors.parse_options(["slurm_partition=x", "gpus_per_node=2", "timeout_min=30"])
+    with pytest.raises(UserError, match=r"SLURM took no job: .*invalid partition: x") as refused:
+        executors.run_groups_on_slurm(tmp_path, [0, 5], print, options)
+    assert "\n" not in str(refused.value)
+    script = (tmp_path / "submitted").read_text()
+    for line in ("--array=0-1%2", "--requeue", "--signal=USR2@90", "--partition=x", "--gpus-per-node=2", "--time=30"):
+        assert f"#SBATCH {line}\n" in script, script
+
+
+def test_slurm_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        executors.run_groups_on_slurm(tmp_path, [0], print)
+
+
+def test_an_unknown_option_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"SLURM took no job: .*speed"):
+        executors.run_groups_on_slurm(tmp_path, [0], print, {"speed": 3}, cluster="local")
+    with pytest.raises(UserError, match=r"Ray takes no such task: .*speed"):
+        executors.run_groups_on_ray(tmp_path, [0], print, {"speed": 3})
+    with pytest.raises(UserError, match="'num_gpus' is not of the form key=value"):
+        executors.parse_options(["num_gpus"])
+
+
+def test_options_are_numbers_where_they_can_be():
+    pairs = ["num_gpus=1", "slurm_partition=gpu", "slurm_time=12:00:00", "num_cpus=0.5", "retry_exceptions=true"]
+    assert executors.parse_options(pairs) == {
+        "num_gpus": 1,
+        "slurm_partition": "gpu",
+        "slurm_time": "12:00:00",
+        "num_cpus": 0.5,
+        "retry_exceptions": True,
+    }
+
+
+def test_events_of_other_machines_are_passed_on_and_a_refusal_cancels_the_rest(tmp_path):
+    """An earlier scan's events are not; a line is passed on once it is whole."""
+    log = tmp_path / "logs" / "group-7.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"event": "progress", "group": 7, "step": 1}\n')
+    rounds, seen, cancelled = [], [], []
+
+    def ended():
+        rounds.append(None)
+        with log.open("a") as file:
+            file.write(
+                ['{"event": "progress", "group": 7, "step": 2}\n{"ev', 'ent": "progress", "group": 7}\n', ""][
+                    len(rounds) - 1
+                ]
+            )
+        return [[], [(7, None)], [(8, "batch of 3 tokens")]][len(rounds) - 1]
+
+    with pytest.raises(UserError, match="batch of 3 tokens"):
+        executors._watch(tmp_path, [7, 8], seen.append, ended, lambda: cancelled.append(True))
+    assert seen == [
+        {"event": "progress", "group": 7, "step": 2},
+        {"event": "progress", "group": 7},
+        {"event": "done", "group": 7},
+    ]
+    assert cancelled == [True]
+
+
+@pytest.fixture
+def watched_closely(monkeypatch):
+    """So that a group is still being trained when its first event is seen."""
+    monkeypatch.setattr(executors, "_POLL_SECONDS", 0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(experiment, results of a worker process of this machine); every other engine must leave the same bytes."""
+    folder = tmp_path_factory.mktemp("engines")
+    os.environ["SCALING_JAX_CACHE"] = str(folder / "cache")
+    for k in range(40):
+        (folder / f"{k}.txt").write_text("".join(chr(97 + (k * j * j) % 23) for j in range(4_000)))
+    subject = Subject(model_config("1x16"), (0.1,), LearningRates(1e-2, 1_000, most=1))
+    experiment = Experiment("tiny", (subject,), (256, 320, 384), max_tokens=300_000, text=f"files:{folder}/*.txt")
+    results = new_results(folder / "undisturbed", experiment)
+    run_groups(results, [0, 1], lambda _: None, [None])
+    return experiment, results
+
+
+def new_results(folder, experiment):
+    folder.mkdir()
+    write_json(folder / "experiment.json", to_dict(experiment))
+    return folder
+
+
+def assert_same_runs(undisturbed, results, count):
+    expected, runs = undisturbed[1] / "runs", list((results / "runs").iterdir())
+    assert len(runs) == count
+    for run in runs:
+        for name in ("result.json", "metrics.jsonl"):
+            assert (run / name).read_bytes() == (expected / run.name / name).read_bytes()
+
+
+def owner(results, group):
+    return int((results / "logs" / f"group-{group}.lock").read_text().split()[1])
+
+
+@pytest.mark.slow
+def test_ray_trains_a_group_again_when_its_node_is_killed(undisturbed, watched_closely, tmp_path):
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    results = new_results(tmp_path / "results", undisturbed[0])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    killed, done = {}, []
+
+    def on_event(event):
+        if event["event"] == "done":
+            done.append(event["group"])
+        elif not killed:
+            group = event["group"]
+            killed[group] = owner(results, group)
+            with open(f"/proc/{killed[group]}/stat") as file:
+                raylet = int(file.read().rsplit(")", 1)[1].split()[1])
+            (node,) = (n for n in nodes if n.all_processes["raylet"][0].process.pid == raylet)
+            cluster.remove_node(node, allow_graceful=False)
+
+    try:
+        executors.run_groups_on_ray(results, [0, 1], on_event)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert sorted(done) == [0, 1]
+    ((group, first_owner),) = killed.items()
+    assert owner(results, group) != first_owner
+    assert_same_runs(undisturbed, results, 2)
+
+
+@pytest.mark.slow
+def test_a_submitit_job_that_is_preempted_is_queued_again_and_continues(undisturbed, watched_closely, tmp_path):
+    results = new_results(tmp_path / "results", undisturbed[0])
+    preempted = []
+
+    def on_event(event):
+        if event["event"] == "progress" and not preempted:
+            preempted.append(owner(results, 1))
+            os.kill(preempted[0], signal.SIGUSR2)
+
+    executors.run_groups_on_slurm(results, [1], on_event, {"timeout_min": 10}, cluster="local")
+    assert owner(results, 1) != preempted[0]
+    (log,) = (results / "logs" / "slurm").glob("*_log.out")
+    assert "Requeued job" in log.read_text()
+    assert_same_runs(undisturbed, results, 1)
+    steps = [json.loads(line)["step"] for line in (results / "logs" / "group-1.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))  # the state was saved: nothing was trained twice
