@@ -42,7 +42,7 @@ from scaling_jax.training.run import next_evaluation
 
 DRAWS = range(6)
 LOSSES = (0.25, 0.15, 0.1)  # of 1 at the start
-FACTORS = (2.0, 2**0.25, 2**0.125)  # of the learning-rate grid
+PLACES = (1, 2, 4, 8)  # of the learning-rate grid in a factor of two
 BATCH_TOKENS = powers_of_two(64, 65_536)
 EIGENVALUES = 100
 MULTIPLICITY = 1000  # of each: how many parameters average out a run's luck
@@ -174,9 +174,9 @@ class NoisyTraining:
         return variance * rng.noncentral_chisquare(self.problem.multiplicity, centre)
 
 
-def scan_experiment(losses: tuple[float, ...], factor: float, batch_tokens: tuple[int, ...]) -> Experiment:
-    """A scan whose learning rates lie `factor` apart; its model is a name only."""
-    rates = LearningRates(peak=2.0, reference_batch_tokens=36_000, factor=factor, most=60)
+def scan_experiment(losses: tuple[float, ...], places: int, batch_tokens: tuple[int, ...]) -> Experiment:
+    """A scan whose learning rates are refined to 2^(1/places); its model is a name only."""
+    rates = LearningRates(peak=2.0, reference_batch_tokens=36_000, places=places, most=60)
     return Experiment(
         name="quadratic",
         subjects=(Subject(ModelConfig(1, 1, 1, context=1), losses, rates),),
@@ -204,17 +204,17 @@ def run_instrument(problem: Quadratic, experiment: Experiment, seed: int, workdi
 
 
 def main() -> None:
-    ratios: dict[float, list[float]] = {factor: [] for factor in FACTORS}
-    print("critical batch size, tokens" + " " * 23 + "measured at a grid of " + f"{FACTORS[-1]:.3g}")
+    ratios: dict[int, list[float]] = {places: [] for places in PLACES}
+    print("critical batch size, tokens" + " " * 23 + f"measured at {PLACES[-1]} places")
     print(f"draw  loss  {'ends':>8}{'B_noise':>9}{'true':>8}{'measured':>10}{'95 % interval':>16}{'ratio':>7}")
     for number in DRAWS:
         problem = draw(number)
         truths = [true_tradeoff(problem, BATCH_TOKENS, loss).b_crit for loss in LOSSES]
-        for factor in FACTORS:
+        for places in PLACES:
             with tempfile.TemporaryDirectory() as folder:
-                fit = run_instrument(problem, scan_experiment(LOSSES, factor, BATCH_TOKENS), number, Path(folder))
+                fit = run_instrument(problem, scan_experiment(LOSSES, places, BATCH_TOKENS), number, Path(folder))
             found = [point.tradeoff for point in fit.points]
-            ratios[factor] += [here.b_crit / true for here, true in zip(found, truths, strict=True)]
+            ratios[places] += [here.b_crit / true for here, true in zip(found, truths, strict=True)]
         for loss, true, here in zip(LOSSES, truths, found, strict=True):
             low, high = here.b_crit_interval
             print(
@@ -222,9 +222,9 @@ def main() -> None:
                 f"{here.b_crit:10,.0f}{f'{low:,.0f} to {high:,.0f}':>16}{here.b_crit / true:7.3f}",
                 flush=True,
             )
-    print("\ngrid of learning rates   measured/true: median   least    most")
-    for factor, of_factor in ratios.items():
-        print(f"factor {factor:5.3f}{np.median(of_factor):34.3f}{min(of_factor):8.3f}{max(of_factor):8.3f}")
+    print("\nlearning rates           measured/true: median   least    most")
+    for places, found_here in ratios.items():
+        print(f"{places} in a factor of 2{np.median(found_here):28.3f}{min(found_here):8.3f}{max(found_here):8.3f}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from scaling_jax.analysis import analyse
     from scaling_jax.errors import UserError
     from scaling_jax.models import MODELS, ModelConfig, model_config
-    from scaling_jax.report import write_figures
+    from scaling_jax.report import write_figures, write_report
     from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, scan
     from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, train
 
@@ -33,6 +33,7 @@ _HOMES = {
     "scan": "scanning",
     "analyse": "analysis",
     "write_figures": "report",
+    "write_report": "report",
     "UserError": "errors",
 }
 
@@ -59,6 +60,7 @@ __all__ = [
     "scan",
     "train",
     "write_figures",
+    "write_report",
 ]
 
 

@@ -21,8 +21,7 @@ _HALF_LIFE = 20.0  # steps, of the moments' averages; their ratio is the noise s
 class Writer(Protocol):
     """One run in a dashboard."""
 
-    def add(self, step: int, values: dict[str, float], at: float | None) -> None:
-        """Values at a step; `at` is when, in seconds since 1970, if known."""
+    def add(self, step: int, values: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -114,7 +113,7 @@ def _pass_on(metrics: Path, followed: _Followed) -> int:
     whole = text[: text.rfind(b"\n") + 1]
     for line in map(json.loads, whole.splitlines()):
         for step, values in followed.scalars.of(line):
-            followed.writer.add(step, values, line.get("time"))
+            followed.writer.add(step, values)
     return start + len(whole)
 
 
@@ -146,9 +145,9 @@ class _EventFiles:
     def __init__(self, writer: Any):
         self._writer = writer
 
-    def add(self, step: int, values: dict[str, float], at: float | None) -> None:
+    def add(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step, walltime=at)
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -175,7 +174,7 @@ class _WandbRun:
         self._run = run
         self._first = run.step  # an earlier look logged what came before
 
-    def add(self, step: int, values: dict[str, float], at: float | None) -> None:
+    def add(self, step: int, values: dict[str, float]) -> None:
         if step >= self._first:
             self._run.log(values, step=step)
 

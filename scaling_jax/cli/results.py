@@ -58,12 +58,19 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 
 @app.command
-def report(results: tyro.conf.Positional[Path]) -> None:
+def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb: str | None = None) -> None:
     """Fit a finished scan again and write its figures and report.html.
 
     Args:
       results: the folder that a scan wrote.
+      tensorboard: write event files beside each run's metrics.
+      wandb: the Weights & Biases project that runs are shown in.
     """
+    from scaling_jax.trackers import Follower, asked_for
+
+    for writer in asked_for(tensorboard, wandb):
+        with Follower(results, writer):
+            pass
     show(results)
 
 

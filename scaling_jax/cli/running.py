@@ -84,6 +84,8 @@ def train(
     target_loss: float | None = None,
     seed: int = 0,
     results: Path = Path("results/train"),
+    tensorboard: bool = False,
+    wandb: str | None = None,
 ) -> None:
     """Train one run with its noise scale measured at every step; the same command continues it.
 
@@ -100,10 +102,13 @@ def train(
       target_loss: ends the run once the test loss, nats per token, is below it.
       seed: of parameters and of the order of the text.
       results: where to keep the run.
+      tensorboard: write event files beside the run's metrics.
+      wandb: the Weights & Biases project that the run is shown in.
     """
     from scaling_jax import live
     from scaling_jax.data import prepare
     from scaling_jax.models import model_config
+    from scaling_jax.trackers import asked_for
     from scaling_jax.training import Run
     from scaling_jax.training.ramp import read_stages
 
@@ -123,7 +128,7 @@ def train(
         max_steps=max_steps,
         max_tokens=max_tokens,
     )
-    live.train_on_console(run, results, corpus)
+    live.train_on_console(run, results, corpus, asked_for(tensorboard, wandb))
 
 
 @app.command

@@ -13,7 +13,7 @@ from scaling_jax.analysis import read_experiment
 from scaling_jax.report.summary import tokens
 from scaling_jax.scanning import relative_cost
 from scaling_jax.scanning.search import finished
-from scaling_jax.training import read_metrics
+from scaling_jax.training.records import read_timed_metrics
 
 USUAL_RATES = 3  # tried for a batch size, by and large
 RECENT_SECONDS = 60.0  # over which tokens/s are counted
@@ -166,7 +166,7 @@ def _read_run(folder: Path) -> _RunFiles | None:
         return None
     times = {path.name: path.stat().st_mtime for path in paths}
     config = json.loads(paths[0].read_text())["run"]
-    return _RunFiles(config, read_metrics(folder), times.get("result.json"), max(times.values()))
+    return _RunFiles(config, read_timed_metrics(folder), times.get("result.json"), max(times.values()))
 
 
 def _size(model: dict[str, Any]) -> tuple[int, int]:

@@ -6,8 +6,8 @@ from scaling_jax.scanning.experiment import Experiment, LearningRates, Subject, 
 DEMO = Experiment(
     name="demo",
     subjects=(
-        Subject(model_config("1x32"), log_spaced(2.9, 2.2, 12), LearningRates(8e-3, 2_048, places=4, most=12)),
-        Subject(model_config("2x64"), log_spaced(2.9, 2.0, 15), LearningRates(4e-3, 4_096, places=4, most=12)),
+        Subject(model_config("1x32"), log_spaced(2.9, 2.2, 12), LearningRates(8e-3, 2_048, places=2, most=10)),
+        Subject(model_config("2x64"), log_spaced(2.9, 2.0, 15), LearningRates(4e-3, 4_096, places=2, most=10)),
     ),
     batch_tokens=powers_of_two(128, 8_192),
     max_tokens=8_000_000,

@@ -14,7 +14,7 @@ def next_between(log_steps: Mapping[int, float], tried: set[int], log_place: flo
     """The grid place to try next to the best one, whose neighbours were tried; None if no better one is to be expected.
 
     Args:
-      log_steps: by place, natural logs; only those that reached the target.
+      log_steps: by place, natural logs; only of those whose steps to the target are known.
       tried: all places, with one on either side of the best.
       log_place: natural log of the ratio of rates one place apart.
     """

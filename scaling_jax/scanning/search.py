@@ -57,12 +57,14 @@ def next_wave(experiment: Experiment, group: Group, tried: Mapping[int, Tried]) 
         around = [0] + [sign * rates.places * k for k in range(1, rates.most) for sign in (1, -1)]
         return {index: experiment.run(group, index) for index in around[: min(rates.together, rates.most)]}
     for target in range(last, -1, -1):
-        best = best_at(list(tried.values()), target)
+        # A run for the sake of a higher loss ended there: it says nothing of this one.
+        as_far = {i: t for i, t in tried.items() if t.run.target_loss <= group.subject.target_losses[target]}
+        best = best_at(list(as_far.values()), target)
         if best is None:
             if target < last:
                 continue
-            best = best_of(list(tried.values()))
-        wanted = _wanted(rates, tried, best, target)
+            best = best_of(list(as_far.values()))
+        wanted = [index for index in _wanted(rates, as_far, best, target) if index not in tried]
         room = min(rates.together, rates.most - len(tried))
         if wanted:
             return {index: _contender(experiment, group, index, best, target) for index in wanted[:room]}
@@ -80,10 +82,21 @@ def _wanted(rates: LearningRates, tried: Mapping[int, Tried], best: Tried, targe
         beyond.reverse()
     if beyond or places == 1 or not math.isfinite(best.steps_to_target[target]):
         return beyond
-    steps = {index: t.steps_to_target[target] for index, t in tried.items()}
-    log_steps = {index: math.log(x) for index, x in steps.items() if math.isfinite(x)}
+    log_steps = {index: x for index, t in tried.items() if (x := _log_steps(t, best, target)) is not None}
     between = next_between(log_steps, set(tried), math.log(rates.factor) / places)
     return [] if between is None else [between]
+
+
+def _log_steps(t: Tried, best: Tried, target: int) -> float | None:
+    """To a target; of a run that ended above it, by how far it lay behind the best one at the last loss of both."""
+    least = math.log(best.steps_to_target[target])
+    if math.isfinite(t.steps_to_target[target]):
+        return math.log(t.steps_to_target[target])
+    behind = np.log(t.steps_to_target[:target] / best.steps_to_target[:target])
+    behind = behind[np.isfinite(behind)]
+    if t.result.status == "diverged" or not len(behind):
+        return None
+    return max(least + max(float(behind[-1]), 0.0), math.log(t.result.steps))
 
 
 def _contender(experiment: Experiment, group: Group, index: int, best: Tried, target: int) -> Run:
@@ -138,7 +151,7 @@ def best_of(tried: list[Tried]) -> Tried:
 
 
 def is_tuned(tried: list[Tried], target: int) -> bool:
-    """Whether the best rate at a target lies between two others that were tried as far as that."""
+    """Whether the best rate at a target lies between two others that were tried."""
     best = best_at(tried, target)
     indices = [t.rate_index for t in tried]
     return best is not None and min(indices) < best.rate_index < max(indices)

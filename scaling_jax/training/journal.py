@@ -11,7 +11,7 @@ import numpy as np
 from scaling_jax.data import Corpus, bits_per_byte
 from scaling_jax.training.course import Call, Position, ending, position, steps_left
 from scaling_jax.training.program import StepMetrics
-from scaling_jax.training.records import Status, append_metrics, jsonable, read_metrics
+from scaling_jax.training.records import Status, append_clock, append_metrics, jsonable, read_metrics
 from scaling_jax.training.run import Run
 
 
@@ -74,6 +74,7 @@ class Journal:
             if line["test_loss"] is not None and (bits := bits_per_byte(line["test_loss"], self._corpus.manifest)):
                 line["test_bits_per_byte"] = jsonable(bits)
             self._report(left, noise_scale() * context)
+            append_clock(self.folder, line["step"])
         append_metrics(self.folder, line)
         return ending(run, self.lines)
 

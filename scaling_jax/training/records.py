@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with unfinished.open("w") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -68,6 +69,20 @@ def keep_metrics_until(folder: Path, step: int) -> None:
 
 def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
     write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def append_clock(folder: Path, step: int) -> None:
+    """When a step was evaluated; apart from the metrics, which are the same whenever a run is trained."""
+    with (folder / "clock.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "time": round(time.time(), 3)}) + "\n")
+
+
+def read_timed_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Like `read_metrics`, with "time" (seconds since 1970) in the lines of which it is known."""
+    path = folder / "clock.jsonl"
+    seen = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    times = {entry["step"]: {"time": entry["time"]} for entry in seen}
+    return [line | times.get(line["step"], {}) for line in read_metrics(folder)]
 
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:

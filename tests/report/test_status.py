@@ -48,14 +48,17 @@ def cut(folder, seconds_ago, lines=30, timed=True):
     (folder / "result.json").unlink()
     kept = (folder / "metrics.jsonl").read_text().splitlines()[:lines]
     batch = int(folder.name.split("-b")[1].split("-")[0])
-    written = []
+    written, clock = [], []
     for k, line in enumerate(map(json.loads, kept)):
         at = time.time() - seconds_ago - 0.5 * (len(kept) - 1 - k)
-        written.append(line | {"tokens": line["step"] * batch} | ({"time": at} if timed else {}))
+        written.append(line | {"tokens": line["step"] * batch})
+        if timed:
+            clock.append({"step": line["step"], "time": at})
+    (folder / "clock.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in clock))
     text = "".join(json.dumps(line) + "\n" for line in written)
     (folder / "metrics.jsonl").write_text(text + '{"step": 99')  # cut off, as it is while it is written
     os.utime(folder / "metrics.jsonl", (time.time() - seconds_ago,) * 2)
-    return written
+    return [line | entry for line, entry in zip(written, clock, strict=True)] if timed else written
 
 
 def test_a_finished_scan_is_done(scan):

@@ -5,7 +5,7 @@ import pytest
 
 from scaling_jax.models import model_config
 from scaling_jax.scanning import Experiment, LearningRates, Subject
-from scaling_jax.scanning.search import best_of, finished, search
+from scaling_jax.scanning.search import best_at, best_of, finished, is_tuned, search
 from scaling_jax.training import RunResult
 from scaling_jax.training.records import append_metrics, write_result
 
@@ -100,3 +100,62 @@ def test_a_finished_search_is_read_back_from_disk(tmp_path):
     assert [t.run for t in again] == [t.run for t in tried]
     (tmp_path / "runs" / tried[-1].run.run_id / "result.json").unlink()
     assert finished(EXPERIMENT, GROUP, tmp_path) is None
+
+
+@pytest.mark.parametrize("offset", [-1.4, -0.5, 0.1, 0.6])
+def test_a_refined_search_comes_within_a_place_of_the_best_rate_in_few_runs(tmp_path, offset):
+    fine = dataclasses.replace(GROUP.subject.learning_rates, places=4, most=12)
+    experiment = dataclasses.replace(EXPERIMENT, subjects=(dataclasses.replace(GROUP.subject, learning_rates=fine),))
+    training = MadeUpTraining(tmp_path, fine.rate(128, 4 * offset))
+    tried = search(experiment, experiment.groups[0], tmp_path, training)
+    assert abs(best_of(tried).rate_index - 4 * offset) <= 1.01
+    assert len(tried) <= 7
+
+
+def test_a_rate_that_diverges_before_it_is_evaluated_takes_nobody_with_it(tmp_path):
+    class Wild(MadeUpTraining):
+        def __call__(self, run):
+            if run.learning_rate > GROUP.subject.learning_rates.rate(128, 0.5):
+                append_metrics_folder = tmp_path / "runs" / run.run_id
+                append_metrics_folder.mkdir(parents=True)
+                append_metrics(append_metrics_folder, {"step": 3, "test_loss": None})
+                result = RunResult(run.run_id, "diverged", 3, 384, None, "")
+                write_result(append_metrics_folder, result)
+                return result
+            return super().__call__(run)
+
+    tried = search(EXPERIMENT, GROUP, tmp_path, Wild(tmp_path, GROUP.subject.learning_rates.rate(128, 0)))
+    assert best_of(tried).rate_index == 0
+    assert {t.rate_index: t.result.status for t in tried}[1] == "diverged"
+
+
+def test_targets_above_the_lowest_get_a_rate_between_two_others_of_their_own(tmp_path):
+    """At high losses the best rate lies two places below that of the lowest target."""
+
+    class TwoRegimes(MadeUpTraining):
+        def __call__(self, run):
+            self.runs.append(run)
+            folder = self.workdir / "runs" / run.run_id
+            folder.mkdir(parents=True)
+            places = math.log2(run.learning_rate / self.best)
+            below, step, status = 0, 0, "exhausted"
+            for step in range(1, run.steps_left(0, 0, run.batch_tokens) + 1):
+                loss = 4 * (step * 1.5 ** -abs(places + 2)) ** -0.1
+                if loss < 3.0:
+                    late = (step * 1.5 ** -abs(places + 2)) / (4 / 3.0) ** 10
+                    loss = 3.0 * late ** (-0.14 + 0.02 * abs(places))
+                append_metrics(folder, {"step": step, "test_loss": loss})
+                below = below + 1 if loss < run.target_loss else 0
+                if below == 2:
+                    status = "reached"
+                    break
+            result = RunResult(run.run_id, status, step, step * run.batch_tokens, loss, "")
+            write_result(folder, result)
+            return result
+
+    tried = search(EXPERIMENT, GROUP, tmp_path, TwoRegimes(tmp_path, GROUP.subject.learning_rates.rate(128, 0)))
+    assert best_at(tried, 2).rate_index != best_at(tried, 0).rate_index
+    assert all(is_tuned(tried, k) for k in range(3))
+    shorter = [t for t in tried if t.run.target_loss > min(TARGETS)]
+    assert shorter
+    assert max(t.result.steps for t in shorter) < max(t.result.steps for t in tried)
