@@ -122,10 +122,10 @@ def test_event_files_hold_the_values_and_replace_older_ones(tmp_path):
         (length,) = struct.unpack("<Q", data[:8])
         events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
-    found = {(v.tag, e.step): (v.simple_value, e.wall_time) for e in events for v in e.summary.value}
-    assert found["loss/train", 1] == (pytest.approx(4.9), 1e9 + 2)
-    assert found["loss/test", 2] == (4.5, 1e9 + 2)
-    assert found["tokens", 2][0] == 800
+    found = {(v.tag, e.step): v.simple_value for e in events for v in e.summary.value}
+    assert found["loss/train", 1] == pytest.approx(4.9)
+    assert found["loss/test", 2] == 4.5
+    assert found["tokens", 2] == 800
 
 
 @pytest.mark.parametrize(("module", "options"), [("tensorboardX", (True, None)), ("wandb", (False, "project"))])

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 GAIN = 0.02  # in steps; a parabola that promises less isn't followed
 
 
-def next_between(log_steps: Mapping[int, float], tried: set[int], log_place: float) -> int | None:
+def next_between(best: int, log_steps: Mapping[int, float], tried: set[int], log_place: float) -> int | None:
     """The grid place to try next to the best one, whose neighbours were tried; None if no better one is to be expected.
 
     Args:
+      best: the place of the fewest steps.
       log_steps: by place, natural logs; only of those whose steps to the target are known.
       tried: all places, with one on either side of the best.
       log_place: natural log of the ratio of rates one place apart.
     """
-    best = min(log_steps, key=lambda place: log_steps[place])
     below, above = max(i for i in tried if i < best), min(i for i in tried if i > best)
     if below in log_steps and above in log_steps:
         return _vertex(log_steps, tried, below, best, above)

@@ -83,18 +83,21 @@ def _wanted(rates: LearningRates, tried: Mapping[int, Tried], best: Tried, targe
     if beyond or places == 1 or not math.isfinite(best.steps_to_target[target]):
         return beyond
     log_steps = {index: x for index, t in tried.items() if (x := _log_steps(t, best, target)) is not None}
-    between = next_between(log_steps, set(tried), math.log(rates.factor) / places)
+    between = next_between(here, log_steps, set(tried), math.log(rates.factor) / places)
     return [] if between is None else [between]
 
 
 def _log_steps(t: Tried, best: Tried, target: int) -> float | None:
-    """To a target; of a run that ended above it, by how far it lay behind the best one at the last loss of both."""
+    """To a target; of a slower rate's run that ended above it, by how far behind it was at the last loss of both.
+
+    A run at a higher rate than the best may never get there, whatever it did before.
+    """
     least = math.log(best.steps_to_target[target])
     if math.isfinite(t.steps_to_target[target]):
         return math.log(t.steps_to_target[target])
     behind = np.log(t.steps_to_target[:target] / best.steps_to_target[:target])
     behind = behind[np.isfinite(behind)]
-    if t.result.status == "diverged" or not len(behind):
+    if t.rate_index > best.rate_index or t.result.status == "diverged" or not len(behind):
         return None
     return max(least + max(float(behind[-1]), 0.0), math.log(t.result.steps))
 

@@ -14,7 +14,7 @@ def refined(log_steps_at, start=(-16, 0, 16)):
     log_steps = {place: log_steps_at(place) for place in start}
     while True:
         reached = {place: x for place, x in log_steps.items() if math.isfinite(x)}
-        place = next_between(reached, set(log_steps), PLACE)
+        place = next_between(min(reached, key=lambda p: reached[p]), reached, set(log_steps), PLACE)
         if place is None:
             return min(reached, key=lambda p: reached[p]), len(log_steps) - 3
         assert place not in log_steps
