@@ -1,6 +1,8 @@
 """The critical batch size along a run, from its branches: branches.csv."""
 
+import csv
 import math
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +89,28 @@ def branch_scan(
             rows += measure_branches(plan, workdir, tolerance)
     write_rows(workdir / "branches.csv", BranchMeasurement, rows)
     return rows
+
+
+def read_branches(workdir: Path) -> list[BranchMeasurement]:
+    """Every row of `branches.csv`; none if there is no such file.
+
+    Raises:
+      UserError: naming the line that doesn't hold what it should.
+    """
+    path = workdir / "branches.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        return [_read_row(row, f"{path} line {rows.line_num}") for row in rows]
+
+
+def _read_row(row: dict[str, str], where: str) -> BranchMeasurement:
+    kinds = typing.get_type_hints(BranchMeasurement)
+    try:
+        return BranchMeasurement(**{name: kind(row[name]) for name, kind in kinds.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} isn't a branch measurement ({error}): measure the branches again") from None
 
 
 def measure_branches(plan: BranchPlan, workdir: Path, tolerance: float) -> list[BranchMeasurement]:

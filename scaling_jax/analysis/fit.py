@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from scaling_jax.analysis.branches import BranchMeasurement, read_branches
+from scaling_jax.analysis.comparison import Comparison, compare
 from scaling_jax.analysis.csv_rows import write_rows
 from scaling_jax.analysis.fit_json import finite, fit_as_json
 from scaling_jax.analysis.measurements import Measurement, measure
@@ -31,6 +33,8 @@ class Analysis:
     notes: tuple[str, ...]  # what the reader must know: left out, untuned, not reached
     joint: JointFit | None = None
     forms: tuple[FormFit, ...] = ()
+    branches: tuple[BranchMeasurement, ...] = ()
+    comparison: tuple[Comparison, ...] = ()
 
     @property
     def noise_ratio(self) -> float:
@@ -49,6 +53,7 @@ def analyse(workdir: str | Path) -> Analysis:
     experiment = read_experiment(workdir)
     measurements = measure(experiment, workdir)
     noise = measure_noise(experiment, workdir)
+    branches = tuple(read_branches(workdir))
     spreads = measure_spread(experiment, workdir)
     early = {(m.model, m.target_loss) for m in measurements if m.passed_early}
     used = [m for m in measurements if (m.model, m.target_loss) not in early]
@@ -70,9 +75,13 @@ def analyse(workdir: str | Path) -> Analysis:
         notes=fit.notes + _early_notes(early) + _tuning_notes(used) + seed_notes(spreads),
         joint=fit_joint(**columns),
         forms=compare_forms(**columns, num_params=sizes),
+        branches=branches,
+        comparison=tuple(compare(fit, noise, branches)),
     )
     write_rows(workdir / "measurements.csv", Measurement, measurements)
     write_rows(workdir / "noise_scale.csv", NoiseMeasurement, noise)
+    if branches:
+        write_rows(workdir / "three_measurements.csv", Comparison, analysis.comparison)
     if spreads:
         write_rows(workdir / "seeds.csv", SeedSpread, spreads)
     extra = {"noise_scale_over_b_crit": finite(analysis.noise_ratio), "corpus": _corpus(workdir)}

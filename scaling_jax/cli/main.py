@@ -2,6 +2,7 @@
 
 import sys
 
+import scaling_jax.cli.compiling
 import scaling_jax.cli.data
 import scaling_jax.cli.results
 import scaling_jax.cli.running  # noqa: F401  each registers its commands

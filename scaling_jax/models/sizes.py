@@ -16,10 +16,15 @@ class ModelConfig:
     vocab_size: int = 257
     context: int = 64  # tokens
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters, softmax and loss are always float32
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # cuDNN's where a GPU computes in bfloat16
 
     def __post_init__(self):
         if self.d_model % self.n_head:
             raise UserError(f"d_model = {self.d_model} doesn't split into n_head = {self.n_head} heads")
+        if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
+            raise UserError(
+                'attention="cudnn" works in bfloat16 only: set compute_dtype="bfloat16", or attention="auto"'
+            )
 
     @property
     def name(self) -> str:

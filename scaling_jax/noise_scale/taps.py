@@ -42,11 +42,11 @@ def einsum(spec: str, x, w):
     Raises:
       ValueError: if the spec isn't of that form.
     """
+    dims = _parse(spec)
     if not isinstance(w, Tapped):
-        return jnp.einsum(spec, x, w)
-    x_dims, w_dims, y_dims = _parse(spec)
+        return _product(dims, x, w)
     _check_probe(x, w)
-    return _einsum((x_dims, w_dims, y_dims), x, w.value, w.probe)
+    return _einsum(dims, x, w.value, w.probe)
 
 
 def scale(x, w):
@@ -86,7 +86,18 @@ def unembed_tied(x, table, ids, link):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _einsum(dims, x, w, probe):
-    return jnp.einsum(_spec(dims), x, w)
+    return _product(dims, x, w)
+
+
+def _product(dims, x, w):
+    """The einsum, as one plain matrix product wherever it is one: XLA's CPU backend is up to 4 times as fast at it."""
+    x_dims, w_dims, y_dims = dims
+    leading = sum(d not in w_dims for d in x_dims)
+    if x_dims[:leading] != y_dims[:leading] or w_dims != x_dims[leading:] + y_dims[leading:]:
+        return jnp.einsum(_spec(dims), x, w)
+    contracted = len(x_dims) - leading
+    y = x.reshape(prod(x.shape[:leading]), -1) @ w.reshape(prod(w.shape[:contracted]), -1)
+    return y.reshape(x.shape[:leading] + w.shape[contracted:])
 
 
 def _einsum_fwd(dims, x, w, probe):
@@ -95,7 +106,7 @@ def _einsum_fwd(dims, x, w, probe):
 
 def _einsum_bwd(dims, residuals, dy):
     x, w = residuals
-    _, pullback = jax.vjp(partial(jnp.einsum, _spec(dims)), x, w)
+    _, pullback = jax.vjp(partial(_product, dims), x, w)
     dx, dw = pullback(dy)
     if _gram_is_smaller(dims, x, w):
         xx, dd = (_gram(z, z_dims, dims) for z, z_dims in ((x, dims[0]), (dy, dims[2])))

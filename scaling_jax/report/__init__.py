@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING
 from scaling_jax.analysis import Analysis
 
 if TYPE_CHECKING:
-    from scaling_jax.report.branches import Branch
     from scaling_jax.report.chart import Chart
     from scaling_jax.report.runs import GroupRuns
 
 
 def write_figures(analysis: Analysis, workdir: str | Path) -> list[Path]:
     """The scan's figures as PNG and SVG in `workdir/figures`; returns the PNGs' paths."""
-    from scaling_jax.report.branches import read_branches
     from scaling_jax.report.chart import save
     from scaling_jax.report.runs import read_runs
 
     workdir = Path(workdir)
-    runs, branches = read_runs(analysis.experiment, workdir), read_branches(workdir)
-    return [save(chart, workdir / "figures") for chart in _charts(analysis, runs, branches)]
+    runs = read_runs(analysis.experiment, workdir)
+    return [save(chart, workdir / "figures") for chart in _charts(analysis, runs)]
 
 
 def write_report(analysis: Analysis, workdir: str | Path) -> Path:
@@ -29,7 +27,6 @@ def write_report(analysis: Analysis, workdir: str | Path) -> Path:
     Raises:
       UserError: if runs are missing, or branches.csv is damaged.
     """
-    from scaling_jax.report.branches import read_branches
     from scaling_jax.report.page import page
     from scaling_jax.report.provenance import versions
     from scaling_jax.report.runs import read_corpus, read_runs
@@ -37,14 +34,14 @@ def write_report(analysis: Analysis, workdir: str | Path) -> Path:
     from scaling_jax.training.records import write_atomically
 
     workdir = Path(workdir)
-    runs, branches = read_runs(analysis.experiment, workdir), read_branches(workdir)
-    said = sections(analysis, runs, branches, read_corpus(runs, workdir), versions())
+    runs = read_runs(analysis.experiment, workdir)
+    said = sections(analysis, runs, read_corpus(runs, workdir), versions())
     path = workdir / "report.html"
     write_atomically(path, page(f"Critical batch size: {analysis.experiment.name}", said))
     return path
 
 
-def _charts(analysis: Analysis, runs: "list[GroupRuns]", branches: "list[Branch]") -> "Iterator[Chart]":
+def _charts(analysis: Analysis, runs: "list[GroupRuns]") -> "Iterator[Chart]":
     from scaling_jax.report.batch_scan import batch_scan_chart
     from scaling_jax.report.critical_batch import critical_batch_chart
     from scaling_jax.report.noise_over_training import noise_chart
@@ -56,7 +53,7 @@ def _charts(analysis: Analysis, runs: "list[GroupRuns]", branches: "list[Branch]
     models = [subject.model.name for subject in analysis.experiment.subjects]
     yield critical_batch_chart(analysis)
     yield batch_scan_chart(analysis, runs, models)
-    yield three_measurements_chart(analysis, branches, models)
+    yield three_measurements_chart(analysis, models)
     yield tradeoffs_chart(analysis, models)
     yield residuals_chart(analysis, models)
     yield pareto_chart(analysis)

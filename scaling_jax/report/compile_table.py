@@ -14,8 +14,7 @@ _GIB = 2**30
 
 
 def print_compiled(batches: Sequence[CompiledBatch], slice_: Topology) -> Rows:
-    """Memory against the chip's, FLOPs by formula and by XLA, collective operations, all beside what they are without
-    the noise scale; then what doesn't divide and what doesn't fit."""
+    """Memory, FLOPs and collective operations of each batch size, then what doesn't divide and what doesn't fit."""
     return Rows(
         Text(
             f"{slice_.name}: {len(slice_.devices)} chips of {slice_.chip.memory_bytes / _GIB:.4g} GiB, "

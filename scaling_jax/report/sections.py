@@ -4,13 +4,10 @@ import json
 import math
 from typing import Any
 
-import numpy as np
-
 from scaling_jax.analysis import Analysis
 from scaling_jax.analysis.table_fit import law_lines
 from scaling_jax.config import to_dict
 from scaling_jax.report.batch_scan import batch_scan_chart
-from scaling_jax.report.branches import Branch
 from scaling_jax.report.chart import Chart, draw
 from scaling_jax.report.critical_batch import critical_batch_chart
 from scaling_jax.report.noise_over_training import noise_chart
@@ -35,13 +32,11 @@ FINGERPRINT = (
     "train_tokens",
     "test_tokens",
 )
-NEAR = 0.03  # in log loss: measurements of what counts as the same loss
 
 
 def sections(
     analysis: Analysis,
     runs: list[GroupRuns],
-    branches: list[Branch],
     corpus: dict[str, Any],
     versions: dict[str, str],
 ) -> list[Section]:
@@ -73,9 +68,9 @@ def sections(
         ),
         Section(
             "Three measurements",
-            paragraph(_three_intro(branches))
-            + drawn(*(three_measurements_chart(analysis, branches, [model]) for model in models))
-            + three_table(analysis, branches),
+            paragraph(_three_intro(analysis))
+            + drawn(*(three_measurements_chart(analysis, [model]) for model in models))
+            + three_table(analysis),
         ),
         Section(
             "The trade-off fits",
@@ -140,25 +135,20 @@ def fits_table(analysis: Analysis) -> str:
     return table(header, rows)
 
 
-def three_table(analysis: Analysis, branches: list[Branch]) -> str:
+def three_table(analysis: Analysis) -> str:
     """The measurements at the losses of the scan; a noise scale's range is the middle half of its runs."""
-    points = [p for p in analysis.fit.points if p.in_law]
-    losses = {model: [p.loss for p in points if p.model == model] for model in {p.model for p in points}}
     rows = []
-    for p in points:
-        near = [n for n in analysis.noise if n.model == p.model and abs(math.log(n.loss / p.loss)) < NEAR]
-        noise, half = "", ""
-        if near:
-            values = [n.b_simple if n.resolved else math.inf for n in near]
-            low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), method="nearest")
-            noise, half = tokens(float(middle)), _interval(float(low), float(high))
-        b_crit = (tokens(p.tradeoff.b_crit), _interval(*p.tradeoff.b_crit_interval))
-        here = [b for b in branches if b.model == p.model and _nearest(b.loss, losses[p.model]) == p.loss]
-        said = [(tokens(b.b_crit), _interval(b.low, b.high)) for b in here if abs(math.log(b.loss / p.loss)) < NEAR]
-        branch = ("; ".join(cells) for cells in zip(*said, strict=True)) if said else ("", "")
-        rows.append((p.model, f"{p.loss:.3f}", noise, half, *b_crit, *branch))
+    for c in analysis.comparison:
+        noise = ("", "")
+        if not math.isnan(c.noise_scale):
+            noise = tokens(c.noise_scale), _interval(c.noise_scale_low, c.noise_scale_high)
+        branch = ("", "")
+        if not math.isnan(c.branches):
+            branch = tokens(c.branches), _interval(c.branches_low, c.branches_high)
+        scan = tokens(c.scan), _interval(c.scan_low, c.scan_high)
+        rows.append((c.model, f"{c.loss:.3f}", *noise, *scan, *branch))
     header = ("model", "loss", "noise scale, tokens", "middle half", "B_crit by scan, tokens", "95 % interval")
-    if not branches:
+    if not analysis.branches:
         return table(header, [row[:6] for row in rows])
     return table((*header, "B_crit by branches, tokens", "interval"), rows)
 
@@ -189,16 +179,14 @@ def runs_table(runs: list[GroupRuns]) -> str:
     return table(header, rows)
 
 
-def _three_intro(branches: list[Branch]) -> str:
+def _three_intro(analysis: Analysis) -> str:
     said = (
         "What one run measures by itself (the noise scale, a dot for each run with its 95 % interval; ∞ in the table "
         "where it is unresolved) beside what the scan found at the same losses"
     )
-    return f"{said}, and what branches of one run found." if branches else f"{said}. No branches were measured."
-
-
-def _nearest(loss: float, losses: list[float]) -> float:
-    return min(losses, key=lambda other: abs(math.log(other / loss)))
+    return (
+        f"{said}, and what branches of one run found." if analysis.branches else f"{said}. No branches were measured."
+    )
 
 
 def _interval(low: float, high: float) -> str:

@@ -4,14 +4,14 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from scaling_jax.analysis import Analysis
-from scaling_jax.report.branches import Branch
+from scaling_jax.analysis.branches import BranchMeasurement
 from scaling_jax.report.chart import Chart
 from scaling_jax.report.critical_batch import draw_critical_batches, draw_law, draw_noise, reach
 from scaling_jax.report.style import MODEL_COLOURS, count_axis, loss_axis, new_figure, plain
 from scaling_jax.report.summary import tokens
 
 
-def three_measurements_chart(analysis: Analysis, branches: list[Branch], models: list[str]) -> Chart:
+def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
     """A panel a model; x = test loss falling to the right, y = tokens, all with intervals."""
     figure, axes = new_figure(len(models), height=4.8)
     chart = Chart(
@@ -21,7 +21,7 @@ def three_measurements_chart(analysis: Analysis, branches: list[Branch], models:
     )
     for axis, model in zip(axes, models, strict=False):
         points = [p for p in analysis.fit.points if p.model == model and p.in_law]
-        own = [b for b in branches if b.model == model]
+        own = [b for b in analysis.branches if b.model == model]
         low, high = loss_axis(axis, [p.loss for p in points] + [b.loss for b in own])
         draw_noise(
             chart, axis, [n for n in analysis.noise if n.model == model and low <= n.loss <= high], intervals=True
@@ -32,7 +32,7 @@ def three_measurements_chart(analysis: Analysis, branches: list[Branch], models:
         axis.set_title(plain(model), loc="left")
     fitted = [p.tradeoff.b_crit for p in analysis.fit.points if p.in_law and p.model in models]
     noise = [n.b_simple for n in analysis.noise if n.resolved and n.model in models]
-    values = fitted + noise + [b.b_crit for b in branches if b.model in models and np.isfinite(b.b_crit)]
+    values = fitted + noise + [b.b_crit for b in analysis.branches if b.model in models and np.isfinite(b.b_crit)]
     if values:
         axes[0].set_ylim(np.percentile(values, 1) / 4, np.percentile(values, 99) * 3)
     count_axis(axes[0].yaxis)
@@ -44,7 +44,7 @@ def three_measurements_chart(analysis: Analysis, branches: list[Branch], models:
     return chart
 
 
-def _draw_branches(chart: Chart, axis: Axes, branches: list[Branch]) -> None:
+def _draw_branches(chart: Chart, axis: Axes, branches: list[BranchMeasurement]) -> None:
     found = [b for b in branches if np.isfinite(b.b_crit)]
     bounds = [b for b in branches if not np.isfinite(b.b_crit) and np.isfinite(b.low)]
     loss, b_crit, colour = [b.loss for b in found], np.array([b.b_crit for b in found]), MODEL_COLOURS[1]
@@ -61,7 +61,7 @@ def _draw_branches(chart: Chart, axis: Axes, branches: list[Branch]) -> None:
         chart.mark(axis, loss, low, [_text(b, f"at least {tokens(b.low)}") for b in bounds])
 
 
-def _text(branch: Branch, b_crit: str) -> str:
+def _text(branch: BranchMeasurement, b_crit: str) -> str:
     return (
         f"{branch.model}, branches of a run of {branch.batch_tokens:,} tokens, loss {branch.loss:.3f}\n"
         f"B_crit {b_crit} tokens"

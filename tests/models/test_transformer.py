@@ -26,6 +26,63 @@ def test_a_position_sees_itself_and_the_past_only():
     assert (np.abs(before[:, 5:] - after[:, 5:]).max(axis=-1) > 0).all()
 
 
+@pytest.mark.parametrize("context", [7, 64, 130, 256])
+def test_attention_in_parts_is_attention(context):
+    """Against JAX's own, for contexts of one part, of four, and of parts that don't divide them."""
+    qkv = jax.random.normal(jax.random.key(0), (2, context, 3 * 16))
+    cotangent = jax.random.normal(jax.random.key(1), (2, context, 16))
+
+    def reference(qkv):
+        q, k, v = (x.reshape(2, context, 2, 8) for x in jnp.split(qkv, 3, axis=-1))
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(2, context, 16)
+
+    got, got_pullback = jax.vjp(lambda qkv: transformer.causal_attention(qkv, 2), qkv)
+    want, want_pullback = jax.vjp(reference, qkv)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    np.testing.assert_allclose(got_pullback(cotangent)[0], want_pullback(cotangent)[0], atol=1e-5)
+
+
+def test_cudnn_attention_gets_the_same_queries_keys_and_values(monkeypatch):
+    """There is no GPU here: JAX's own implementation stands in for cuDNN's behind the same call."""
+    qkv = jax.random.normal(jax.random.key(0), (2, 6, 3 * 16))
+    attention = jax.nn.dot_product_attention
+    asked = []
+
+    def stand_in(*args, implementation, **kwargs):
+        asked.append(implementation)
+        return attention(*args, **kwargs, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    np.testing.assert_allclose(
+        transformer.causal_attention(qkv, 2, "cudnn"), transformer.causal_attention(qkv, 2), atol=2e-6
+    )
+    assert asked == ["cudnn"]
+
+
+def test_cudnn_attention_in_float32_is_refused():
+    with pytest.raises(UserError, match="bfloat16"):
+        ModelConfig(2, 16, 2, attention="cudnn")
+
+
+@pytest.mark.parametrize("most_logits", [24 * 11, 100, 1])
+def test_the_loss_in_chunks_is_the_loss(monkeypatch, most_logits):
+    """24 tokens, a vocabulary of 11: in one chunk, in three, and token by token."""
+    params, tokens = initialised(SMALL)
+
+    def whole(params):
+        return next_token_loss(Transformer(SMALL).apply({"params": params}, tokens), tokens)
+
+    def chunked(params):
+        return Transformer(SMALL).apply({"params": params}, tokens, tokens)
+
+    monkeypatch.setattr(transformer, "_MOST_LOGITS", most_logits)
+    loss, grads = jax.value_and_grad(chunked)(params)
+    want_loss, want_grads = jax.value_and_grad(whole)(params)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, want_grads)
+    assert ("f32[3,8,11]" in str(jax.make_jaxpr(chunked)(params))) == (most_logits == 24 * 11)
+
+
 def test_loss_of_an_untrained_model_is_that_of_a_uniform_guess():
     params, tokens = initialised(SMALL)
     loss = next_token_loss(Transformer(SMALL).apply({"params": params}, tokens), tokens)

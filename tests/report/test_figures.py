@@ -4,9 +4,9 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from scaling_jax.analysis.branches import BranchMeasurement
 from scaling_jax.report import write_figures
 from scaling_jax.report.batch_scan import batch_scan_chart
-from scaling_jax.report.branches import Branch
 from scaling_jax.report.chart import Chart, draw, save
 from scaling_jax.report.critical_batch import critical_batch_chart
 from scaling_jax.report.noise_over_training import noise_chart
@@ -89,10 +89,10 @@ def test_exact_measurements_lie_on_the_time_compute_curve(analysis):
 
 def test_branches_are_drawn_beside_the_scan_and_the_noise_scale(analysis):
     branches = [
-        Branch("1x32", 1_024, 0, 1e6, 2.4, 1_300.0, 900.0, np.inf),
-        Branch("other", 1, 0, 1.0, 2.0, 1.0, 1.0, 1.0),
+        BranchMeasurement("1x32", 1_024, 0, 1e6, 2.4, 1_300.0, 900.0, np.inf),
+        BranchMeasurement("other", 1, 0, 1.0, 2.0, 1.0, 1.0, 1.0),
     ]
-    chart = three_measurements_chart(analysis, branches, MODELS)
+    chart = three_measurements_chart(dataclasses.replace(analysis, branches=tuple(branches)), MODELS)
     first, second = chart.figure.axes
     np.testing.assert_array_equal(line(second, "$B_{crit}$, from branches").get_data(), [[2.4], [1_300]])
     assert not [drawn for drawn in first.lines if "branches" in str(drawn.get_label())]
@@ -151,7 +151,7 @@ def test_every_axis_has_a_label(analysis, runs, law):
         analysis = dataclasses.replace(analysis, fit=fit, noise=[])
     for chart in (
         critical_batch_chart(analysis),
-        three_measurements_chart(analysis, [], ["1x16"]),
+        three_measurements_chart(analysis, ["1x16"]),
         tradeoffs_chart(analysis, ["1x16"]),
         residuals_chart(analysis, ["1x16"]),
         pareto_chart(analysis),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from scaling_jax.analysis import analyse
+from scaling_jax.analysis.branches import read_branches
 from scaling_jax.errors import UserError
 from scaling_jax.report import write_report
-from scaling_jax.report.branches import read_branches
 from scaling_jax.report.chart import draw
 from scaling_jax.report.page import charts, page, table
 from scaling_jax.report.provenance import command, without_home
@@ -65,8 +66,8 @@ def results(made_up, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def document(analysis, results):
-    text = write_report(analysis, results).read_text(encoding="utf-8")
+def document(results):
+    text = write_report(analyse(results), results).read_text(encoding="utf-8")
     assert len(text) < 5e6
     return Document(text)
 
@@ -131,7 +132,7 @@ def test_a_scan_without_branches_or_law_is_reported_and_hostile_names_stay_text(
     experiment = dataclasses.replace(analysis.experiment, name=HOSTILE, text=f"files:/home/jane/{HOSTILE}")
     told = dataclasses.replace(analysis, experiment=experiment, fit=fit, noise=[], notes=(HOSTILE,))
     corpus = {"source": f"files:/home/jane/{HOSTILE}", "sha256": HOSTILE}
-    text = page(HOSTILE, sections(told, runs, [], corpus, {HOSTILE: HOSTILE}))
+    text = page(HOSTILE, sections(told, runs, corpus, {HOSTILE: HOSTILE}))
     document = Document(text)
     assert "No law could be fitted: no law: why not." in document.text("li")
     assert "by branches" not in text

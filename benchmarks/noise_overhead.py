@@ -1,0 +1,176 @@
+"""What does the noise scale cost a training step, estimator by estimator?
+
+    python benchmarks/noise_overhead.py [2x64 | 4x256]
+
+Each line is a training step (gradient and Adam, many in one compiled call) with the estimator, over the same step
+without it, in interleaved rounds in one process. "every=100" estimators run in calls of 100 steps, of which one
+measures: ℓ1 on an eighth of the batch, spectral on all of it. The model is the project's transformer written with
+`taps`, given plain arrays wherever nothing is tapped.
+"""
+
+import statistics
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from scaling_jax.models import model_config, next_token_loss
+from scaling_jax.models.transformer import causal_attention
+from scaling_jax.noise_scale import every, geometries, taps, value_and_grad
+
+ROUNDS = 7
+BATCH_TOKENS = 4_096
+EVERY = 100
+SIZES = {"2x64": (64, 4), "4x256": (256, 4)}  # context, microbatches
+
+
+def init(model) -> dict:
+    """Parameters as the project's transformer has them; layers unrolled."""
+    draws = np.random.default_rng(0)
+    D, V = model.d_model, model.vocab_size
+
+    def normal(*shape):
+        return jnp.asarray(0.02 * draws.standard_normal(shape), jnp.float32)
+
+    def dense(d_in, d_out):
+        return {"kernel": normal(d_in, d_out), "bias": jnp.zeros(d_out)}
+
+    def norm():
+        return {"scale": jnp.ones(D), "bias": jnp.zeros(D)}
+
+    layers = [
+        {
+            "attention_norm": norm(),
+            "qkv": dense(D, 3 * D),
+            "attention_out": dense(D, D),
+            "feed_forward_norm": norm(),
+            "feed_forward_in": dense(D, 4 * D),
+            "feed_forward_out": dense(4 * D, D),
+        }
+        for _ in range(model.n_layer)
+    ]
+    return {
+        "embedding": normal(V, D),
+        "position": normal(model.context, D),
+        "layers": layers,
+        "norm": norm(),
+        "unembedding": dense(D, V),
+    }
+
+
+def loss_of(model, params, tokens_BxT1):
+    def dense(x, p):
+        return taps.add(taps.einsum("btd,df->btf", x, p["kernel"]), p["bias"])
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+        return taps.add(taps.scale(x, p["scale"]), p["bias"])
+
+    tokens_BxT1 = tokens_BxT1.astype(jnp.int32)
+    x = taps.add(taps.embed(params["embedding"], tokens_BxT1[:, :-1]), params["position"])
+    for p in params["layers"]:
+        h = causal_attention(dense(norm(x, p["attention_norm"]), p["qkv"]), model.n_head)
+        x = x + dense(h, p["attention_out"])
+        h = jax.nn.gelu(dense(norm(x, p["feed_forward_norm"]), p["feed_forward_in"]))
+        x = x + dense(h, p["feed_forward_out"])
+    return next_token_loss(dense(norm(x, params["norm"]), params["unembedding"]), tokens_BxT1[:, 1:])
+
+
+def plain(loss, num_microbatches):
+    """Gradient accumulation as one writes it without a noise scale."""
+    grad = jax.value_and_grad(loss)
+
+    def of_batch(params, batch, step):
+        if num_microbatches == 1:
+            return grad(params, batch)
+        parts = batch.reshape(num_microbatches, -1, *batch.shape[1:])
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+        total, _ = jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, grad(params, b)), None), zeros, parts)
+        return jax.tree.map(lambda x: x / num_microbatches, total)
+
+    return of_batch
+
+
+def measured(loss, num_microbatches=1, **options):
+    grad = value_and_grad(loss, num_microbatches=num_microbatches, **options)
+
+    def of_batch(params, batch, step):
+        (value, moments), grads = grad(params, batch)
+        return value + 1e-9 * sum(map(jnp.sum, jax.tree.leaves(moments))), grads
+
+    return of_batch
+
+
+def now_and_then(base, measure, part):
+    def of_batch(params, batch, step):
+        value, grads = base(params, batch, step)
+        _, bounds = every(EVERY, step, measure, params, batch[: len(batch) // part])
+        return value + 1e-9 * sum(bounds), grads
+
+    return of_batch
+
+
+def program(of_batch, steps, rows):
+    """`params -> seconds for `steps` steps`, compiled."""
+    optimizer = optax.adam(1e-3, b2=0.98)
+
+    @partial(jax.jit, donate_argnums=(0,))
+    def run(state, rows_SxBxT1):
+        def body(i, carry):
+            params, opt_state, total = carry
+            value, grads = of_batch(params, rows_SxBxT1[i % len(rows_SxBxT1)], i)
+            updates, opt_state = optimizer.update(grads, opt_state)
+            return optax.apply_updates(params, updates), opt_state, total + value
+
+        return jax.lax.fori_loop(0, steps, body, state)
+
+    def seconds(params):
+        state = jax.tree.map(jnp.copy, (params, optimizer.init(params), jnp.float32(0)))
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        jax.block_until_ready(run(state, rows))
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def main(size: str) -> None:
+    context, parts = SIZES[size]
+    model = model_config(size, vocab_size=256, context=context)
+    params, loss = init(model), partial(loss_of, model)
+    draws = np.random.default_rng(0)
+    rows = jnp.asarray(draws.integers(0, 256, (4, BATCH_TOKENS // context, context + 1)), jnp.uint16)
+    l1 = geometries.l1(loss, num_microbatches=2)
+    spectral = geometries.spectral(loss, num_microbatches=parts, select=lambda name: name.startswith("layers"))
+    split, whole = plain(loss, parts), plain(loss, 1)
+    lines = {  # what: with, without, steps
+        "two-batch, microbatches anyway": (measured(loss, parts), split, 8),
+        "two-batch, two microbatches for it": (measured(loss, 2), whole, 8),
+        "two-batch in groups": (measured(loss, parts, groups=lambda name: name.split("/")[0]), split, 8),
+        "norm layers": (measured(loss, method="norm_layers"), whole, 8),
+        "per example": (measured(loss, method="per_example"), whole, 8),
+        "per example, in microbatches": (measured(loss, parts, method="per_example"), split, 8),
+        f"ℓ1 every={EVERY}": (now_and_then(split, l1, 8), split, EVERY),
+        f"spectral every={EVERY}": (now_and_then(split, spectral, 1), split, EVERY),
+    }
+    print(f"{size}, {BATCH_TOKENS:,} tokens of context {context}; {jax.devices()}; medians of {ROUNDS} rounds")
+    for what, (with_it, without, steps) in lines.items():
+        a, b = program(with_it, steps, rows), program(without, steps, rows)
+        a(params), b(params)  # compile
+        pairs = [(a(params), b(params)) for _ in range(ROUNDS)]
+        ratios = [x / y for x, y in pairs]
+        base = BATCH_TOKENS * steps / statistics.median(y for _, y in pairs)
+        print(
+            f"{what:36} {statistics.median(ratios):6.3f} [{min(ratios):.3f}, {max(ratios):.3f}]  "
+            f"baseline {base / 1e3:.1f}k tokens/s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or ["2x64"]))

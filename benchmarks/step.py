@@ -1,0 +1,176 @@
+"""How fast is a training step, next to plain PyTorch's of the same model?
+
+    pip install -e '.[bench]'
+    python benchmarks/step.py [4x256:16384 ...]
+
+Tokens per second on all cores of this machine. Ours is `Program.steps`, noise scale measured at every step, in one
+process: "threads" is one device whose operations share the cores, "devices" is a device a core that shares the batch
+(pmap). PyTorch takes the whole batch at once, without a noise scale, with its fused attention and Adam. Rounds are
+interleaved; ratios are to the better of eager and compiled in the same round. "share" is of the floating-point rate of
+a large matrix product in JAX, measured in each round, counting 6 FLOP per token and weight and 12·layers·T·D for
+attention. Name cases to run fewer.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+SIZES = {"2x64": (2, 64, 2, 256, 64), "4x128": (4, 128, 4, 256, 64), "4x256": (4, 256, 4, 512, 256)}  # V, T last
+CASES = [f"{size}:{batch}" for size in SIZES for batch in (512, 1_024, 4_096, 16_384)]
+ROUNDS = 5
+SECONDS = 0.5  # a measurement
+ROWS = 2_000
+
+
+def model_of(case: str):
+    from scaling_jax.models import ModelConfig
+
+    n_layer, d_model, n_head, vocab_size, context = SIZES[case.split(":")[0]]
+    return ModelConfig(n_layer, d_model, n_head, vocab_size=vocab_size, context=context)
+
+
+def flop_per_token(case: str) -> float:
+    m = model_of(case)
+    return 6 * (m.num_params + m.d_model * m.vocab_size) + 12 * m.n_layer * m.context * m.d_model
+
+
+def data_of(case: str, steps: int):
+    import numpy as np
+
+    model, batch = model_of(case), int(case.split(":")[1])
+    draws = np.random.default_rng(0)
+    rows = draws.integers(0, model.vocab_size, (ROWS, model.context + 1)).astype(np.uint16)
+    return rows, draws.integers(0, ROWS, (steps, batch // model.context))
+
+
+def ours(case: str):
+    """`num_steps -> takes them`."""
+    import jax
+
+    from scaling_jax.parallel import replicate
+    from scaling_jax.training import Run
+    from scaling_jax.training.program import program_for
+
+    num_devices = jax.local_device_count()
+    program = program_for(Run(model_of(case), int(case.split(":")[1]), 1e-3, max_steps=1), num_devices)
+    rows, order = data_of(case, program.steps_per_call)
+    rows, state = replicate(rows, num_devices), replicate(program.init(0), num_devices)
+
+    def steps(count):
+        nonlocal state
+        for start in range(0, count, len(order)):
+            state, _ = program.steps(state, rows, order[: count - start], 1e-3, 1)
+
+    return steps
+
+
+def pytorch(case: str, compiled: bool):
+    import torch
+    from torch_gpt import training_step
+
+    step = training_step(model_of(case), compiled)
+    rows, order = (torch.from_numpy(x) for x in data_of(case, 64))
+
+    def steps(count):
+        for i in range(count):
+            step(rows[order[i % len(order)]].long())
+
+    return steps
+
+
+def matmul_flop_per_second() -> float:
+    import jax
+    import numpy as np
+
+    matmul = jax.jit(lambda x: x @ x)
+    x = jax.device_put(np.ones((2_048, 2_048), np.float32))
+    matmul(x).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(3):
+        matmul(x).block_until_ready()
+    return 3 * 2 * 2_048**3 / (time.perf_counter() - start)
+
+
+def measure() -> None:
+    """The worker: "case variant" is answered with tokens per second; a new case or variant is compiled first."""
+    steps, count = {}, {}
+    for line in sys.stdin:
+        request = line.strip()
+        if request == "matmul":
+            print(matmul_flop_per_second(), flush=True)
+            continue
+        case, variant = request.split()
+        if request not in steps:
+            steps[request] = ours(case) if variant in ("threads", "devices") else pytorch(case, variant == "compiled")
+            steps[request](2)
+            start = time.perf_counter()
+            steps[request](2)
+            count[request] = max(2, round(2 * SECONDS / (time.perf_counter() - start)))
+        start = time.perf_counter()
+        steps[request](count[request])
+        print(json.dumps(count[request] * int(case.split(":")[1]) / (time.perf_counter() - start)), flush=True)
+
+
+def worker(**env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, __file__, "worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
+    )
+
+
+def ask(process: subprocess.Popen, request: str) -> float:
+    process.stdin.write(request + "\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):5.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def main(cases: list[str]) -> None:
+    cores = len(os.sched_getaffinity(0))
+    one_thread_a_device = f"--xla_force_host_platform_device_count={cores} --xla_cpu_multi_thread_eigen=false"
+    torch = worker(OMP_NUM_THREADS=str(cores))
+    workers = {
+        "threads": worker(),
+        "devices": worker(XLA_FLAGS=one_thread_a_device),
+        "eager": torch,
+        "compiled": torch,
+    }
+    print(f"{cores} cores; thousands of tokens per second, medians of {ROUNDS} rounds; ratio to the better PyTorch")
+    print(
+        f"{'case':12} {'eager':>7} {'compiled':>8} {'threads':>8} {'devices':>8}  ratio of threads    ratio of devices"
+    )
+    for case in cases:
+        rates = {name: [] for name in workers}
+        peaks = []
+        for name, process in workers.items():
+            ask(process, f"{case} {name}")  # compiles
+        for _ in range(ROUNDS):
+            peaks.append(ask(workers["threads"], "matmul"))
+            for name, process in workers.items():
+                rates[name].append(ask(process, f"{case} {name}"))
+        better = [max(pair) for pair in zip(rates["eager"], rates["compiled"], strict=True)]
+        ratios = {k: [a / b for a, b in zip(rates[k], better, strict=True)] for k in ("threads", "devices")}
+        k_tokens = [f"{statistics.median(rates[name]) / 1e3:8.1f}" for name in rates]
+        flop = flop_per_token(case)
+        shares = [
+            f"{100 * flop * statistics.median(r / p for r, p in zip(rates[k], peaks, strict=True)):.0f} %"
+            for k in ("threads", "devices")
+        ]
+        print(
+            f"{case:11} {' '.join(k_tokens)}  {spread(ratios['threads'])}  {spread(ratios['devices'])}"
+            f"  share {shares[0]}, {shares[1]} of {statistics.median(peaks) / 1e9:.0f} GFLOP/s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    measure() if sys.argv[1:] == ["worker"] else main(sys.argv[1:] or CASES)

@@ -1,0 +1,38 @@
+"""The critical batch size measured in three ways on the same runs: noise scale, batch-size scan, branches.
+
+    python experiments/three_measurements.py [RESULTS]      # results/three_measurements unless given
+
+The demo's two models with two seeds: the scan with a tuned learning rate at every batch size, the noise scale that its
+runs measured at every step, and branches of its runs of 128 tokens at 2 to 32 times the batch size (Merrill et al.
+2025), from up to eight points along each. Writes three_measurements.csv (all three at the same losses, tokens),
+seeds.csv (how far seeds lie apart) and the figures, of which three_measurements.png is the one to look at.
+
+Takes about 25 minutes on two CPU cores; interrupted, the same command continues. What came out is in
+experiments/results/three_measurements.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from scaling_jax import live
+from scaling_jax.cli.results import show
+from scaling_jax.scanning.demo import DEMO
+
+EXPERIMENT = dataclasses.replace(DEMO, name="three-measurements", seeds=(0, 1))
+BRANCHED_BATCH_TOKENS = 128
+FACTORS = (2, 4, 8, 16, 32)
+TOLERANCE = 0.02  # nats per token that a branch may fall behind
+
+
+def main(results: Path) -> None:
+    live.scan_on_console(EXPERIMENT, results)
+    models = [subject.model.name for subject in EXPERIMENT.subjects]
+    live.branch_on_console(
+        EXPERIMENT, results, models, BRANCHED_BATCH_TOKENS, TOLERANCE, factors=FACTORS, branch_steps=8
+    )
+    show(results)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("results/three_measurements"))
