@@ -60,7 +60,7 @@ def results(made_up, tmp_path_factory):
     shutil.copytree(made_up[1], workdir)
     (workdir / "branches.csv").write_text(
         "model,batch_tokens,seed,tokens,loss,b_crit,low,high\n"
-        "1x16,1024,0,5e5,2.7,700,500,900\n1x32,1024,0,1e6,2.4,1300,900,inf\n"
+        "1x16,1024,0,500000,2.7,700,500,900\n1x32,1024,0,1000000,2.4,1300,900,inf\n"
     )
     return workdir
 
