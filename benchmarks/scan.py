@@ -41,26 +41,28 @@ def experiment(quick: bool):
     return QUICK if quick else DEMO
 
 
-def seconds(code: str, quick: bool) -> tuple[float, int]:
-    """Wall time of a scan in a fresh folder, and its number of runs."""
+def seconds(code: str, quick: bool, keep: Path | None = None) -> tuple[float, int]:
+    """Wall time of a scan in a fresh folder, and its number of runs; `keep` is where its results stay."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
+        results = keep or Path(folder, "results")
         start = time.perf_counter()
-        command = [sys.executable, "-c", code, "quick" if quick else "demo", f"{folder}/results"]
+        command = [sys.executable, "-c", code, "quick" if quick else "demo", str(results)]
         subprocess.run(command, check=True, env=environment)
-        return time.perf_counter() - start, len(list(Path(folder, "results", "runs").iterdir()))
+        return time.perf_counter() - start, len(list((results / "runs").iterdir()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="a new folder for the last scan's results")
     options = parser.parse_args()
     ratios = []
     print(f"{'round':>5} {'one by one, s':>14} {'scan, s':>9} {'ratio':>6} {'runs':>5}")
     for n in range(options.rounds):
         one_by_one, runs = seconds(_ONE_BY_ONE, options.quick)
-        together, same = seconds(_TOGETHER, options.quick)
+        together, same = seconds(_TOGETHER, options.quick, options.keep if n == options.rounds - 1 else None)
         if runs != same:
             raise SystemExit(f"{runs} runs one by one but {same} in the scan: they should be the same")
         ratios.append(one_by_one / together)
