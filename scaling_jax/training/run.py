@@ -9,6 +9,11 @@ from scaling_jax.models import ModelConfig
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.ramp import LiveRamp, Stage, check_stages
 
+_MOST_BATCH_TOKENS = 2**31  # what a batch is split into is searched one by one
+
+
+_MOST_BATCH_TOKENS = 2**31  # ten times what anybody trains with; a slip of the keyboard shouldn't fill the memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Deadline:
@@ -52,16 +57,26 @@ class Run:
 
     def __post_init__(self):
         for field in ("batch_tokens", "learning_rate", "microbatch_tokens", "eval_tokens", "steps_per_call"):
-            if not getattr(self, field) > 0:
-                raise UserError(f"{field} = {getattr(self, field)!r} must be positive")
+            if not 0 < getattr(self, field) < math.inf:
+                raise UserError(f"{field} = {getattr(self, field)!r} must be positive and finite")
+        for field in ("max_steps", "max_tokens", "target_loss", "average_half_life_tokens", "eval_every_tokens"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{field} = {value} must be positive and finite")
+        for field in ("warmup_steps", "warmup_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise UserError(f"{field} = {value} must be 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed} must be from 0 to {2**32 - 1:,}")
+        if self.batch_tokens > _MOST_BATCH_TOKENS:
+            raise UserError(
+                f"batch_tokens = {self.batch_tokens:,} is more than {_MOST_BATCH_TOKENS:,}: tokens per step"
+            )
         if (self.max_steps is None) == (self.max_tokens is None):
             raise UserError("give exactly one of max_steps and max_tokens")
         if (self.warmup_steps is None) == (self.warmup_tokens is None):
             raise UserError("give exactly one of warmup_steps and warmup_tokens, None for the other")
-        if self.eval_every_tokens is not None and self.eval_every_tokens < 1:
-            raise UserError(f"eval_every_tokens = {self.eval_every_tokens} must be positive")
-        if self.average_half_life_tokens is not None and not self.average_half_life_tokens > 0:
-            raise UserError(f"average_half_life_tokens = {self.average_half_life_tokens} must be positive")
         if self.eval_growth <= 1:
             raise UserError(f"eval_growth = {self.eval_growth} must be above 1: it is the ratio of evaluation steps")
         if self.ramp and self.live_ramp:
@@ -116,6 +131,8 @@ class Run:
 
 
 def _check_whole_sequences(batch_tokens: int, context: int) -> None:
+    if batch_tokens > _MOST_BATCH_TOKENS:
+        raise UserError(f"batch of {batch_tokens:,} tokens is too large: {_MOST_BATCH_TOKENS:,} at most")
     if batch_tokens % context or batch_tokens < 2 * context:
         below = max(2, batch_tokens // context) * context
         raise UserError(
@@ -138,9 +155,9 @@ def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: in
             f"nearest: {near} sequences"
         )
     per_device = batch_sequences // num_devices
-    fewest = 2 if num_devices == 1 else 1
+    fewest = max(2 if num_devices == 1 else 1, math.ceil(per_device / max(1, microbatch_sequences)))
     for num_microbatches in range(fewest, per_device + 1):
-        if per_device % num_microbatches == 0 and per_device // num_microbatches <= max(1, microbatch_sequences):
+        if per_device % num_microbatches == 0:
             return num_microbatches
     raise UserError(
         f"a batch of {batch_sequences} sequence on one device leaves no small batch to measure the noise scale with: "
