@@ -27,13 +27,13 @@ One TPU machine, from nothing to results:
 A spot pod from the queue, made again whenever it is preempted, until the command is done:
 
   tpu_setup.sh babysit my-pod --zone us-west4-a --type v5litepod-256 --queued --spot --recreate \
-      -- scan experiments/kaplan_3m_85m.py --results gs://my-bucket/kaplan
+      -- train --model 12x768 … --results /mnt/shared/gpt
 
 Commands; each may be repeated, and goes on where it was:
   create   a TPU of --type, on demand or --spot, at once or --queued; waits until it is ready
   setup    copies this checkout to every worker, installs Python and the versions of tpu_requirements.txt
   check    every worker prints its processes and devices and joins a psum; fails unless they are TPUs
-  run      starts `scaling-jax …` on every worker and returns; several workers take --results gs://…
+  run      starts `scaling-jax …` on every worker and returns; several workers take --results /mnt/… (a file system that all share)
   logs     the last --lines of each worker's log (50), or one worker's as it grows with --follow
   status   of the TPU, and of the run on every worker
   stop     tells the run to save and end; ends it after a minute
@@ -327,8 +327,8 @@ run() {
   [[ ${#arguments[@]} -gt 0 ]] || wrong "run needs scaling-jax's arguments after --, as in -- scan x.py"
   local workers
   workers=$(num_workers)
-  if ((workers > 1)) && [[ $(results_of "${arguments[@]}") != gs://* ]]; then
-    wrong "$name has $workers workers, which share no disk: add --results gs://… to scaling-jax's arguments"
+  if ((workers > 1)) && [[ $(results_of "${arguments[@]}") != @(gs://*|/mnt/*) ]]; then
+    wrong "$name has $workers workers, which share no disk: add --results /mnt/… (a shared file system or a bucket mounted on each) to scaling-jax's arguments"
   fi
   on_workers 120 "$START" "$run_id" "$WRAPPER" "${arguments[@]}"
 }

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from scaling_jax.analysis.branches import branch_scan
 from scaling_jax.data import Corpus
+from scaling_jax.parallel import is_first
 from scaling_jax.report.status import duration, part_done
 from scaling_jax.report.summary import tokens
 from scaling_jax.scanning import Experiment, relative_cost, scan
@@ -161,13 +162,16 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
     """Trains a run with a line an evaluation; Ctrl-C and SIGTERM save it first.
 
     Raises:
-      KeyboardInterrupt: after a run that was stopped has been saved.
+      KeyboardInterrupt: after a run that Ctrl-C stopped has been saved.
+      SystemExit: with code 0, after one has been that SIGTERM stopped, here or in another process of the run.
     """
-    console, stopping = Console(), threading.Event()
+    console, stopping, by_hand = Console(), threading.Event(), threading.Event()
 
-    def stop(*_):
+    def stop(number, _):
         console.print("stopping: the run is being saved …")
         stopping.set()
+        if number == signal.SIGINT:
+            by_hand.set()
 
     def report(p: Progress):
         noise = "·" if math.isnan(p.noise_scale_tokens) else tokens(p.noise_scale_tokens)
@@ -188,7 +192,12 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
         try:
             result = train(run, results, corpus=corpus, should_stop=stopping.is_set, on_progress=report)
         except Interrupted:
-            raise KeyboardInterrupt from None
+            if by_hand.is_set():
+                raise KeyboardInterrupt from None
+            console.print("saved; the same command continues where it was")
+            raise SystemExit(0) from None
+    if not is_first():
+        return
     loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
     console.print(
         f"{result.status} after {result.steps:,} steps, {tokens(result.tokens)} tokens: test loss {loss}; "

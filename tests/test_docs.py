@@ -1,6 +1,11 @@
-"""The code that the documentation shows, run as it stands there."""
+"""What the documentation shows is run as it stands there, and what it names is there."""
 
+import json
+import os
 import re
+import runpy
+import shlex
+import tomllib
 from pathlib import Path
 
 import jax
@@ -14,14 +19,24 @@ from jax.sharding import PartitionSpec as P
 
 import scaling_jax as sj
 from experiments import noisy_quadratic as quadratic
+from scaling_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("experiments/**/*.md")])
 STEPS, BATCH = 300, 32
 
 
+def name(page):
+    return page.relative_to(ROOT).with_suffix("").as_posix()
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+
+
 def loops():
-    text = (ROOT / "docs" / "noise_scale.md").read_text()
-    return {re.match(r"# (\w+)", block).group(1): block for block in re.findall(r"```python\n(.*?)```", text, re.S)}
+    return {re.match(r"# (\w+)", block).group(1): block for block in blocks(DOCS / "noise_scale.md", "python")}
 
 
 class Parameters(nnx.Module):
@@ -50,9 +65,109 @@ def test_the_loops_of_the_noise_scale_page_find_the_known_noise_scale(name):
     assert found.high / found.low < 1.7
 
 
-def test_every_file_that_the_readme_links_to_exists():
-    text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    assert len(links) > 4
-    for link in links:
-        assert (ROOT / link).exists(), link
+COMPLETE = [
+    pytest.param(block, id=f"{name(page)}-{number}")
+    for page in PAGES
+    for number, block in enumerate(blocks(page, "python"))
+    if block.startswith(("import ", "from ", '"""')) and "tensorflow_datasets" not in block
+]
+
+
+@pytest.fixture(scope="module")
+def analysis(made_up):
+    return sj.analyse(made_up[1])
+
+
+@pytest.mark.parametrize("block", COMPLETE)
+def test_code_that_brings_its_own_imports_runs(block, analysis, monkeypatch):
+    """With a scan made up beforehand in place of one that would train for minutes."""
+    monkeypatch.setattr(sj, "scan", lambda experiment, workdir: workdir)
+    monkeypatch.setattr(sj, "analyse", lambda workdir: analysis)
+    for drawing in ("write_figures", "write_report"):
+        monkeypatch.setattr(sj, drawing, lambda analysis, workdir: None)
+    exec(block, {})
+
+
+def test_there_is_such_code():
+    assert len(COMPLETE) >= 5
+
+
+def test_the_notebook_runs_and_finds_what_is_known(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(DOCS)
+    cells = json.loads((DOCS / "critical_batch_size.ipynb").read_text())["cells"]
+    found = {}
+    for source in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
+        exec(source.replace("plt.show()", "plt.close()"), found)
+    truth = found["truth"]
+    assert found["found"].low < truth < found["found"].high
+    assert not found["few"].resolved
+    assert found["few"].low < 25 * truth
+    assert found["many"].low < 25 * truth < found["many"].high
+    rising = [window.value for *_, window in found["windows"]]
+    assert rising[-1] > 5 * rising[0]
+    assert found["law"] is not None
+    assert found["goal"].loss == found["law"].loss_range[0]
+
+
+def headings(page):
+    """Anchors, as GitHub makes them."""
+    found = []
+    fences = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for heading in re.findall(r"^#+ (.*)$", fences, re.M):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.append(f"{anchor}-{found.count(anchor)}" if anchor in found else anchor)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), link
+        assert not anchor or anchor in headings(there), link
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "README.md").read_text()
+    for page in [*DOCS.glob("*.md"), *DOCS.glob("*.ipynb")]:
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+def test_the_api_page_is_that_of_the_docstrings():
+    """If it isn't: python docs/build_api.py."""
+    assert runpy.run_path(str(DOCS / "build_api.py"))["page"]() == (DOCS / "api.md").read_text()
+
+
+def commands():
+    """Every different `scaling-jax …` of the pages' shell blocks, as words."""
+    found = {}
+    for page in PAGES:
+        for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\|", line):
+                words = [os.path.basename(word) for word in shlex.split(part, comments=True)]
+                if "scaling-jax" in words:
+                    words = words[words.index("scaling-jax") + 1 :]
+                    found[" ".join(words)] = words
+    return [pytest.param(words, id=line) for line, words in sorted(found.items())]
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_have_the_options_that_pages_give_them(words, monkeypatch, capsys):
+    command = words[:2] if words[0] == "data" else words[:1]
+    monkeypatch.setattr("sys.argv", ["scaling-jax", *command, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    help_text = capsys.readouterr().out
+    assert f"scaling-jax {' '.join(command)}" in help_text
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", help_text))
+
+
+def test_versions_agree():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f" {version}\n" in (ROOT / "CHANGELOG.md").read_text()

@@ -261,7 +261,7 @@ def test_several_workers_take_shared_results(cloud, results):
     cloud.plan(workers=2)
     done = cloud("run", "t", "--", "scan", "x.py", *results)
     assert done.returncode == 2
-    assert "--results gs://" in done.stderr
+    assert "--results /mnt/" in done.stderr
     assert "ssh" not in cloud.verbs
 
 

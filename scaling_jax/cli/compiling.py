@@ -12,6 +12,8 @@ from scaling_jax.cli.app import app
 def compile_ahead(experiment: tyro.conf.Positional[Path], topology: str = "v5e:16x16") -> None:
     """Compile every batch size of an experiment for a TPU slice, without one; exit code 1 if something doesn't fit.
 
+    Example: scaling-jax compile experiments/gpt_85m_ramp.py --topology v5p:4x4x8
+
     Args:
       experiment: a Python file that defines EXPERIMENT, or RUNS by name.
       topology: v4, v5e, v5p or v6e and the slice's shape, such as v5e:4x4 or v5p:4x4x8.

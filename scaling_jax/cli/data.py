@@ -20,6 +20,8 @@ def prepare_data(
 
     Interrupt it as you like: the same command continues.
 
+    Example: scaling-jax data prepare 'files:~/notes/**/*.txt' --tokenizer bpe:4096
+
     Args:
       source: 'python', 'files:<glob>[#field]' (text, .jsonl[.gz|.zst]) or 'tfds:<name>[/<config>][#field]'.
       tokenizer: bytes, gpt2, or bpe:<vocabulary>, trained on the source's train split.
@@ -60,6 +62,8 @@ def prepare_data(
 @data.command(name="inspect")
 def inspect_data(source: tyro.conf.Positional[str], tokenizer: str = "bytes", context: int = 64, rows: int = 3) -> None:
     """Check packed text against its manifest, show its counts and a few rows as text.
+
+    Example: scaling-jax data inspect python
 
     Args:
       source: as for prepare.

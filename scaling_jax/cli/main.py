@@ -21,8 +21,9 @@ Examples:
 
   scaling-jax advise results/demo --target-loss 2.0
 
-Exit codes: 0 done; 1 what `compile` was asked for doesn't fit; 2 it could not be done and one line says why; 130
-interrupted, the same command continues. With --debug an error shows where it came from.
+Exit codes: 0 done, or saved because SIGTERM asked for it; 1 what `compile` was asked for doesn't fit; 2 it could not be
+done and one line says why; 75 or 134 another process of the run was lost; 130 interrupted, the same command continues.
+With --debug an error shows where it came from.
 """
 
 
@@ -31,10 +32,11 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app.cli(args=arguments, prog="scaling-jax", description=DESCRIPTION)
-    except UserError as error:
+    except (UserError, OSError, ImportError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"scaling-jax: {error}", file=sys.stderr)
+        kept = ": what was done is kept, the same command continues" if isinstance(error, OSError) else ""
+        print(f"scaling-jax: {error}{kept}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command continues where it was", file=sys.stderr)

@@ -12,6 +12,8 @@ from scaling_jax.errors import UserError
 def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     """How far the scan in a folder is: groups, newest losses, time left; while it runs and after.
 
+    Example: scaling-jax status results/demo
+
     Args:
       results: the folder that a scan writes.
       json: print it for machines.
@@ -31,6 +33,8 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 @app.command
 def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     """Fit a finished scan again, or a table of your own: critical batch sizes and their law, fit.json.
+
+    Example: scaling-jax fit mine.csv
 
     Args:
       results: the folder that a scan wrote, or a CSV with columns model, batch_tokens, target_loss, steps.
@@ -60,6 +64,8 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 @app.command
 def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb: str | None = None) -> None:
     """Fit a finished scan again and write its figures and report.html.
+
+    Example: scaling-jax report results/demo --tensorboard
 
     Args:
       results: the folder that a scan wrote.
@@ -92,6 +98,8 @@ def advise(
 ) -> None:
     """Batch size against steps, tokens, time and extra compute to one loss; the knee; a batch ramp.
 
+    Example: scaling-jax advise results/demo --target-loss 2.2 --write-ramp ramp.json
+
     Args:
       results: a results folder with measurements.csv, or such a CSV.
       target_loss: nats per token.
@@ -115,7 +123,9 @@ def advise(
 
     if (devices is None) != (tokens_per_second is None):
         raise UserError("--devices and --tokens-per-second go together")
-    hardware = Hardware(devices, tokens_per_second, device_batch_tokens) if devices and tokens_per_second else None
+    hardware = None
+    if devices is not None and tokens_per_second is not None:
+        hardware = Hardware(devices, tokens_per_second, device_batch_tokens)
     advice = console.advise(
         results,
         target_loss,

@@ -26,6 +26,8 @@ def demo(
 
     Interrupt it as you like: the same command continues.
 
+    Example: scaling-jax demo --quick
+
     Args:
       quick: smaller models and higher losses, about two minutes.
       results: where to keep runs, tables and figures; results/demo unless given.
@@ -52,6 +54,8 @@ def scan(
     wandb: str | None = None,
 ) -> None:
     """Train every run of an experiment file, fit and draw; continues what was interrupted.
+
+    Example: scaling-jax scan experiments/demo.py --set max_tokens=2e6 --results results/short
 
     Args:
       experiment: a Python file that defines EXPERIMENT, such as experiments/demo.py.
@@ -86,8 +90,13 @@ def train(
     results: Path = Path("results/train"),
     tensorboard: bool = False,
     wandb: str | None = None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ) -> None:
     """Train one run with its noise scale measured at every step; the same command continues it.
+
+    Example: scaling-jax train --model 2x64 --batch-tokens 2048 --learning-rate 2e-3 --max-tokens 4000000
 
     Args:
       learning_rate: after warm-up, for the first batch size; Adam's.
@@ -104,7 +113,15 @@ def train(
       results: where to keep the run.
       tensorboard: write event files beside the run's metrics.
       wandb: the Weights & Biases project that the run is shown in.
+      coordinator: host:port of the first of several processes that train the run together, where they don't find each
+        other by themselves (on TPU pods, under SLURM and Open MPI they do).
+      num_processes: how many there are.
+      process_id: which this one is, from 0.
     """
+    from scaling_jax.parallel import connect
+
+    connect(coordinator, num_processes, process_id)  # before JAX looks for devices
+
     from scaling_jax import live
     from scaling_jax.data import prepare
     from scaling_jax.models import model_config
@@ -142,6 +159,8 @@ def branch(
     """Measure the critical batch size along a scan's runs by branches at larger batches (Merrill et al. 2025).
 
     Writes branches.csv, which the report then shows beside the scan and the noise scale.
+
+    Example: scaling-jax branch results/demo --batch-tokens 512
 
     Args:
       results: the folder of a finished scan.

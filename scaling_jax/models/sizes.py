@@ -19,6 +19,9 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # cuDNN's where a GPU computes in bfloat16
 
     def __post_init__(self):
+        for field in ("n_layer", "d_model", "n_head", "vocab_size", "context"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} = {getattr(self, field)} must be positive")
         if self.d_model % self.n_head:
             raise UserError(f"d_model = {self.d_model} doesn't split into n_head = {self.n_head} heads")
         if self.attention == "cudnn" and self.compute_dtype != "bfloat16":

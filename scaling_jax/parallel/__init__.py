@@ -1,5 +1,18 @@
-"""Devices into one SPMD program."""
+"""Devices and processes into one SPMD program."""
 
-from scaling_jax.parallel.spmd import AXIS, Backend, deal_out, replicate, spmd
+from scaling_jax.parallel.processes import agree, connect, from_first, is_first, leave_if_one_is_gone
+from scaling_jax.parallel.spmd import AXIS, Backend, data_mesh, deal_out, replicate, spmd
 
-__all__ = ["AXIS", "Backend", "deal_out", "replicate", "spmd"]
+__all__ = [
+    "AXIS",
+    "Backend",
+    "agree",
+    "connect",
+    "data_mesh",
+    "deal_out",
+    "from_first",
+    "is_first",
+    "leave_if_one_is_gone",
+    "replicate",
+    "spmd",
+]

@@ -68,12 +68,22 @@ class Experiment:
     def __post_init__(self):
         if len(set(self.batch_tokens)) < 3:
             raise UserError(f"batch_tokens = {self.batch_tokens}: a trade-off takes three batch sizes, better seven")
+        for field in ("batch_tokens", "seeds"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values) or not values:
+                raise UserError(f"{field} = {values} must be one or more, all different")
+        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
+            raise UserError(f"name = {self.name!r} must do as the name of a folder")
         names = [subject.model.name for subject in self.subjects]
         if len(set(names)) < len(names) or not names:
             raise UserError(f"subjects {names} must be one or more models of different size")
         for subject in self.subjects:
             losses = subject.target_losses
-            if not losses or min(losses) <= 0 or list(losses) != sorted(set(losses), reverse=True):
+            if (
+                not losses
+                or not all(0 < x < math.inf for x in losses)
+                or list(losses) != sorted(set(losses), reverse=True)
+            ):
                 raise UserError(f"target_losses of {subject.model.name} must be positive and fall, in nats per token")
             for group in (Group(subject, batch, seed) for batch in self.batch_tokens for seed in self.seeds):
                 self.run(group, 0)  # so that an impossible batch is refused before anything is trained

@@ -1,11 +1,11 @@
 """Experiment files: Python that defines EXPERIMENT or RUNS, or the experiment.json of a scan."""
 
-import json
 import runpy
+import traceback
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.config import from_dict
+from scaling_jax.config import read_config
 from scaling_jax.errors import UserError
 from scaling_jax.scanning.experiment import Experiment
 from scaling_jax.training import Run
@@ -40,8 +40,19 @@ def _definitions(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no experiment file {path}: give one such as experiments/demo.py")
     if path.suffix != ".json":
-        return runpy.run_path(str(path))
-    try:
-        return {"EXPERIMENT": from_dict(Experiment, json.loads(path.read_text(encoding="utf-8")))}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} isn't JSON: {error}") from None
+        try:
+            return runpy.run_path(str(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except (Exception, SystemExit) as error:
+            what = traceback.format_exception_only(error)[-1].strip()
+            raise UserError(f"{path}{_line(path, error)} can't be run: {what}") from error
+    return {"EXPERIMENT": read_config(Experiment, path, "give the experiment.json of a scan by this version")}
+
+
+def _line(path: Path, error: BaseException) -> str:
+    """Where in the file, if in it at all."""
+    if isinstance(error, SyntaxError):
+        return f" line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" line {lines[-1]}" if lines else ""

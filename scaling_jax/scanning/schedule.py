@@ -21,7 +21,7 @@ from scaling_jax.scanning.pool import Event, available_cores, run_groups
 from scaling_jax.scanning.search import finished
 from scaling_jax.training import Interrupted, Progress
 from scaling_jax.training.compilation import keep_compiled_programs
-from scaling_jax.training.records import write_json
+from scaling_jax.training.records import check_folder, write_json
 from scaling_jax.training.stopping import stop_on_signals
 
 _LOCK_SECONDS = 60
@@ -50,6 +50,7 @@ def scan(
       UserError: if the folder holds another experiment or is in use, or a run is refused.
       KeyboardInterrupt: once all that was trained is saved; the same call continues it.
     """
+    check_folder(workdir)
     workdir = Path(workdir)
     if executor == "local" and executor_options:
         raise UserError(f"executor options {' '.join(executor_options)} are for --executor ray or slurm")

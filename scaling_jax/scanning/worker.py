@@ -46,7 +46,7 @@ def main(workdir: Path) -> None:
             run_group(experiment, group, workdir, stopping.is_set, report, jax.local_device_count())
         except Interrupted:
             break
-        except UserError as error:
+        except (UserError, OSError) as error:  # no space left, for one
             send("refused", number, message=str(error))
             break
         send("done", number)

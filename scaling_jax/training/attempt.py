@@ -7,6 +7,7 @@ from pathlib import Path
 from scaling_jax.config import to_dict
 from scaling_jax.data import Corpus
 from scaling_jax.errors import UserError
+from scaling_jax.parallel import from_first, is_first
 from scaling_jax.training.journal import Journal, Progress
 from scaling_jax.training.program import TrainState
 from scaling_jax.training.records import (
@@ -31,14 +32,14 @@ def run_folder(workdir: str | Path, run: Run) -> Path:
 
 
 def finished_result(run: Run, workdir: str | Path, corpus: Corpus) -> RunResult | None:
-    """The result of a run that is done; None if it isn't.
+    """The result of a run that is done, as the first process sees it; None if it isn't.
 
     Raises:
       UserError: if the run was on other text, or the text doesn't fit the model.
     """
     _check_corpus(run, corpus)
     folder = run_folder(workdir, run)
-    done = read_result(folder)
+    done = from_first(read_result(folder))
     if done is not None and done.corpus_sha256 != corpus.manifest["sha256"]:
         raise UserError(f"{folder} holds a run on other text ({run.text} has changed since): use another folder")
     return done
@@ -46,6 +47,8 @@ def finished_result(run: Run, workdir: str | Path, corpus: Corpus) -> RunResult 
 
 class Attempt:
     """A run that trains: its journal, its checkpoints, and `state`, from which it goes on.
+
+    Of several processes the first alone writes, but for checkpoints, which they write together.
 
     Args:
       state: the run's first one.
@@ -68,18 +71,19 @@ class Attempt:
         from scaling_jax.training.checkpoints import Checkpoints  # Orbax takes seconds to import
 
         self.run, self.folder, self._corpus = run, run_folder(workdir, run), corpus
-        write_json(self.folder / "config.json", {"run": to_dict(run), "corpus": corpus.manifest})
+        if is_first():
+            write_json(self.folder / "config.json", {"run": to_dict(run), "corpus": corpus.manifest})
         self._checkpoints = Checkpoints(self.folder / "checkpoints")
         self._snapshots = Checkpoints(self.folder / "snapshots", keep=None) if run.snapshot_tokens else None
         saved = self._checkpoints.restore(state)
         if saved is not None:
             self.state = saved
-            keep_metrics_until(self.folder, int(saved.step))
+            _keep_metrics_until(self.folder, int(saved.step))
         elif branch_of is not None:
             self.state = _snapshot(run, branch_of, run_folder(workdir, branch_of), self.folder, state)
         else:
             self.state = state
-            keep_metrics_until(self.folder, 0)
+            _keep_metrics_until(self.folder, 0)
         self.journal = Journal(run, self.folder, corpus, on_progress)
 
     def save(self, state: TrainState) -> None:
@@ -94,7 +98,7 @@ class Attempt:
         if keep_checkpoint:
             self.save(state)
         self.close()
-        if not keep_checkpoint:
+        if not keep_checkpoint and is_first():
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         last = self.journal.lines[-1]
         result = RunResult(
@@ -105,8 +109,9 @@ class Attempt:
             test_loss=last["test_loss"],
             corpus_sha256=self._corpus.manifest["sha256"],
         )
-        write_result(self.folder, result)
-        return result
+        if is_first():
+            write_result(self.folder, result)
+        return from_first(result)  # so nobody reads the folder before all is written
 
     def close(self) -> None:
         """Waits until what was saved is on disk."""
@@ -120,7 +125,7 @@ def _snapshot(run: Run, parent: Run, parent_folder: Path, folder: Path, like: Tr
 
     branch_tokens = run.ramp[0].tokens if run.ramp else 0
     lines = [line for line in read_metrics(parent_folder) if line["tokens"] <= branch_tokens]
-    kept = [line["step"] for line in lines if (parent_folder / "snapshots" / str(line["step"])).exists()]
+    kept = from_first([line["step"] for line in lines if (parent_folder / "snapshots" / str(line["step"])).exists()])
     if not kept:
         raise UserError(f"{parent_folder} kept no state up to {branch_tokens:,} tokens: see Run.snapshot_tokens")
     snapshots = Checkpoints(parent_folder / "snapshots", keep=None)
@@ -128,8 +133,14 @@ def _snapshot(run: Run, parent: Run, parent_folder: Path, folder: Path, like: Tr
         state = snapshots.restore_step(kept[-1], like)
     finally:
         snapshots.close()
-    write_metrics(folder, [line for line in lines if line["step"] <= kept[-1]])
+    if is_first():
+        write_metrics(folder, [line for line in lines if line["step"] <= kept[-1]])
     return state
+
+
+def _keep_metrics_until(folder: Path, step: int) -> None:
+    if is_first():
+        keep_metrics_until(folder, step)
 
 
 def _check_corpus(run: Run, corpus: Corpus) -> None:

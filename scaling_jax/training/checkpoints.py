@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from scaling_jax.parallel import agree, from_first
 from scaling_jax.training.program import TrainState
 
 
@@ -23,14 +24,20 @@ class Checkpoints:
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that can be read, or None if there is none; a warning names those that can't."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        damaged: list[int] = []
+        for step in from_first(sorted(self._manager.all_steps(), reverse=True)):
+            state, problem = None, ""
             try:
-                return self.restore_step(step, like)
+                state = self.restore_step(step, like)
             except Exception as error:  # Orbax raises whatever its readers do
-                warnings.warn(
-                    f"{self._folder / str(step)} is damaged ({type(error).__name__}): using an earlier state",
-                    stacklevel=2,
-                )
+                problem = type(error).__name__
+            if not agree(bool(problem))[0]:
+                for newer in damaged:  # Orbax would save none until past it
+                    self._manager.delete(newer)
+                return state
+            damaged.append(step)
+            folder = self._folder / str(step)
+            warnings.warn(f"{folder} is damaged ({problem or 'for others'}): using an earlier state", stacklevel=2)
         return None
 
     def restore_step(self, step: int, like: TrainState) -> TrainState:

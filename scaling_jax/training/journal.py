@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scaling_jax.data import Corpus, bits_per_byte
+from scaling_jax.parallel import from_first, is_first
 from scaling_jax.training.course import Call, Position, ending, position, steps_left
 from scaling_jax.training.program import StepMetrics
 from scaling_jax.training.records import Status, append_clock, append_metrics, jsonable, read_metrics
@@ -31,7 +32,7 @@ class Journal:
     """A run's lines so far and the run's place in them; `folder` holds those of an earlier attempt."""
 
     def __init__(self, run: Run, folder: Path, corpus: Corpus, on_progress: Callable[[Progress], None]):
-        self.run, self.folder, self.lines = run, folder, read_metrics(folder)
+        self.run, self.folder, self.lines = run, folder, from_first(read_metrics(folder))
         self.here: Position = position(run, self.lines)
         self._corpus, self._on_progress = corpus, on_progress
         self._last_evaluation = self.here.tokens, time.monotonic()
@@ -70,12 +71,14 @@ class Journal:
         self.here = position(run, self.lines)
         left = steps_left(run, self.here)
         if call.evaluate or left < 1 or not np.all(np.isfinite(series.loss)):
-            line["test_loss"] = jsonable(evaluate())
+            line["test_loss"] = from_first(jsonable(evaluate()))  # how long the run is depends on it
             if line["test_loss"] is not None and (bits := bits_per_byte(line["test_loss"], self._corpus.manifest)):
                 line["test_bits_per_byte"] = jsonable(bits)
-            self._report(left, noise_scale() * context)
-            append_clock(self.folder, line["step"])
-        append_metrics(self.folder, line)
+            if is_first():
+                self._report(left, noise_scale() * context)
+                append_clock(self.folder, line["step"])
+        if is_first():
+            append_metrics(self.folder, line)
         return ending(run, self.lines)
 
     def _report(self, left: int, noise_scale_tokens: float) -> None:

@@ -10,14 +10,15 @@ import jax
 
 from scaling_jax.data import Corpus, example_order, prepare
 from scaling_jax.data.feeding import Feeder
-from scaling_jax.parallel import Backend, replicate
+from scaling_jax.errors import UserError
+from scaling_jax.parallel import Backend, agree, from_first, leave_if_one_is_gone, replicate
 from scaling_jax.training.attempt import Attempt, Interrupted, finished_result
 from scaling_jax.training.course import next_call, span
 from scaling_jax.training.evaluation import evaluator, held_out_rows
 from scaling_jax.training.journal import Progress
 from scaling_jax.training.live_metrics import measure
 from scaling_jax.training.program import Program, TrainState, noise_scale_so_far, program_for
-from scaling_jax.training.records import RunResult, Status, jsonable
+from scaling_jax.training.records import RunResult, Status, check_folder, jsonable
 from scaling_jax.training.run import Run
 
 
@@ -38,39 +39,48 @@ def train(
 
     Args:
       corpus: what `data.prepare(run.text, run.model.context, run.tokenizer)` returns, to save reading it again.
-      num_devices: all local ones unless given; the global batch is split over them.
+      num_devices: all of all processes unless given; the global batch is split over them.
       keep_checkpoint: whether the last state stays on disk once the run is done.
       branch_of: a finished run in `workdir` that is the same up to the first stage of this one's ramp, to start from
         the state that it kept there (`Run.snapshot_tokens`).
-      should_stop: asked after every call to the device; True saves the state and raises `Interrupted`.
+      should_stop: asked after every call to the device; True, in any process, saves the state and raises
+        `Interrupted` in all.
+      on_progress: called in the first process alone, which also writes the records.
 
     Raises:
-      UserError: if the batch doesn't fit the devices, the text the model, or the folder holds a run on other text.
+      UserError: if the batch doesn't fit the devices, the text the model, or the folder holds a run on other text; if
+        another process trains another run.
       Interrupted: see `should_stop`.
     """
+    check_folder(workdir)
     corpus = corpus or prepare(run.text, run.model.context, run.tokenizer)
-    done = finished_result(run, workdir, corpus)
-    if done is not None:
-        return done
-    num_devices = num_devices or jax.local_device_count()
+    process = jax.process_index(), jax.process_count()
+    num_devices = num_devices or jax.device_count()
+    own_devices = num_devices // jax.process_count()
     programs = functools.partial(program_for, num_devices=num_devices, backend=backend)
-    state = replicate(programs(run).init(run.seed), num_devices)
-    attempt = Attempt(run, workdir, corpus, state, on_progress, branch_of)
+    with leave_if_one_is_gone():
+        _check_processes(run, corpus, num_devices, backend)
+        done = finished_result(run, workdir, corpus)
+        if done is not None:
+            return done
+        state = replicate(programs(run).init(run.seed), own_devices)
+        attempt = Attempt(run, workdir, corpus, state, on_progress, branch_of)
     saved_at = time.monotonic()
 
     def between_calls(state: TrainState) -> None:
         nonlocal saved_at
-        stop = should_stop()
-        if stop or time.monotonic() - saved_at > checkpoint_seconds:
+        stop, due = agree(should_stop(), time.monotonic() - saved_at > checkpoint_seconds)
+        if stop or due:
             attempt.save(state)
             saved_at = time.monotonic()
         if stop:
             raise Interrupted(run.run_id)
 
     try:
-        with Feeder(corpus, run.seed, run.steps_per_call, num_devices) as feeder:
-            state, status = _train_until_done(attempt, corpus, feeder, programs, between_calls)
-        return attempt.finish(status, keep_checkpoint, state)
+        with leave_if_one_is_gone():
+            with Feeder(corpus, run.seed, run.steps_per_call, own_devices, *process) as feeder:
+                state, status = _train_until_done(attempt, corpus, feeder, programs, between_calls)
+            return attempt.finish(status, keep_checkpoint, state)
     finally:
         attempt.close()
 
@@ -98,13 +108,27 @@ def _train_until_done(
             program.small_batch_sequences,
             evaluate=functools.partial(_test_loss, evaluate, state, held_out),
             noise_scale=functools.partial(noise_scale_so_far, state.noise),
-            **_live_measurement(run, state, corpus.train_RxT1, there.step),
+            **from_first(_live_measurement(run, state, corpus.train_RxT1, there.step)),
         )
         if call.snapshot:
             attempt.keep_snapshot(state)
         if status is not None:
             return state, status
         between_calls(state)
+
+
+def _check_processes(run: Run, corpus: Corpus, num_devices: int, backend: Backend) -> None:
+    if jax.process_count() == 1:
+        return
+    if backend == "vmap" or num_devices != jax.device_count():
+        raise UserError(
+            f"{jax.process_count()} processes train one run by pmap or shard_map on all of their {jax.device_count()} "
+            f"devices, not by {backend} on {num_devices}"
+        )
+    here = run.run_id, corpus.manifest["sha256"]
+    others = here != from_first(here)
+    if agree(others)[0]:
+        raise UserError(f"the processes of this run differ: one of them has another command or other text than {here}")
 
 
 def _test_loss(evaluate, state: TrainState, held_out) -> float:

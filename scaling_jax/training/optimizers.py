@@ -35,6 +35,8 @@ class OptimizerConfig:
             half_life = getattr(self, f"{beta}_half_life_tokens")
             if half_life is not None and not half_life > 0:
                 raise UserError(f"optimizer.{beta}_half_life_tokens = {half_life} must be positive")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"optimizer.clip_norm = {self.clip_norm} must be positive")
         decays = self.weight_decay > 0
         if self.weight_decay < 0 or (self.name == "adam" and decays) or (self.name == "adamw" and not decays):
             raise UserError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from scaling_jax.data import Corpus, example_order
 from scaling_jax.data.feeding import resident_rows
+from scaling_jax.errors import UserError
 from scaling_jax.parallel import Backend
 from scaling_jax.training.attempt import Attempt, Interrupted, finished_result
 from scaling_jax.training.course import next_call, span
@@ -51,6 +52,8 @@ def train_many(
       ValueError: if the runs don't share a program.
       Interrupted: see `should_stop`.
     """
+    if jax.process_count() > 1:
+        raise UserError("runs side by side train in one process each: use `train`, or an executor for a scan")
     population: _Population | None = None
     rows = resident_rows(corpus, num_devices)
     stopping = False

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from scaling_jax.models import ModelConfig, Transformer, next_token_loss
+from scaling_jax.models import ModelConfig, Transformer
 from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
 from scaling_jax.parallel import AXIS, Backend, spmd
 from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -76,14 +76,15 @@ class Program:
 
         Args:
           rows: the corpus [R, T + 1] on every device, or rows of its own on each [num_devices, R, T + 1].
-          order: rows of each step's batch [steps, batch_sequences], at most `steps_per_call` steps; each device's part
-            counts in the rows that it has.
+          order: rows of each step's batch [steps, this process's sequences], at most `steps_per_call` steps; each
+            device's part counts in the rows that it has.
         """
-        num_steps = len(order)
-        order_CxB = np.zeros((self.steps_per_call, self.batch_sequences), np.int32)
+        num_steps, own_sequences = order.shape
+        order_CxB = np.zeros((self.steps_per_call, own_sequences), np.int32)
         order_CxB[:num_steps] = order
-        order_DxCxB = order_CxB.reshape(self.steps_per_call, self.num_devices, -1).transpose(1, 0, 2)
-        settings = jnp.int32(num_steps), jnp.float32(learning_rate), jnp.int32(warmup_steps)
+        own_devices = self.num_devices // jax.process_count()
+        order_DxCxB = order_CxB.reshape(self.steps_per_call, own_devices, -1).transpose(1, 0, 2)
+        settings = np.int32(num_steps), np.float32(learning_rate), np.int32(warmup_steps)
         state, metrics = _compile(self, rows.ndim == 3)(state, rows, order_DxCxB, settings)
         return state, jax.tree.map(lambda x: np.asarray(x)[:num_steps], metrics)
 
@@ -109,7 +110,7 @@ def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Pr
 
 def noise_scale_so_far(noise: TrackerState) -> float:
     """The smoothed noise scale in examples; NaN where |G|² isn't positive."""
-    grad_sq_norm, trace_cov = map(float, _TRACKER.read(noise))
+    grad_sq_norm, trace_cov = map(float, _TRACKER.read(jax.tree.map(np.asarray, noise)))
     return trace_cov / grad_sq_norm if grad_sq_norm > 0 else math.nan
 
 
@@ -119,8 +120,7 @@ def batch_loss(model: ModelConfig):
 
     def loss(params, tokens_BxT1):
         tokens_BxT1 = tokens_BxT1.astype(jnp.int32)
-        logits_BxTxV: Any = transformer.apply({"params": params}, tokens_BxT1[:, :-1])
-        return next_token_loss(logits_BxTxV, tokens_BxT1[:, 1:])
+        return transformer.apply({"params": params}, tokens_BxT1[:, :-1], tokens_BxT1[:, 1:])
 
     return loss
 

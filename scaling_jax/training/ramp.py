@@ -65,7 +65,7 @@ def read_stages(path: Path) -> tuple[Stage, ...]:
     """
     try:
         listed = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't read a ramp from {path}: {error}") from None
     if not isinstance(listed, list) or not listed or not all(isinstance(stage, dict) for stage in listed):
         raise UserError(f"{path} isn't a list of stages, such as [{{'tokens': 0, 'batch_tokens': 128}}]")

@@ -136,7 +136,7 @@ def _check_whole_sequences(batch_tokens: int, context: int) -> None:
     if batch_tokens % context or batch_tokens < 2 * context:
         below = max(2, batch_tokens // context) * context
         raise UserError(
-            f"batch of {batch_tokens:,} tokens is not two or more whole sequences of {context}; "
+            f"batch_tokens = {batch_tokens:,} is not two or more whole sequences of {context}; "
             f"nearest that are: {below:,} or {below + context:,} tokens"
         )
 

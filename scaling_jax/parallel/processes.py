@@ -1,0 +1,154 @@
+"""The processes of one run: how they find each other, what they agree on, how they end when one of them is gone."""
+
+import atexit
+import contextlib
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from scaling_jax.errors import UserError
+
+GONE = 75  # exit code where another process is gone: EX_TEMPFAIL of sysexits.h, "try again"
+
+_CONNECT_SECONDS = 120
+_HEARTBEAT_SECONDS = 60
+_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")  # by mpirun or srun: how many processes
+_PER_MACHINE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")  # such as 1, or 1(x4) on four machines
+_LOST = re.compile(r"gloo|nccl|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED", re.IGNORECASE)
+_Value = TypeVar("_Value")
+
+
+def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the other processes of a run, once, before anything asks for devices; does nothing where there are none.
+
+    Without arguments JAX finds the others: on TPU slices, under `srun` and `mpirun`, in indexed jobs of Kubernetes. A
+    process that is alone on its machine takes all devices there; GPUs are otherwise shared out, one to each.
+
+    Args:
+      coordinator: host:port on which process 0 listens.
+      process_id: 0 … num_processes - 1.
+
+    Raises:
+      UserError: if only some arguments are given, or the processes don't find each other in two minutes.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    missing = [flag for flag, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise UserError(f"--coordinator, --num-processes and --process-id go together: {', '.join(missing)} missing")
+    if num_processes == 1 or (missing and _first_of(_LAUNCHED) == "1"):
+        return
+    if coordinator is not None and process_id:
+        _wait_for(coordinator)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which asks us to save
+    alone_on_machine = re.fullmatch(r"1(\(x\d+\))?", _first_of(_PER_MACHINE) or "")
+    withdraw = _last_words(f"not all processes of this run came within {_CONNECT_SECONDS} seconds: start all of them")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids=[] if alone_on_machine else None,  # none named: all
+            cluster_detection_method=None if missing else "deactivate",
+            initialization_timeout=_CONNECT_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        if missing and "should be defined" in str(error):  # no cluster
+            return
+        raise UserError(f"can't join this run's other processes: {str(error).splitlines()[0]}") from None
+    finally:
+        withdraw()
+    atexit.register(_last_words("a process of this run is gone: run the same command again on all of them"))
+    devices = Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        raise UserError(f"this run's processes have different numbers of devices, {sorted(devices.values())}")
+
+
+def is_first() -> bool:
+    """Whether this process writes the results, and reports; every run has one that does."""
+    return jax.process_index() == 0
+
+
+def agree(*flags: bool) -> tuple[bool, ...]:
+    """Each flag, true in all processes where it is true in any; all must ask."""
+    if jax.process_count() == 1:
+        return flags
+    return tuple(map(bool, multihost_utils.process_allgather(np.array(flags)).any(axis=0)))
+
+
+def from_first(value: _Value) -> _Value:
+    """The first process's value, of anything that pickles, in all processes; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    mine = pickle.dumps(value) if is_first() else b""
+    num_bytes = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine))))
+    room = np.zeros(1 << max(10, num_bytes.bit_length()), np.uint8)  # a program is compiled for each size
+    room[: len(mine)] = np.frombuffer(mine, np.uint8)
+    return pickle.loads(multihost_utils.broadcast_one_to_all(room)[:num_bytes].tobytes())
+
+
+@contextlib.contextmanager
+def leave_if_one_is_gone() -> Iterator[None]:
+    """Ends this process, with exit code `GONE`, on an error that comes of another process's end.
+
+    To clean up would be to wait for that process.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1 and _LOST.search(str(error)):
+            os._exit(GONE)  # `_last_words` says why
+        raise
+
+
+def _first_of(variables: tuple[str, ...]) -> str | None:
+    return next((os.environ[name] for name in variables if name in os.environ), None)
+
+
+def _wait_for(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator is host:port, not {coordinator!r}")
+    until = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"nothing listens at {coordinator} after {_CONNECT_SECONDS} seconds ({error}): "
+                    "is process 0 running there, with the same --coordinator?"
+                ) from None
+        time.sleep(0.5)
+
+
+def _last_words(line: str) -> Callable[[], None]:
+    """Has `line` printed when this process ends, unless what is returned was called.
+
+    XLA aborts from a thread of its own where the coordinator is gone or doesn't come, and no handler of ours runs.
+    """
+    if shutil.which("sh") is None:  # Windows
+        return lambda: None
+    script = "trap '' INT TERM HUP; read -r withdrawn || echo \"scaling-jax: $0\" >&2"
+    shell = subprocess.Popen(["sh", "-c", script, line], stdin=subprocess.PIPE)
+
+    def withdraw() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            shell.communicate(b"\n")
+
+    return withdraw

@@ -1,0 +1,182 @@
+"""Several processes train one run, over gloo, and end together."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaling_jax.errors import UserError
+from scaling_jax.parallel import processes
+from scaling_jax.training import read_metrics, train
+from tests.training.counting import CORPUS, RUN
+
+SECONDS = 240  # for all of a run, on a busy machine
+
+
+class Processes:
+    """So many processes with so many devices each that train `one_process.RUN` in a folder."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        num_processes: int,
+        devices: int,
+        port: int | None = None,
+        only: int | None = None,
+        **settings,
+    ):
+        """`only` that one of them is started, if given."""
+        connect = {"coordinator": f"localhost:{port or _free_port()}", "num_processes": num_processes}
+        common = {"workdir": str(workdir), **connect, **settings}
+        command = [sys.executable, "-m", "tests.training.one_process", str(devices)]
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        self.each = [
+            subprocess.Popen(
+                [*command, json.dumps({**common, "process_id": i})],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in (range(num_processes) if only is None else [only])
+        ]
+
+    def wait_until_step(self, step: int) -> None:
+        for line in self.each[0].stdout:
+            if line.startswith("step") and int(line.split()[1]) >= step:
+                return
+        raise AssertionError(f"ended before step {step}")
+
+    def outputs(self) -> list[str]:
+        try:
+            return [process.communicate(timeout=SECONDS)[0] for process in self.each]
+        finally:
+            for process in self.each:
+                process.kill()
+
+
+def trained(workdir: Path, num_processes: int, devices: int, **settings) -> None:
+    run = Processes(workdir, num_processes, devices, **settings)
+    for process, output in zip(run.each, run.outputs(), strict=True):
+        assert process.returncode == 0, output
+        assert "exhausted" in output
+
+
+def metrics_file(workdir: Path) -> Path:
+    return next(workdir.glob("runs/*/metrics.jsonl"))
+
+
+def assert_same_training(workdir: Path, other: Path):
+    lines, others = (read_metrics(metrics_file(x).parent) for x in (workdir, other))
+    for name in ("train_loss", "small_sq_norm", "big_sq_norm"):
+        series = [[x for line in each for x in line[name]] for each in (lines, others)]
+        np.testing.assert_allclose(*series, rtol=1e-5, err_msg=name)
+    losses = [[line["test_loss"] for line in each if "test_loss" in line] for each in (lines, others)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_sigterm_to_one_of_two_processes_saves_the_run_and_one_process_goes_on_with_it(tmp_path):
+    """What comes out is what one process gives undisturbed."""
+    run = dataclasses.replace(RUN, max_steps=60)
+    two = Processes(tmp_path / "cut", 2, 1, run={"max_steps": 60})
+    two.wait_until_step(14)
+    two.each[1].send_signal(signal.SIGTERM)
+    for process, output in zip(two.each, two.outputs(), strict=True):
+        assert process.returncode == 0, output
+        assert "interrupted" in output
+    steps: list[int] = []
+    train(run, tmp_path / "cut", corpus=CORPUS, num_devices=1, on_progress=lambda progress: steps.append(progress.step))
+    assert steps[0] > 14
+    train(run, tmp_path / "whole", corpus=CORPUS, num_devices=1)
+    assert_same_training(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_processes", "devices", "backend", "streamed"), [(2, 2, "shard_map", True), (4, 1, "pmap", False)]
+)
+def test_four_devices_train_alike_however_many_processes_have_them(tmp_path, num_processes, devices, backend, streamed):
+    changes = {"max_steps": 200, "eval_growth": 1.3}
+    trained(tmp_path / "several", num_processes, devices, run=changes, backend=backend, streamed=streamed)
+    train(dataclasses.replace(RUN, **changes), tmp_path / "one", corpus=CORPUS, num_devices=4)
+    assert_same_training(tmp_path / "several", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other_and_the_same_command_repeats_the_same_steps(tmp_path):
+    settings = {"run": {"max_steps": 60}, "checkpoint_seconds": 0.3}
+    trained(tmp_path / "whole", 2, 1, **settings)
+    for victim in range(2):
+        cut = Processes(tmp_path / str(victim), 2, 1, **settings)
+        cut.wait_until_step(20 + victim)
+        cut.each[victim].kill()
+        killed_at = time.monotonic()
+        survivor = cut.each[1 - victim]
+        assert "a process of this run is gone: run the same command again" in survivor.communicate(timeout=SECONDS)[0]
+        assert survivor.returncode not in (0, 2)
+        assert time.monotonic() - killed_at < 90  # a heartbeat's timeout; gloo tells at once
+        trained(tmp_path / str(victim), 2, 1, **settings)
+        whole, rerun = (metrics_file(tmp_path / name).read_bytes() for name in ("whole", str(victim)))
+        assert whole == rerun
+
+
+@pytest.mark.slow
+def test_processes_with_different_commands_are_refused(tmp_path):
+    port = _free_port()
+    pair = [Processes(tmp_path, 2, 1, port=port, only=i, run={"seed": i}) for i in range(2)]
+    for one in pair:
+        (output,) = one.outputs()
+        assert "the processes of this run differ" in output
+        assert one.each[0].returncode != 0
+
+
+def test_only_some_of_the_flags_are_refused():
+    with pytest.raises(UserError, match="--coordinator, --process-id missing"):
+        processes.connect(num_processes=2)
+
+
+def test_a_coordinator_that_nobody_started_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "_CONNECT_SECONDS", 0.1)
+    address = f"localhost:{_free_port()}"
+    with pytest.raises(UserError, match=f"nothing listens at {address}"):
+        processes.connect(address, 2, 1)
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "1"}, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "8"}])
+def test_a_process_on_its_own_joins_nothing(monkeypatch, environment):
+    def initialize(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize if not environment else pytest.fail)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.connect()
+    assert processes.is_first()
+    assert processes.agree(True, False) == (True, False)
+    assert processes.from_first({"step": 3}) == {"step": 3}
+
+
+@pytest.mark.parametrize(("tasks", "local_device_ids"), [("1(x4)", []), ("1", []), ("8(x2)", None), ("1,2", None)])
+def test_a_process_alone_on_its_machine_takes_all_of_its_gpus(monkeypatch, tasks, local_device_ids):
+    """JAX would give it one of them."""
+    asked = {}
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **settings: asked.update(settings))
+    monkeypatch.setattr("atexit.register", lambda withdraw: withdraw())
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    processes.connect()
+    assert asked["local_device_ids"] == local_device_ids
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
