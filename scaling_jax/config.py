@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from scaling_jax.errors import UserError
@@ -25,6 +27,8 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     Raises:
       UserError: naming the key that is unknown, missing or of the wrong type, and what was expected.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{where.rstrip('.') or cls.__name__} = {values!r}: expected an object of keys and values")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -36,6 +40,20 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"missing key {where + name!r} for {cls.__name__}")
     return cls(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def read_config(cls: type[C], path: Path, remedy: str) -> C:
+    """A config from a JSON file that this package wrote.
+
+    Raises:
+      UserError: naming the file, what is wrong with it and the remedy.
+    """
+    try:
+        return from_dict(cls, json.loads(path.read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"{path} is of another version or damaged ({error}): {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"can't read {path} ({error}): {remedy}") from None
 
 
 def with_overrides(config: C, overrides: Sequence[str]) -> C:
@@ -75,7 +93,7 @@ def _place(values: Any, key: str, override: str) -> Any:
 def _parse(text: str) -> Any:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -101,7 +119,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} = {value}: expected a finite number")
     if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     raise UserError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}")

@@ -111,9 +111,12 @@ def _pass_on(metrics: Path, followed: _Followed) -> int:
         file.seek(start)
         text = file.read()
     whole = text[: text.rfind(b"\n") + 1]
-    for line in map(json.loads, whole.splitlines()):
-        for step, values in followed.scalars.of(line):
-            followed.writer.add(step, values)
+    try:
+        for line in map(json.loads, whole.splitlines()):
+            for step, values in followed.scalars.of(line):
+                followed.writer.add(step, values)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{metrics} is damaged ({error!r}): remove {metrics.parent}, it is trained again") from None
     return start + len(whole)
 
 

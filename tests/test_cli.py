@@ -19,6 +19,10 @@ def run(*arguments):
         (("scan", "missing.py"), "no experiment file missing.py"),
         (("demo", "--quick", "--results", "{tmp}", "--text", "files:/nowhere/*"), "matches no file"),
         (("demo", "--results", "/proc/x"), "can't write results to /proc/x"),
+        (
+            ("train", "--learning-rate", "1", "--batch-tokens", "1024", "--max-steps", "9", "--results", "/dev/null"),
+            "Not a",
+        ),
         (("train", "--learning-rate", "1e-3", "--max-steps", "9"), "exactly one of --batch-tokens and --ramp"),
         (("train", "--learning-rate", "1e-3", "--ramp", "/nowhere.json"), "can't read a ramp from /nowhere.json"),
     ],

@@ -20,10 +20,12 @@ class Hardware:
     device_batch_tokens: float = 0.0  # a device that is given fewer tokens a step takes no less time for them
 
     def __post_init__(self):
-        if self.devices < 1 or not self.tokens_per_second > 0 or self.device_batch_tokens < 0:
+        if self.devices < 1 or not 0 < self.tokens_per_second < math.inf:
             raise UserError(
-                f"{self.devices} devices at {self.tokens_per_second:g} tokens per second: both should be positive"
+                f"{self.devices} devices at {self.tokens_per_second:g} tokens_per_second: both should be positive"
             )
+        if not 0 <= self.device_batch_tokens < math.inf:
+            raise UserError(f"device_batch_tokens = {self.device_batch_tokens} must be positive and finite, or 0")
 
     def seconds(self, batch_tokens: float, steps: float) -> float:
         """Wall time, without time lost to communication."""

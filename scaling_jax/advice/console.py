@@ -49,6 +49,15 @@ def advise(
     Raises:
       UserError: where the data can't answer; the message says what would.
     """
+    asked = {
+        "budget_tokens": budget_tokens,
+        "start_batch_tokens": start_batch_tokens,
+        "max_batch_tokens": max_batch_tokens,
+        "ramp_fraction": fraction,
+    }
+    for name, value in asked.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} = {value} must be positive and finite")
     path = results / "measurements.csv" if results.is_dir() else results
     if not path.exists():
         raise UserError(f"no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")
@@ -93,8 +102,8 @@ def write_stages(path: Path, stages: tuple[Stage, ...]) -> None:
         raise UserError("no ramp to an extrapolated loss: choose a loss inside the range measured")
     try:
         write_atomically(path, json.dumps([dataclasses.asdict(stage) for stage in stages], indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the latter for a path without a name
+        raise UserError(f"can't write {path}: {error}") from error
 
 
 def print_advice(advice: Advice) -> Rows:

@@ -65,6 +65,8 @@ def branch_scan(
       UserError: if the scan isn't finished, or has no such model or batch size.
       Interrupted: see `train`.
     """
+    if not 0 < tolerance < math.inf:
+        raise UserError(f"tolerance = {tolerance} must be positive and finite: nats per token")
     rows = []
     for model in models:
         groups = [g for g in experiment.groups if (g.subject.model.name, g.batch_tokens) == (model, batch_tokens)]
@@ -102,7 +104,10 @@ def read_branches(workdir: Path) -> list[BranchMeasurement]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
-        return [_read_row(row, f"{path} line {rows.line_num}") for row in rows]
+        try:
+            return [_read_row(row, f"{path} line {rows.line_num}") for row in rows]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} isn't a table ({error}): measure the branches again") from None
 
 
 def _read_row(row: dict[str, str], where: str) -> BranchMeasurement:

@@ -1,7 +1,6 @@
 """From a finished scan to measurements.csv, noise_scale.csv and fit.json."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from scaling_jax.analysis.fit_json import finite, fit_as_json
 from scaling_jax.analysis.measurements import Measurement, measure
 from scaling_jax.analysis.noise import NoiseMeasurement, measure_noise
 from scaling_jax.analysis.seeds import SeedSpread, measure_spread, seed_notes
-from scaling_jax.config import from_dict
+from scaling_jax.config import read_config
 from scaling_jax.errors import UserError
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, compare_forms, fit_joint, fit_scan
 from scaling_jax.scanning import Experiment
-from scaling_jax.training.records import write_json
+from scaling_jax.training.records import read_run_config, write_json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +92,7 @@ def read_experiment(workdir: Path) -> Experiment:
     path = workdir / "experiment.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no scan (no experiment.json): give the folder that a scan wrote")
-    return from_dict(Experiment, json.loads(path.read_text()))
+    return read_config(Experiment, path, "give the folder of a scan by this version, or scan again in another folder")
 
 
 def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[NoiseMeasurement, float]]:
@@ -141,5 +140,4 @@ def _tuning_notes(measurements: list[Measurement]) -> tuple[str, ...]:
 
 
 def _corpus(workdir: Path) -> dict[str, Any]:
-    config = next((workdir / "runs").glob("*/config.json"))
-    return json.loads(config.read_text())["corpus"]
+    return read_run_config(next((workdir / "runs").glob("*/config.json")).parent)["corpus"]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling_jax.analysis.measurements import tried_runs
+from scaling_jax.errors import UserError
 from scaling_jax.noise_scale import Moments, estimate, unbiased
 from scaling_jax.scanning import Experiment, Group
 from scaling_jax.scanning.search import best_of
@@ -35,10 +36,13 @@ def measure_noise(experiment: Experiment, workdir: Path) -> list[NoiseMeasuremen
 def moments_by_step(folder: Path, run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Unbiased |G|² and tr(Σ) of each step; tr(Σ) per example, an example being a sequence of the run's context."""
     small, big, small_tokens = [], [], 1
-    for line in read_metrics(folder):
-        small += line["small_sq_norm"]
-        big += line["big_sq_norm"]
-        small_tokens = line["small_batch_tokens"]
+    try:
+        for line in read_metrics(folder):
+            small += line["small_sq_norm"]
+            big += line["big_sq_norm"]
+            small_tokens = line["small_batch_tokens"]
+    except KeyError as error:
+        raise UserError(f"{folder / 'metrics.jsonl'} has no {error}: give results of this version") from None
     context = run.model.context
     sizes = small_tokens / context, run.batch_tokens / context
     return unbiased(Moments(np.array(small, float), np.array(big, float), *sizes))

@@ -15,7 +15,7 @@ NAMES = {
     "target_loss": ("target_loss", "loss"),
     "steps": ("steps",),
 }
-OPTIONAL = {"run": ("seed", "run"), "steps_tried": ("steps_tried",), "params": ("params",)}
+OPTIONAL = {name: (name,) for name in ("steps_tried", "params", "passed_early")} | {"run": ("seed", "run")}
 IN_SEQUENCES = {"batch_sequences", "batch_seqs", "sequences", "batch_size", "batch_examples", "examples"}
 FEWEST_TOKENS = 64  # a scan whose batches are all smaller counts sequences
 LARGEST_GAP = 64  # between neighbouring batches; a wider one is a change of unit
@@ -53,7 +53,8 @@ def read_table(path: Path) -> Table:
     """Reads columns model, batch_tokens, target_loss (or loss), steps; and seed or run, steps_tried, params if there.
 
     Batches are in tokens per step, losses in nats per token; empty `steps` mean that the target wasn't reached, and
-    `steps_tried` says within how many steps.
+    `steps_tried` says within how many steps. A loss that some run had `passed_early`, as a scan's measurements.csv
+    says, is left out: steps to it are unknown.
 
     Raises:
       UserError: naming file, line and column of the first mistake, and the way out.
@@ -61,8 +62,15 @@ def read_table(path: Path) -> Table:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {path}: {error}") from error
+        raise UserError(f"can't read {path}: {error}; a table is CSV text in UTF-8") from error
     rows = csv.reader(text.splitlines())
+    try:
+        return _checked_table(path, rows)
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num} isn't CSV: {error}") from None
+
+
+def _checked_table(path: Path, rows: Any) -> Table:
     header = [name.strip().lower() for name in next(rows, [])]
     places = _find_columns(path, header)
     columns: dict[str, list] = {name: [] for name in (*NAMES, *OPTIONAL)}
@@ -79,10 +87,27 @@ def read_table(path: Path) -> Table:
             columns[name].append(_value(where, name, cells.get(name, "")))
     if not lines:
         raise UserError(f"{path} has no rows under its header")
-    table = Table(path, lines, **columns, notes=())
+    lines, columns, notes = _without_early(lines, columns)
+    if not lines:
+        raise UserError(f"{path}, column passed_early: every loss was passed early, give lower target losses")
+    table = Table(path, lines, **columns, notes=notes)
     _check_duplicates(table)
     _check_batches(table)
-    return table._replace(notes=_never_reached(table))
+    return table._replace(notes=notes + _never_reached(table))
+
+
+def _without_early(lines: list[int], columns: dict[str, list]) -> tuple[list[int], dict[str, list], tuple[str, ...]]:
+    """Rows without the losses that some run of the model was below when it was first evaluated."""
+    keys = list(zip(columns["model"], columns["target_loss"], strict=True))
+    passed_early = columns.pop("passed_early")
+    early = {key: line for line, key, passed in zip(lines, keys, passed_early, strict=True) if passed}
+    kept = [i for i, key in enumerate(keys) if key not in early]
+    notes = tuple(
+        f"line {line}, column passed_early: loss {loss:g} of model {model} is left out, some run was below it when it "
+        "was first evaluated"
+        for (model, loss), line in early.items()
+    )
+    return [lines[i] for i in kept], {name: [column[i] for i in kept] for name, column in columns.items()}, notes
 
 
 def _find_columns(path: Path, header: list[str]) -> dict[str, int]:
@@ -105,6 +130,9 @@ def _hint(column: str, header: list[str]) -> str:
     sequences = [name for name in header if name in IN_SEQUENCES]
     if column == "batch_tokens" and sequences:
         return f"; {sequences[0]} may count sequences: give batch_tokens = sequences × tokens in a sequence"
+    for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in "".join(header):
+            return f": columns are separated by {called}, save the table with commas"
     others = [name for name in header if name not in NAMES]
     names = NAMES[column]
     close = [name for name in others if any(name in n or n in name for n in names if name)]
@@ -119,6 +147,10 @@ def _value(where: str, name: str, cell: str):
         raise UserError(f"{where} is empty: name the model, any name will do")
     if name in ("model", "run"):
         return cell
+    if name == "passed_early":
+        if cell.lower() not in ("", "true", "false"):
+            raise UserError(f"{where} is {cell!r}: it should be True or False")
+        return cell.lower() == "true"
     if not cell or cell.lower() == "nan":
         if name in ("steps", "steps_tried", "params"):
             return math.nan

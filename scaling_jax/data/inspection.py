@@ -15,6 +15,9 @@ def inspect(source: str, context: int, tokenizer: str = "bytes", rows: int = 3) 
       UserError: if it isn't packed yet, or was cut or altered.
     """
     bpe_vocabulary(tokenizer)
+    for name, value in (("context", context), ("rows", rows)):
+        if value < 1:
+            raise UserError(f"{name} = {value} must be positive")
     folder = corpus_folder(look_up(source).text, tokenizer)
     if not (folder / "manifest.json").exists():
         raise UserError(

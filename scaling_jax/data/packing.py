@@ -54,6 +54,10 @@ def prepare(
     """
     tokenizer = tokenizer or "bytes"
     bpe_vocabulary(tokenizer)  # refuses an unknown one before anything is read
+    if context < 1:
+        raise UserError(f"context = {context} must be positive: tokens per row")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers = {workers} must be positive: processes that pack")
     found = look_up(source)
     folder = corpus_folder(found.text, tokenizer)
     if not (folder / "manifest.json").exists() or _work_folder(folder).exists():

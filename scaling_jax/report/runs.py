@@ -1,6 +1,5 @@
 """What the report reads of a finished scan's run folders."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from scaling_jax.analysis.noise import moments_by_step
 from scaling_jax.noise_scale import Estimate, estimate
 from scaling_jax.scanning import Experiment, Group
 from scaling_jax.scanning.search import Tried, best_of, evaluations
+from scaling_jax.training.records import read_run_config
 
 WINDOWS = 24  # of a run, for its noise scale over training
 FEWEST_STEPS = 4  # in a window
@@ -54,8 +54,7 @@ def read_runs(experiment: Experiment, workdir: Path) -> list[GroupRuns]:
 
 def read_corpus(runs: list[GroupRuns], workdir: Path) -> dict[str, Any]:
     """The manifest of the text that was trained on."""
-    config = workdir / "runs" / runs[0].best.run.run_id / "config.json"
-    return json.loads(config.read_text())["corpus"]
+    return read_run_config(workdir / "runs" / runs[0].best.run.run_id)["corpus"]
 
 
 def _read_group(experiment: Experiment, group: Group, workdir: Path) -> GroupRuns:

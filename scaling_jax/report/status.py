@@ -1,6 +1,5 @@
 """How far the scan in a results folder is, from its files alone: while it runs, and after it died."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +12,7 @@ from scaling_jax.analysis import read_experiment
 from scaling_jax.report.summary import tokens
 from scaling_jax.scanning import relative_cost
 from scaling_jax.scanning.search import finished
-from scaling_jax.training.records import read_timed_metrics
+from scaling_jax.training.records import read_run_config, read_timed_metrics
 
 USUAL_RATES = 3  # tried for a batch size, by and large
 RECENT_SECONDS = 60.0  # over which tokens/s are counted
@@ -165,7 +164,7 @@ def _read_run(folder: Path) -> _RunFiles | None:
     if not paths or paths[0].name != "config.json":
         return None
     times = {path.name: path.stat().st_mtime for path in paths}
-    config = json.loads(paths[0].read_text())["run"]
+    config = read_run_config(folder)["run"]
     return _RunFiles(config, read_timed_metrics(folder), times.get("result.json"), max(times.values()))
 
 

@@ -104,6 +104,8 @@ def plan_branches(
     Raises:
       UserError: if the group isn't finished, or its best run reached no target.
     """
+    if most_points < 1:
+        raise UserError(f"points = {most_points} must be positive")
     tried = finished(experiment, group, workdir)
     if tried is None:
         raise UserError(f"{workdir} isn't complete ({group.name} is missing): run the scan again, it continues")

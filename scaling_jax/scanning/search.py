@@ -58,7 +58,7 @@ def next_wave(experiment: Experiment, group: Group, tried: Mapping[int, Tried]) 
         return {index: experiment.run(group, index) for index in around[: min(rates.together, rates.most)]}
     for target in range(last, -1, -1):
         # A run for the sake of a higher loss ended there: it says nothing of this one.
-        as_far = {i: t for i, t in tried.items() if t.run.target_loss <= group.subject.target_losses[target]}
+        as_far = {i: t for i, t in tried.items() if _goal(t) <= group.subject.target_losses[target]}
         best = best_at(list(as_far.values()), target)
         if best is None:
             if target < last:
@@ -69,6 +69,10 @@ def next_wave(experiment: Experiment, group: Group, tried: Mapping[int, Tried]) 
         if wanted:
             return {index: _contender(experiment, group, index, best, target) for index in wanted[:room]}
     return {}
+
+
+def _goal(t: Tried) -> float:
+    return 0.0 if t.run.target_loss is None else t.run.target_loss
 
 
 def _wanted(rates: LearningRates, tried: Mapping[int, Tried], best: Tried, target: int) -> list[int]:

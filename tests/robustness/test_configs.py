@@ -1,0 +1,128 @@
+"""Overrides and experiment files that can't be: refused by key, or by file and line."""
+
+import json
+
+import pytest
+
+from scaling_jax.config import to_dict
+from scaling_jax.scanning.demo import QUICK
+from tests.robustness.conftest import contents
+
+INTEGERS = ("max_tokens", "eval_tokens", "microbatch_tokens", "subjects.0.model.context", "subjects.0.model.n_layer")
+FLOATS = ("subjects.1.learning_rates.peak", "optimizer.beta1", "subjects.0.learning_rates.factor")
+LISTS = ("batch_tokens", "seeds", "subjects.0.target_losses", "subjects")
+WRONG_TYPE = ("many", "null", "true", "{}", '"1"', "[[1]]", "")
+OUT_OF_RANGE = [
+    *((key, value) for key in (*INTEGERS, "subjects.0.model.vocab_size") for value in ("0", "-1", "-1e300")),
+    *((key, value) for key in FLOATS for value in ("-1", "1e400", "-1e400", "NaN", "Infinity")),
+    *((f"optimizer.{key}", value) for key in ("clip_norm", "weight_decay") for value in ("-1", "NaN", "1e999")),
+    *((f"subjects.0.learning_rates.{key}", value) for key in ("most", "places", "together") for value in ("0", "-2")),
+    *((key, value) for key in ("warmup_steps", "average_half_life_tokens") for value in ("-1", "-0.5")),
+    ("batch_tokens", "[]"),
+    ("batch_tokens", "[128,128,128]"),
+    ("batch_tokens", "[128,256,512,512]"),
+    ("batch_tokens", "[100,200,300]"),
+    ("batch_tokens", "[128,256,99999999999999999999]"),
+    ("seeds", "[]"),
+    ("seeds", "[1,1]"),
+    ("seeds", "[-1]"),
+    ("seeds", "[18446744073709551616]"),
+    ("subjects", "[]"),
+    ("subjects.0.target_losses", "[]"),
+    ("subjects.0.target_losses", "[2,3]"),
+    ("subjects.0.target_losses", "[3,0]"),
+    ("subjects.0.target_losses", "[3,NaN]"),
+    ("name", ""),
+    ("name", ".."),
+    ("name", "../outside"),
+    ("name", "a/b"),
+    ("tokenizer", "bpe:x"),
+    ("warmup_tokens", "5"),
+]
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    path = tmp_path / "experiment.json"
+    path.write_text(json.dumps(to_dict(QUICK)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in (*INTEGERS, *FLOATS, *LISTS) for value in WRONG_TYPE] + OUT_OF_RANGE,
+)
+def test_an_override_that_cannot_be_is_refused_by_its_key(key, value, refuses, experiment):
+    refuses("scan", experiment, "--dry-run", "--set", f"{key}={value}", names=key.rpartition(".")[2].removesuffix("s"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["max_token=1", "=1", "a", "...=1", "subjects.9.model=1", "subjects.-1=1", "name.x=1", "ü=1", "\u202e=1"],
+)
+def test_an_override_of_nothing_is_refused_as_it_was_written(override, refuses, experiment):
+    refuses("scan", experiment, "--dry-run", "--set", override, names=f"--set {override}")
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("EXPERIMENT = (", "mine.py line 1"),
+        ("\n\nraise RuntimeError('broken')", "mine.py line 3 can't be run: RuntimeError: broken"),
+        ("import no_such_module", "mine.py line 1 can't be run: ModuleNotFoundError"),
+        ("def f():\n  return 1 / 0\nf()", "mine.py line 2 can't be run: ZeroDivisionError"),
+        ("raise SystemExit(0)", "mine.py line 1 can't be run: SystemExit"),
+        ("x = 1", "doesn't define EXPERIMENT"),
+        ("EXPERIMENT = {}", "doesn't define EXPERIMENT"),
+        ("EXPERIMENT = None", "doesn't define EXPERIMENT"),
+        ("", "doesn't define EXPERIMENT"),
+        ("\x00", "mine.py"),
+        ("from scaling_jax import Experiment\nEXPERIMENT = Experiment()", "mine.py line 2 can't be run: TypeError"),
+        ("from scaling_jax.scanning import log_spaced\nlog_spaced(3, 2, 1)", "mine.py line"),
+        (
+            "import dataclasses\nfrom scaling_jax.scanning.demo import QUICK\n"
+            "EXPERIMENT = dataclasses.replace(QUICK, max_tokens=-5)",
+            "mine.py: max_tokens = -5",
+        ),
+        (
+            "import dataclasses\nfrom scaling_jax.scanning.demo import QUICK\n"
+            "EXPERIMENT = dataclasses.replace(QUICK, batch_tokens=('a', 'b', 'c'))",
+            "mine.py line 3 can't be run: TypeError",
+        ),
+    ],
+)
+def test_an_experiment_file_that_fails_is_named_with_its_line(source, names, refuses, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    refuses("scan", path, "--dry-run", names=names)
+
+
+def broken_copies():
+    whole = to_dict(QUICK)
+    yield "", "can't read"
+    yield "{", "can't read"
+    yield "[" * 100_000, "can't read"
+    for value in ("null", "3", "[]", '"text"'):
+        yield value, "expected an object"
+    yield json.dumps(whole | {"of_tomorrow": 1}), "unknown key 'of_tomorrow'"
+    for key in ("name", "subjects", "max_tokens", "batch_tokens"):
+        yield json.dumps({k: v for k, v in whole.items() if k != key}), f"missing key '{key}'"
+        for value in (None, {}, 0.5, [None]):
+            yield json.dumps(whole | {key: value}), key
+
+
+@pytest.mark.parametrize(("text", "names"), list(broken_copies()))
+def test_a_damaged_or_older_experiment_is_refused_by_every_command(text, names, refuses, experiment):
+    experiment.write_text(text)
+    for command in (("scan", experiment, "--dry-run"), ("status", experiment.parent), ("fit", experiment.parent)):
+        refuses(*command, names=names)
+    refuses("branch", experiment.parent, "--batch-tokens", "128", names=names)
+
+
+def test_no_experiment_may_be_a_folder_or_in_another_encoding(refuses, experiment, tmp_path):
+    experiment.write_bytes(b"\xff\xfe" + json.dumps(to_dict(QUICK)).encode("utf-16-le"))
+    refuses("scan", experiment, "--dry-run", names="can't read")
+    refuses("scan", tmp_path, "--dry-run", names="no experiment file")
+    (tmp_path / "mine.py").write_bytes(b"# \xff\n")
+    refuses("scan", tmp_path / "mine.py", "--dry-run", names="mine.py")
+    assert contents(tmp_path / "here") == {}
