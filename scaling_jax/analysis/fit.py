@@ -89,6 +89,11 @@ def analyse(workdir: str | Path) -> Analysis:
 
 
 def read_experiment(workdir: Path) -> Experiment:
+    """The experiment whose scan a folder holds.
+
+    Raises:
+      UserError: if it holds none, or one of another version.
+    """
     path = workdir / "experiment.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no scan (no experiment.json): give the folder that a scan wrote")

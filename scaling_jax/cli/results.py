@@ -47,6 +47,8 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     from scaling_jax.report.fitted_table import print_fit
     from scaling_jax.report.summary import summary
 
+    if results.suffix == ".csv" and not results.exists():
+        raise UserError(f"no table {results}")
     if results.is_file():
         found = fit_table(results)
         written = write_fit(found)

@@ -29,7 +29,7 @@ def demo(
     Example: scaling-jax demo --quick
 
     Args:
-      quick: smaller models and higher losses, about two minutes.
+      quick: smaller models and higher losses, two to three minutes.
       results: where to keep runs, tables and figures; results/demo unless given.
       text: 'python' (the standard library's sources) or 'files:<glob>' for text of your own.
       dry_run: say what it would take, and train nothing.

@@ -84,7 +84,7 @@ class _Worker:
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "scaling_jax.scanning.worker", str(workdir)],
+                [sys.executable, "-P", "-m", "scaling_jax.scanning.worker", str(workdir)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
