@@ -25,7 +25,7 @@ batches lies just below the stability limit, which a grid misses by up to its fa
 import math
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -174,9 +174,9 @@ class NoisyTraining:
         return variance * rng.noncentral_chisquare(self.problem.multiplicity, centre)
 
 
-def scan_experiment(losses: tuple[float, ...], places: int, batch_tokens: tuple[int, ...]) -> Experiment:
-    """A scan whose learning rates are refined to 2^(1/places); its model is a name only."""
-    rates = LearningRates(peak=2.0, reference_batch_tokens=36_000, places=places, most=60)
+def scan_experiment(losses: tuple[float, ...], batch_tokens: tuple[int, ...], **grid: Any) -> Experiment:
+    """A scan on a grid of learning rates such as `places=8` or `factor=2**0.125`; its model is a name only."""
+    rates = LearningRates(peak=2.0, reference_batch_tokens=36_000, most=60, **grid)
     return Experiment(
         name="quadratic",
         subjects=(Subject(ModelConfig(1, 1, 1, context=1), losses, rates),),
@@ -212,7 +212,9 @@ def main() -> None:
         truths = [true_tradeoff(problem, BATCH_TOKENS, loss).b_crit for loss in LOSSES]
         for places in PLACES:
             with tempfile.TemporaryDirectory() as folder:
-                fit = run_instrument(problem, scan_experiment(LOSSES, places, BATCH_TOKENS), number, Path(folder))
+                fit = run_instrument(
+                    problem, scan_experiment(LOSSES, BATCH_TOKENS, places=places), number, Path(folder)
+                )
             found = [point.tradeoff for point in fit.points]
             ratios[places] += [here.b_crit / true for here, true in zip(found, truths, strict=True)]
         for loss, true, here in zip(LOSSES, truths, found, strict=True):

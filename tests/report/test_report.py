@@ -129,7 +129,7 @@ def test_branches_stand_beside_the_scan_at_the_same_loss(document):
 
 def test_a_scan_without_branches_or_law_is_reported_and_hostile_names_stay_text(analysis, runs):
     fit = dataclasses.replace(analysis.fit, law=None, errors=None, notes=("no law: why not",))
-    experiment = dataclasses.replace(analysis.experiment, name=HOSTILE, text=f"files:/home/jane/{HOSTILE}")
+    experiment = dataclasses.replace(analysis.experiment, text=f"files:/home/jane/{HOSTILE}")
     told = dataclasses.replace(analysis, experiment=experiment, fit=fit, noise=[], notes=(HOSTILE,))
     corpus = {"source": f"files:/home/jane/{HOSTILE}", "sha256": HOSTILE}
     text = page(HOSTILE, sections(told, runs, corpus, {HOSTILE: HOSTILE}))

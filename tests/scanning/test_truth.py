@@ -34,7 +34,7 @@ def test_the_exact_steps_are_those_of_the_recursion():
 def test_simulated_runs_follow_the_expected_loss(tmp_path):
     """Mean and spread over seeds, against one that takes every step."""
     problem = quadratic.draw(1, multiplicity=20)
-    experiment = quadratic.scan_experiment((0.01,), COARSE, BATCH_TOKENS)
+    experiment = quadratic.scan_experiment((0.01,), BATCH_TOKENS, factor=COARSE)
     run = experiment.run(experiment.groups[0], -1)
     training = quadratic.NoisyTraining(problem, tmp_path, 0)
     generator = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def ratios(seeds, factor, folder):
     for seed in seeds:
         problem = quadratic.draw(seed)
         fit = quadratic.run_instrument(
-            problem, quadratic.scan_experiment(quadratic.LOSSES, factor, BATCH_TOKENS), seed, folder / str(seed)
+            problem, quadratic.scan_experiment(quadratic.LOSSES, BATCH_TOKENS, factor=factor), seed, folder / str(seed)
         )
         for point in fit.points:
             true = quadratic.true_tradeoff(problem, BATCH_TOKENS, point.loss).b_crit
@@ -85,7 +85,10 @@ def test_intervals_cover_the_truth(tmp_path):
         true = quadratic.true_tradeoff(problem, batch_tokens, loss).b_crit
         for seed in range(10):
             fit = quadratic.run_instrument(
-                problem, quadratic.scan_experiment((loss,), FINE, batch_tokens), seed, tmp_path / f"{number}-{seed}"
+                problem,
+                quadratic.scan_experiment((loss,), batch_tokens, factor=FINE),
+                seed,
+                tmp_path / f"{number}-{seed}",
             )
             low, high = fit.points[0].tradeoff.b_crit_interval
             covered.append(low < true < high)
