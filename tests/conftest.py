@@ -16,3 +16,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
 
 pytest_plugins = ["tests.made_up_scan"]
+
+_LONGEST = ("test_demo.py", "test_processes.py", "test_executors.py", "test_truth.py", "test_interruption.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)

@@ -158,7 +158,7 @@ def owner(results, group):
     return int((results / "logs" / f"group-{group}.lock").read_text().split()[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_trains_a_group_again_when_its_node_is_killed(undisturbed, watched_closely, tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
@@ -191,7 +191,7 @@ def test_ray_trains_a_group_again_when_its_node_is_killed(undisturbed, watched_c
     assert_same_runs(undisturbed, results, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_submitit_job_that_is_preempted_is_queued_again_and_continues(undisturbed, watched_closely, tmp_path):
     results = new_results(tmp_path / "results", undisturbed[0])
     preempted = []

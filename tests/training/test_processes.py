@@ -99,7 +99,7 @@ def test_sigterm_to_one_of_two_processes_saves_the_run_and_one_process_goes_on_w
     assert_same_training(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("num_processes", "devices", "backend", "streamed"), [(2, 2, "shard_map", True), (4, 1, "pmap", False)]
 )
@@ -110,7 +110,7 @@ def test_four_devices_train_alike_however_many_processes_have_them(tmp_path, num
     assert_same_training(tmp_path / "several", tmp_path / "one")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_is_killed_ends_the_other_and_the_same_command_repeats_the_same_steps(tmp_path):
     settings = {"run": {"max_steps": 60}, "checkpoint_seconds": 0.3}
     trained(tmp_path / "whole", 2, 1, **settings)
@@ -128,7 +128,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_same_command_repeats_th
         assert whole == rerun
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_with_different_commands_are_refused(tmp_path):
     port = _free_port()
     pair = [Processes(tmp_path, 2, 1, port=port, only=i, run={"seed": i}) for i in range(2)]
