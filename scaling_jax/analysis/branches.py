@@ -3,7 +3,7 @@
 import csv
 import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
 from scaling_jax.scanning import Experiment
 from scaling_jax.scanning.branches import EVALUATIONS, BranchPlan, plan_branches, run_branches
-from scaling_jax.training import Progress, Run, read_metrics, train
+from scaling_jax.training import Progress, Run, read_metrics, run_folder, train
 
 _LAST = EVALUATIONS // 2  # evaluations at a branch's end that are averaged
 _STANDARD_ERRORS = 1.96  # of a 95 % interval
@@ -122,22 +122,25 @@ def measure_branches(plan: BranchPlan, workdir: Path, tolerance: float) -> list[
     """One measurement for each point; `tolerance` in nats per token."""
     rows = []
     for point in plan.points:
-        found = [excess(plan, workdir, point, factor) for factor in plan.factors]
+        trunk = _losses(workdir, plan.trunk, point, plan.branch_tokens)
+        found = [excess(plan, workdir, point, factor, trunk) for factor in plan.factors]
         low, b_crit, high = (
             _largest_within(plan.run.batch_tokens, found, tolerance, shift)
             for shift in (_STANDARD_ERRORS, 0.0, -_STANDARD_ERRORS)
         )
-        trunk = _losses(workdir, plan.trunk, point, plan.branch_tokens)
         run = plan.run
         loss = float(np.mean(list(trunk.values())))
         rows.append(BranchMeasurement(run.model.name, run.batch_tokens, run.seed, point, loss, b_crit, low, high))
     return rows
 
 
-def excess(plan: BranchPlan, workdir: Path, point: int, factor: int) -> Excess:
-    """How far a branch fell behind the run, over the evaluations of its later half."""
+def excess(plan: BranchPlan, workdir: Path, point: int, factor: int, trunk: Mapping[int, float]) -> Excess:
+    """How far a branch fell behind the run, over the evaluations of its later half.
+
+    Args:
+      trunk: the run's own test losses, by tokens processed.
+    """
     branch = plan.branch(point, factor)
-    trunk = _losses(workdir, plan.trunk, point, plan.branch_tokens)
     losses = _losses(workdir, branch, point, plan.branch_tokens)
     both = sorted(trunk.keys() & losses.keys())[-_LAST:]
     differences = np.array([losses[tokens] - trunk[tokens] for tokens in both])
@@ -154,7 +157,7 @@ def _losses(workdir: Path, run: Run, after: int, tokens: int) -> dict[int, float
     """Test losses by tokens processed, at the evenly spaced evaluations of a stretch."""
     every = tokens // EVALUATIONS
     wanted = {after + k * every for k in range(1, EVALUATIONS + 1)}
-    lines = [line for line in read_metrics(workdir / "runs" / run.run_id) if "test_loss" in line]
+    lines = [line for line in read_metrics(run_folder(workdir, run)) if "test_loss" in line]
     return {
         line["tokens"]: math.nan if line["test_loss"] is None else line["test_loss"]
         for line in lines

@@ -10,6 +10,7 @@ from scaling_jax.analysis.branches import BranchMeasurement
 from scaling_jax.analysis.noise import NoiseMeasurement
 from scaling_jax.fitting import ScanFit
 
+_ENDS = ("b_crit", "low", "high")  # of a branch measurement
 _NEAR = 0.04  # of log loss: measurements so close to a loss count as its
 
 
@@ -57,6 +58,3 @@ def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[
             )
         )
     return rows
-
-
-_ENDS = ("b_crit", "low", "high")

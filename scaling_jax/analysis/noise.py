@@ -11,7 +11,7 @@ from scaling_jax.errors import UserError
 from scaling_jax.noise_scale import Moments, estimate, unbiased
 from scaling_jax.scanning import Experiment, Group
 from scaling_jax.scanning.search import best_of
-from scaling_jax.training import Run, read_metrics
+from scaling_jax.training import Run, read_metrics, run_folder
 
 
 class NoiseMeasurement(NamedTuple):
@@ -51,7 +51,7 @@ def moments_by_step(folder: Path, run: Run) -> tuple[np.ndarray, np.ndarray]:
 def _windows(group: Group, experiment: Experiment, workdir: Path) -> list[NoiseMeasurement]:
     best = best_of(tried_runs(experiment, group, workdir))
     run, crossings = best.run, best.steps_to_target
-    folder = workdir / "runs" / run.run_id
+    folder = run_folder(workdir, run)
     grad_sq_norm, trace_cov = moments_by_step(folder, run)
     targets = group.subject.target_losses
     rows = []

@@ -11,6 +11,7 @@ import numpy as np
 from scaling_jax.analysis.measurements import tried_runs
 from scaling_jax.scanning import Experiment
 from scaling_jax.scanning.search import best_at, evaluations
+from scaling_jax.training import run_folder
 
 MEANINGLESS = 0.25  # standard deviation of log steps between seeds from which a crossing says little
 
@@ -40,7 +41,7 @@ def measure_spread(experiment: Experiment, workdir: Path) -> list[SeedSpread]:
             log_steps = np.log([t.steps_to_target[k] for t in best])
             losses = [
                 np.interp(log_steps.mean(), np.log(steps), losses)
-                for steps, losses in (evaluations(workdir / "runs" / t.run.run_id) for t in best)
+                for steps, losses in (evaluations(run_folder(workdir, t.run)) for t in best)
             ]
             spread = float(log_steps.std(ddof=1)), float(np.std(losses, ddof=1))
             rows.append(SeedSpread(subject.model.name, batch_tokens, target, len(best), *spread))

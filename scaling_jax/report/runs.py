@@ -11,6 +11,7 @@ from scaling_jax.analysis.noise import moments_by_step
 from scaling_jax.noise_scale import Estimate, estimate
 from scaling_jax.scanning import Experiment, Group
 from scaling_jax.scanning.search import Tried, best_of, evaluations
+from scaling_jax.training import run_folder
 from scaling_jax.training.records import read_run_config
 
 WINDOWS = 24  # of a run, for its noise scale over training
@@ -54,13 +55,13 @@ def read_runs(experiment: Experiment, workdir: Path) -> list[GroupRuns]:
 
 def read_corpus(runs: list[GroupRuns], workdir: Path) -> dict[str, Any]:
     """The manifest of the text that was trained on."""
-    return read_run_config(workdir / "runs" / runs[0].best.run.run_id)["corpus"]
+    return read_run_config(run_folder(workdir, runs[0].best.run))["corpus"]
 
 
 def _read_group(experiment: Experiment, group: Group, workdir: Path) -> GroupRuns:
     tried = sorted(tried_runs(experiment, group, workdir), key=lambda t: t.rate_index)
     best = best_of(tried)
-    folder = workdir / "runs" / best.run.run_id
+    folder = run_folder(workdir, best.run)
     steps, losses = evaluations(folder)
     moments = moments_by_step(folder, best.run)
     noise = noise_windows(*moments, group.batch_tokens, best.run.model.context)

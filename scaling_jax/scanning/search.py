@@ -10,7 +10,7 @@ import numpy as np
 from scaling_jax.fitting import steps_to_loss
 from scaling_jax.scanning.experiment import Experiment, Group, LearningRates
 from scaling_jax.scanning.refinement import next_between
-from scaling_jax.training import Deadline, Run, RunResult, next_evaluation, read_metrics, read_result
+from scaling_jax.training import Deadline, Run, RunResult, next_evaluation, read_metrics, read_result, run_folder
 
 
 class Tried(NamedTuple):
@@ -35,7 +35,7 @@ def search(experiment: Experiment, group: Group, workdir: Path, train: Callable[
 
 def look_at(group: Group, workdir: Path, index: int, run: Run, result: RunResult) -> Tried:
     """What came of a run that is done."""
-    steps, losses = evaluations(workdir / "runs" / run.run_id)
+    steps, losses = evaluations(run_folder(workdir, run))
     targets = group.subject.target_losses
     if not steps:  # diverged before its first evaluation
         return Tried(index, run, result, np.full(len(targets), math.nan), np.zeros(len(targets), bool))
@@ -127,7 +127,7 @@ def finished(experiment: Experiment, group: Group, workdir: Path) -> list[Tried]
         pass
 
     def read(run: Run) -> RunResult:
-        result = read_result(workdir / "runs" / run.run_id)
+        result = read_result(run_folder(workdir, run))
         if result is None:
             raise Missing
         return result

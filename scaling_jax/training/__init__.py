@@ -1,6 +1,6 @@
 """One run: its configuration, its compiled step, its loop and its records."""
 
-from scaling_jax.training.attempt import Interrupted
+from scaling_jax.training.attempt import Interrupted, run_folder
 from scaling_jax.training.journal import Progress
 from scaling_jax.training.loop import train
 from scaling_jax.training.optimizers import OptimizerConfig
@@ -21,6 +21,7 @@ __all__ = [
     "next_evaluation",
     "read_metrics",
     "read_result",
+    "run_folder",
     "train",
     "train_many",
 ]

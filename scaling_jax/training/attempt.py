@@ -28,6 +28,7 @@ class Interrupted(Exception):
 
 
 def run_folder(workdir: str | Path, run: Run) -> Path:
+    """Where a results folder keeps a run."""
     return Path(workdir) / "runs" / run.run_id
 
 

@@ -4,15 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_jax.data import Corpus
-from scaling_jax.models import ModelConfig
 from scaling_jax.scanning import Experiment, LearningRates, Subject, groups, schedule
 from scaling_jax.scanning.search import finished
+from tests.training.counting import CORPUS, RUN
 
-MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
 EXPERIMENT = Experiment(
     name="tiny",
-    subjects=(Subject(MODEL, (5.45, 5.3), LearningRates(1e-2, 256, factor=3.0, most=3, together=2)),),
+    subjects=(Subject(RUN.model, (5.45, 5.3), LearningRates(1e-2, 256, factor=3.0, most=3, together=2)),),
     batch_tokens=(64, 128, 256),
     max_tokens=2_000,
     seeds=(0, 1),
@@ -22,12 +20,8 @@ EXPERIMENT = Experiment(
 
 @pytest.mark.slow
 def test_a_scan_on_accelerators_trains_groups_that_differ_in_seed_together_as_each_alone(tmp_path, monkeypatch):
-    draws = np.random.default_rng(0)
-    stream = (np.cumsum(draws.integers(1, 4, 16 * 400)) % 257).astype(np.uint16)
-    rows = stream[np.arange(399)[:, None] * 16 + np.arange(17)]
-    corpus = Corpus(rows[:320], rows[320:], 257, {"source": "counting", "sha256": "counting"})
     for module in (groups, schedule):
-        monkeypatch.setattr(module, "prepare", lambda *_: corpus)
+        monkeypatch.setattr(module, "prepare", lambda *_: CORPUS)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
     events = []
