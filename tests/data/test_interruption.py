@@ -81,15 +81,18 @@ def kill_and_rerun(tmp_path, tokenizer, workers, kills):
     words = [f"word{k} " for k in range(2000)]
     draw = random.Random(0)
     for k in range(40):
-        (folder / f"{k}.txt").write_text("".join(draw.choices(words, k=20_000)))
+        (folder / f"{k}.txt").write_text("".join(draw.choices(words, k=20_000)) * 3)
     source = f"files:{folder}/*.txt"
-    began = time.monotonic()
     assert start(source, tokenizer, workers, tmp_path / "whole").wait() == 0
-    seconds = time.monotonic() - began
     interrupted = 0
     for _ in range(kills):
+        before = packed(tmp_path / "killed")
         process = start(source, tokenizer, workers, tmp_path / "killed")
-        time.sleep(random.uniform(0.2, 0.9) * seconds)
+        while packed(tmp_path / "killed") == before and process.poll() is None:
+            time.sleep(0.001)
+        if process.poll() is not None:
+            break
+        time.sleep(random.uniform(0, 0.1))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGKILL)
         interrupted += process.wait() == -signal.SIGKILL
@@ -98,6 +101,11 @@ def kill_and_rerun(tmp_path, tokenizer, workers, kills):
     assert start(source, tokenizer, workers, tmp_path / "killed").wait() == 0
     assert interrupted
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def packed(cache):
+    """The files that a packing has written so far."""
+    return {path for path in cache.rglob("*") if path.is_file()}
 
 
 def gone(pid):
