@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling_jax.analysis.branches import branch_scan
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.data import Corpus
 from scaling_jax.parallel import is_first
 from scaling_jax.report.status import duration, part_done
-from scaling_jax.report.summary import tokens
 from scaling_jax.scanning import Experiment, relative_cost, scan
 from scaling_jax.scanning.search import finished
 from scaling_jax.trackers import Follower, Writer

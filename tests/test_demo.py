@@ -19,7 +19,7 @@ def start(results, cache):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"SCALING_JAX_CACHE": str(cache), "COLUMNS": "120"},
+        env=os.environ | {"XLA_FLAGS": "", "SCALING_JAX_CACHE": str(cache), "COLUMNS": "120"},
     )
 
 

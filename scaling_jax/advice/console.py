@@ -12,7 +12,7 @@ from rich.text import Text
 from scaling_jax.advice.choices import Choice, Hardware, choices, fastest, largest_within, powers_around
 from scaling_jax.advice.goal import Goal, goal
 from scaling_jax.advice.ramp import Reached, Stage, progress, ramp, reach
-from scaling_jax.analysis.numbers import short
+from scaling_jax.analysis.numbers import duration, short
 from scaling_jax.analysis.table_fit import fit_table
 from scaling_jax.errors import UserError
 from scaling_jax.training.records import write_atomically
@@ -126,14 +126,6 @@ def print_advice(advice: Advice) -> Rows:
             ", ".join(flags),
         )
     return Rows(shown, *(Text(line) for line in _sentences(advice)))
-
-
-def duration(seconds: float) -> str:
-    """Two digits or more, in the largest unit that fits."""
-    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def _sentences(advice: Advice) -> list[str]:

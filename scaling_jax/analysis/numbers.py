@@ -11,3 +11,11 @@ def short(value: float) -> str:
         if value >= size * 0.9995:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Two digits or more, in the largest unit that fits."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -2,8 +2,8 @@
 
 import atexit
 import contextlib
+import json
 import os
-import pickle
 import re
 import shutil
 import socket
@@ -91,14 +91,14 @@ def agree(*flags: bool) -> tuple[bool, ...]:
 
 
 def from_first(value: _Value) -> _Value:
-    """The first process's value, of anything that pickles, in all processes; all must ask."""
+    """The first process's value, of anything that JSON keeps as it is, in all processes; all must ask."""
     if jax.process_count() == 1:
         return value
-    mine = pickle.dumps(value) if is_first() else b""
+    mine = json.dumps(value).encode() if is_first() else b""
     num_bytes = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine))))
     room = np.zeros(1 << max(10, num_bytes.bit_length()), np.uint8)  # a program is compiled for each size
     room[: len(mine)] = np.frombuffer(mine, np.uint8)
-    return pickle.loads(multihost_utils.broadcast_one_to_all(room)[:num_bytes].tobytes())
+    return json.loads(multihost_utils.broadcast_one_to_all(room)[:num_bytes].tobytes())
 
 
 @contextlib.contextmanager

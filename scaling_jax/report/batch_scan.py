@@ -4,11 +4,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from scaling_jax.analysis import Analysis
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.fitting import Tradeoff
 from scaling_jax.report.chart import Chart
 from scaling_jax.report.runs import GroupRuns
 from scaling_jax.report.style import COLOURS, count_axis, loss_bar, new_figure, plain
-from scaling_jax.report.summary import tokens
 
 
 def batch_scan_chart(analysis: Analysis, runs: list[GroupRuns], models: list[str]) -> Chart:

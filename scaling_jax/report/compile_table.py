@@ -6,8 +6,8 @@ from rich.console import Group as Rows
 from rich.table import Table
 from rich.text import Text
 
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.parallel.topologies import Topology
-from scaling_jax.report.summary import tokens
 from scaling_jax.scanning.ahead_of_time import CompiledBatch, Executable
 
 _GIB = 2**30

@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from scaling_jax.analysis import Analysis
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.fitting import CriticalBatch
 from scaling_jax.report.chart import Chart
 from scaling_jax.report.style import LAW_COLOUR, MODEL_COLOURS, NOISE_COLOUR, count_axis, loss_axis, new_figure
-from scaling_jax.report.summary import tokens
 
 
 def critical_batch_chart(analysis: Analysis) -> Chart:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.report.chart import Chart
 from scaling_jax.report.critical_batch import reach
 from scaling_jax.report.runs import GroupRuns, NoiseWindow
 from scaling_jax.report.style import COLOURS, batch_bar, count_axis, new_figure, plain
-from scaling_jax.report.summary import tokens
 
 
 def noise_chart(runs: list[GroupRuns], models: list[str]) -> Chart:

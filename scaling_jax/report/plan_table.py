@@ -4,7 +4,7 @@ from rich.console import Group as Rows
 from rich.table import Table
 from rich.text import Text
 
-from scaling_jax.analysis.numbers import short
+from scaling_jax.analysis.numbers import duration, short
 from scaling_jax.scanning.plan import EFFICIENCY, ScanPlan
 
 
@@ -21,15 +21,9 @@ def plan_table(plan: ScanPlan) -> Rows:
         f"{len(groups)} groups to train, {plan.groups_done} done; {sum(p.least_runs for p in groups)} to "
         f"{sum(p.most_runs for p in groups)} runs, {plan.workers} at a time",
         f"at most {short(sum(p.most_tokens for p in groups))} tokens, {sum(p.most_flops for p in groups):.2g} FLOPs, "
-        f"{_duration(plan.most_seconds)} at {EFFICIENCY:.0%} of the {plan.flops_per_second / 1e9:,.0f} GFLOP/s that a "
+        f"{duration(plan.most_seconds)} at {EFFICIENCY:.0%} of the {plan.flops_per_second / 1e9:,.0f} GFLOP/s that a "
         "large matrix product reaches here",
         "that is if every rate ran to max_tokens; runs end at their targets: the demo takes a thirtieth of its bound",
-        f"{plan.bytes_available / 2**30:.1f} GiB of memory for each",
+        f"{plan.bytes_available / 2**30:.1f} GiB of memory for each run that trains at a time",
     ]
     return Rows(table, *(Text(line) for line in lines))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

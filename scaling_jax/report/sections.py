@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from scaling_jax.analysis import Analysis
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.analysis.table_fit import law_lines
 from scaling_jax.config import to_dict
 from scaling_jax.report.batch_scan import batch_scan_chart
@@ -16,7 +17,6 @@ from scaling_jax.report.pareto import pareto_chart
 from scaling_jax.report.provenance import command
 from scaling_jax.report.rate_search import best_rate, rate_search_chart
 from scaling_jax.report.runs import GroupRuns
-from scaling_jax.report.summary import tokens
 from scaling_jax.report.three_measurements import three_measurements_chart
 from scaling_jax.report.tradeoffs import residuals_chart, tradeoffs_chart
 from scaling_jax.report.words import law_in_words

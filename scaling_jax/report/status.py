@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling_jax.analysis import read_experiment
-from scaling_jax.report.summary import tokens
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.scanning import relative_cost
 from scaling_jax.scanning.search import finished
 from scaling_jax.training.records import read_run_config, read_timed_metrics

@@ -5,10 +5,10 @@ from matplotlib.axes import Axes
 
 from scaling_jax.analysis import Analysis
 from scaling_jax.analysis.branches import BranchMeasurement
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.report.chart import Chart
 from scaling_jax.report.critical_batch import draw_critical_batches, draw_law, draw_noise, reach
 from scaling_jax.report.style import MODEL_COLOURS, count_axis, loss_axis, new_figure, plain
-from scaling_jax.report.summary import tokens
 
 
 def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:

@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 from scaling_jax.analysis import Analysis
+from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.fitting import CriticalBatch
-from scaling_jax.report.summary import tokens
 
 
 def law_in_words(analysis: Analysis) -> list[str]:

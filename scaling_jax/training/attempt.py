@@ -4,10 +4,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from scaling_jax.config import to_dict
+from scaling_jax.config import from_dict, to_dict
 from scaling_jax.data import Corpus
 from scaling_jax.errors import UserError
-from scaling_jax.parallel import from_first, is_first
+from scaling_jax.parallel import agree, from_first, is_first
 from scaling_jax.training.journal import Journal, Progress
 from scaling_jax.training.program import TrainState
 from scaling_jax.training.records import (
@@ -40,7 +40,9 @@ def finished_result(run: Run, workdir: str | Path, corpus: Corpus) -> RunResult 
     """
     _check_corpus(run, corpus)
     folder = run_folder(workdir, run)
-    done = from_first(read_result(folder))
+    written = read_result(folder)
+    values = from_first(None if written is None else to_dict(written))
+    done = None if values is None else from_dict(RunResult, values)
     if done is not None and done.corpus_sha256 != corpus.manifest["sha256"]:
         raise UserError(f"{folder} holds a run on other text ({run.text} has changed since): use another folder")
     return done
@@ -112,7 +114,8 @@ class Attempt:
         )
         if is_first():
             write_result(self.folder, result)
-        return from_first(result)  # so nobody reads the folder before all is written
+        agree(False)  # all wait, so nobody reads the folder before all is written
+        return result
 
     def close(self) -> None:
         """Waits until what was saved is on disk."""

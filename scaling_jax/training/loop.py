@@ -125,10 +125,12 @@ def _check_processes(run: Run, corpus: Corpus, num_devices: int, backend: Backen
             f"{jax.process_count()} processes train one run by pmap or shard_map on all of their {jax.device_count()} "
             f"devices, not by {backend} on {num_devices}"
         )
-    here = run.run_id, corpus.manifest["sha256"]
+    here = [run.run_id, corpus.manifest["sha256"]]
     others = here != from_first(here)
     if agree(others)[0]:
-        raise UserError(f"the processes of this run differ: one of them has another command or other text than {here}")
+        raise UserError(
+            f"the processes of this run differ: one of them has another command or other text than {run.run_id}"
+        )
 
 
 def _test_loss(evaluate, state: TrainState, held_out) -> float:

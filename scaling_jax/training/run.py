@@ -9,9 +9,6 @@ from scaling_jax.models import ModelConfig
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.ramp import LiveRamp, Stage, check_stages
 
-_MOST_BATCH_TOKENS = 2**31  # what a batch is split into is searched one by one
-
-
 _MOST_BATCH_TOKENS = 2**31  # ten times what anybody trains with; a slip of the keyboard shouldn't fill the memory
 
 

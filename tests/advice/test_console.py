@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from scaling_jax import cli
-from scaling_jax.advice.console import duration
 from tests.fitting.planted import Planted
 
 
@@ -86,10 +85,3 @@ def test_extrapolated_advice_says_so(table, scaling_jax):
     assert "EXTRAPOLATED" in stdout
     assert "unknown" in stdout
     assert "ramp:" not in stdout
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5 s"), (119, "119 s"), (120, "2 min"), (9_000, "2.5 h"), (864_000, "10 days")]
-)
-def test_durations_are_short(seconds, text):
-    assert duration(seconds) == text

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from scaling_jax.analysis.numbers import short
+from scaling_jax.analysis.numbers import duration, short
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,10 @@ from scaling_jax.analysis.numbers import short
 )
 def test_numbers_are_short(value, text):
     assert short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5 s"), (119, "119 s"), (120, "2 min"), (9_000, "2.5 h"), (864_000, "10 days")]
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
