@@ -42,8 +42,8 @@ GRAD_CURVATURE, NOISE_CURVATURE = G @ HESSIAN @ G, np.trace(HESSIAN @ COV)
 
 L1_NOISE = np.sqrt(np.diag(COV)).sum()
 L1_GRAD = np.abs(G).sum()
-_ROW_COV = np.einsum("ikjk->ij", COV.reshape(ROWS, COLUMNS, ROWS, COLUMNS))
-SPECTRAL_NOISE = np.sqrt(np.linalg.eigvalsh(_ROW_COV)).sum()
+_SHORT_SIDE_COV = np.einsum("kikj->ij", COV.reshape(ROWS, COLUMNS, ROWS, COLUMNS))  # of the columns
+SPECTRAL_NOISE = np.sqrt(np.linalg.eigvalsh(_SHORT_SIDE_COV)).sum()
 SPECTRAL_GRAD = np.linalg.norm(G.reshape(ROWS, COLUMNS), "nuc")
 
 ADAM_NU, ADAM_EPS = np.arange(1.0, 1 + DIM), 0.1

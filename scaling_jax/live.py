@@ -5,9 +5,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,12 +15,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from scaling_jax.analysis.branches import branch_scan
+from scaling_jax.analysis.branches import check_tolerance, write_branches
 from scaling_jax.analysis.numbers import short as tokens
 from scaling_jax.data import Corpus
-from scaling_jax.parallel import is_first
+from scaling_jax.parallel import is_first, together
 from scaling_jax.report.status import duration, part_done
 from scaling_jax.scanning import Experiment, relative_cost, scan
+from scaling_jax.scanning.branches import train_branches
 from scaling_jax.scanning.search import finished
 from scaling_jax.trackers import Follower, Writer
 from scaling_jax.training import Interrupted, Progress, Run, train
@@ -142,12 +143,17 @@ def scan_on_console(
 
     Raises:
       UserError, KeyboardInterrupt: see `scan`.
+      SystemExit: with code 0, after SIGTERM stopped it, here or in another of its processes.
     """
-    console = Console()
+    console = Console(quiet=not is_first())
     console.print(f"{experiment.name}: results in {results}", highlight=False, markup=False, soft_wrap=True)
-    done = [n for n, group in enumerate(experiment.groups) if finished(experiment, group, results) is not None]
+    done: list[int] = []
+    followers: list[Follower] = []
     with contextlib.ExitStack() as stack:
-        followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
+        with together():
+            if is_first():
+                done = [n for n, g in enumerate(experiment.groups) if finished(experiment, g, results) is not None]
+                followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
         display = stack.enter_context(ScanDisplay(experiment, console, done))
 
         def on_event(event: dict[str, Any]) -> None:
@@ -155,7 +161,11 @@ def scan_on_console(
             for follower in followers:
                 follower.look()
 
-        scan(experiment, results, on_event=on_event, **options)
+        terminated = stack.enter_context(_sigterm_interrupts())
+        try:
+            scan(experiment, results, on_event=on_event, **options)
+        except (KeyboardInterrupt, Interrupted) as stopped:
+            _leave(console, by_hand=isinstance(stopped, KeyboardInterrupt) and not terminated())
 
 
 def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[Callable[[Path], Writer]] = ()) -> None:
@@ -165,13 +175,7 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
       KeyboardInterrupt: after a run that Ctrl-C stopped has been saved.
       SystemExit: with code 0, after one has been that SIGTERM stopped, here or in another process of the run.
     """
-    console, stopping, by_hand = Console(), threading.Event(), threading.Event()
-
-    def stop(number, _):
-        console.print("stopping: the run is being saved …")
-        stopping.set()
-        if number == signal.SIGINT:
-            by_hand.set()
+    console = Console()
 
     def report(p: Progress):
         noise = "·" if math.isnan(p.noise_scale_tokens) else tokens(p.noise_scale_tokens)
@@ -184,18 +188,19 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
         for follower in followers:
             follower.look()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    def should_stop() -> bool:
+        if asked():
+            console.print("stopping: the run is being saved …")
+        return asked()
+
     keep_compiled_programs()
     with contextlib.ExitStack() as stack:
         followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
+        asked = stack.enter_context(stop_on_signals())
         try:
-            result = train(run, results, corpus=corpus, should_stop=stopping.is_set, on_progress=report)
+            result = train(run, results, corpus=corpus, should_stop=should_stop, on_progress=report)
         except Interrupted:
-            if by_hand.is_set():
-                raise KeyboardInterrupt from None
-            console.print("saved; the same command continues where it was")
-            raise SystemExit(0) from None
+            _leave(console, asked.by_hand)
     if not is_first():
         return
     loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
@@ -210,11 +215,12 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
 def branch_on_console(
     experiment: Experiment, results: Path, models: Sequence[str], batch_tokens: int, tolerance: float, **options: Any
 ) -> None:
-    """Branches of a scan's runs with a line an evaluation of each; see `branch_scan`.
+    """Branches of a scan's runs with a line an evaluation of each, and `branches.csv`; see `train_branches`.
 
     Raises:
-      UserError: see `branch_scan`.
-      KeyboardInterrupt: after a run that was stopped has been saved.
+      UserError: see `train_branches`, or of the tolerance.
+      KeyboardInterrupt: after a run that Ctrl-C stopped has been saved.
+      SystemExit: with code 0, after one has been that SIGTERM stopped.
     """
     console = Console()
 
@@ -225,18 +231,48 @@ def branch_on_console(
             soft_wrap=True,
         )
 
+    check_tolerance(tolerance)
     keep_compiled_programs()
-    with stop_on_signals() as should_stop:
+    with stop_on_signals() as asked:
         try:
-            branch_scan(
+            plans = train_branches(
                 experiment,
                 results,
                 models,
                 batch_tokens,
-                tolerance,
                 on_progress=report,
-                should_stop=should_stop,
+                should_stop=asked,
                 **options,
             )
         except Interrupted:
-            raise KeyboardInterrupt from None
+            _leave(console, asked.by_hand)
+    write_branches(plans, results, tolerance)
+
+
+def _leave(console: Console, by_hand: bool) -> NoReturn:
+    """Ends a command whose runs have been saved: as Ctrl-C does, or with code 0 where SIGTERM asked for it."""
+    if by_hand:
+        raise KeyboardInterrupt from None
+    console.print("saved; the same command continues where it was")
+    raise SystemExit(0) from None
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
+    """SIGTERM interrupts as Ctrl-C does, once; yields what tells whether it has."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield came.is_set
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt(*_):
+        came.set()
+        signal.signal(signal.SIGTERM, before)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

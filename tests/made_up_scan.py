@@ -13,6 +13,8 @@ from scaling_jax.training import RunResult
 from scaling_jax.training.records import append_metrics, write_json, write_result
 
 B_STAR, EXPONENT = 1e5, -5.0
+# Of the whole model's |G|² and tr(Σ); parts: embedding, the layer, unembedding
+PART_GRAD_SHARES, PART_NOISE_SHARES = np.array([0.2, 0.5, 0.3]), np.array([0.5, 0.3, 0.2])
 
 
 def b_crit(loss):
@@ -53,7 +55,11 @@ def made_up(tmp_path_factory):
             moments = 1 + trace_cov / np.array([[1.0], [run.batch_sequences]])
             noisy = moments * draws.normal(1, 1e-3, (2, step - last))
             line = {"step": int(step), "test_loss": float(loss), "small_batch_tokens": run.model.context}
-            append_metrics(folder, line | {"small_sq_norm": noisy[0].tolist(), "big_sq_norm": noisy[1].tolist()})
+            line |= {"small_sq_norm": noisy[0].tolist(), "big_sq_norm": noisy[1].tolist()}
+            shares = PART_GRAD_SHARES + PART_NOISE_SHARES * (moments - 1)
+            by_layer = shares * (noisy.mean(1, keepdims=True) / moments)
+            line |= {"small_sq_norm_by_layer": by_layer[0].tolist(), "big_sq_norm_by_layer": by_layer[1].tolist()}
+            append_metrics(folder, line)
             last = int(step)
         result = RunResult(run.run_id, "reached", last, last * run.batch_tokens, float(losses[-1]), "")
         write_result(folder, result)

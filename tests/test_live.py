@@ -1,4 +1,7 @@
 import io
+import os
+import signal
+import time
 
 import pytest
 from rich.console import Console
@@ -7,6 +10,7 @@ from scaling_jax import live
 from scaling_jax.live import ScanDisplay
 from scaling_jax.models import ModelConfig
 from scaling_jax.scanning import Experiment, LearningRates, Subject, powers_of_two
+from scaling_jax.training import Interrupted, Run
 
 EXPERIMENT = Experiment(
     "small", (Subject(ModelConfig(1, 16, 1), (2.5,), LearningRates(1e-2, 1_000)),), powers_of_two(128, 1_024), 10_000
@@ -74,3 +78,49 @@ def test_a_terminal_shows_the_same_live():
     assert "small: 0 of 4 batch sizes done" in text
     assert "1x16 · 512 tokens" in text
     assert "2.750" in text
+
+
+def scans(tmp_path):
+    live.scan_on_console(EXPERIMENT, tmp_path)
+
+
+def trains(tmp_path):
+    live.train_on_console(Run(ModelConfig(1, 16, 1), 128, 1e-3, max_steps=5), tmp_path, None)
+
+
+def branches(tmp_path):
+    live.branch_on_console(EXPERIMENT, tmp_path, ["1x16"], 128, 0.01)
+
+
+@pytest.mark.parametrize("command", [scans, trains, branches])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_both_signals_save_and_only_ctrl_c_is_an_interruption(command, number, tmp_path, monkeypatch, capsys):
+    def ask():
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)  # Python handles signals between its own instructions
+
+    def scan(*_, **__):
+        """As the workers' parent: interrupted at once."""
+        ask()
+        raise AssertionError("not interrupted")
+
+    def train(*_, should_stop, **__):
+        """As what asks between calls to the device."""
+        assert not should_stop()
+        ask()
+        assert should_stop()
+        raise Interrupted
+
+    for name, stand_in in (("scan", scan), ("train", train), ("train_branches", train)):
+        monkeypatch.setattr(live, name, stand_in)
+    monkeypatch.setattr(live, "keep_compiled_programs", lambda: None)
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        command(tmp_path)
+    if number == signal.SIGTERM:
+        assert ended.type is SystemExit
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.endswith("saved; the same command continues where it was\n")
+    else:
+        assert ended.type is KeyboardInterrupt
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before

@@ -86,7 +86,7 @@ def goal(fit: ScanFit, loss: float, model: str | None = None, *, extrapolate: bo
     low, high = points[-1].loss, points[0].loss
     inside = low * (1 - 1e-9) <= loss <= high * (1 + 1e-9)
     if not inside and not (extrapolate and fit.law and len(points) >= 2):
-        way_out = "extrapolate to go on without measurements" if fit.law else "there is no law to extrapolate by"
+        way_out = "pass --extrapolate to go on without measurements" if fit.law else "there is no law to extrapolate by"
         raise UserError(
             f"loss {loss:g} is outside of {low:g} to {high:g}, where model {model} was measured with batches on both "
             f"sides of B_crit: choose one inside, measure there, or {way_out}"
@@ -130,9 +130,23 @@ def _points(fit: ScanFit, model: str) -> list[CriticalBatch]:
     if points:
         return points
     there = models_of(fit)
-    if not there:
-        raise UserError("batches lie on one side of B_crit at every loss: no advice without larger and smaller batches")
-    raise UserError(f"no trade-off of a model {model!r} to advise from: choose from {', '.join(there)}")
+    one_sided = [point for point in fit.points if point.model == model or not there]
+    others = f"choose from {', '.join(there)}" if there else ""
+    if not fit.points:
+        raise UserError(
+            "no loss has steps at three batch sizes, so no trade-off: give more batches for the same losses"
+        )
+    if not one_sided:
+        raise UserError(f"no trade-off of a model {model!r} to advise from: {others}")
+    losses = [point.loss for point in one_sided]
+    batches = np.concatenate([point.tradeoff.batch_tokens for point in one_sided])
+    middle = math.sqrt(batches.min() * batches.max())
+    missing = "smaller" if np.median([point.tradeoff.b_crit for point in one_sided]) < middle else "larger"
+    raise UserError(
+        f"model {', '.join(dict.fromkeys(point.model for point in one_sided))}: batches of {batches.min():,.0f} to "
+        f"{batches.max():,.0f} tokens aren't sure to lie on both sides of B_crit at any of its losses, {min(losses):g} "
+        f"to {max(losses):g}: scan again with {missing} ones as well" + (f", or {others}" if others else "")
+    )
 
 
 def _neighbours(points, loss) -> tuple[tuple[float, CriticalBatch], ...]:

@@ -3,18 +3,16 @@
 import csv
 import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from scaling_jax.analysis.csv_rows import write_rows
-from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
-from scaling_jax.scanning import Experiment
-from scaling_jax.scanning.branches import EVALUATIONS, BranchPlan, plan_branches, run_branches
-from scaling_jax.training import Progress, Run, read_metrics, run_folder, train
+from scaling_jax.scanning.branches import EVALUATIONS, BranchPlan
+from scaling_jax.training import Run, read_metrics, run_folder
 
 _LAST = EVALUATIONS // 2  # evaluations at a branch's end that are averaged
 _STANDARD_ERRORS = 1.96  # of a 95 % interval
@@ -41,54 +39,20 @@ class Excess(NamedTuple):
     standard_error: float
 
 
-def branch_scan(
-    experiment: Experiment,
-    workdir: Path,
-    models: Sequence[str],
-    batch_tokens: int,
-    tolerance: float = 0.01,
-    *,
-    on_progress: Callable[[Progress], None] = lambda _: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    **options: Any,
-) -> list[BranchMeasurement]:
-    """Trains branches of each model's best run of one batch size in a finished scan, and writes branches.csv.
-
-    What is there isn't trained again.
-
-    Args:
-      batch_tokens: of the runs that are branched; well below B_crit.
-      tolerance: nats per token by which a branch may fall behind.
-      options: see `plan_branches`.
-
-    Raises:
-      UserError: if the scan isn't finished, or has no such model or batch size.
-      Interrupted: see `train`.
-    """
+def check_tolerance(tolerance: float) -> None:
+    """Raises UserError unless it is positive and finite, before anything is trained for it."""
     if not 0 < tolerance < math.inf:
         raise UserError(f"tolerance = {tolerance} must be positive and finite: nats per token")
-    rows = []
-    for model in models:
-        groups = [g for g in experiment.groups if (g.subject.model.name, g.batch_tokens) == (model, batch_tokens)]
-        if not groups:
-            raise UserError(f"{workdir} has no runs of {model} at {batch_tokens:,} tokens")
-        for group in groups:
-            plan = plan_branches(experiment, group, workdir, **options)
-            corpus = prepare(experiment.text, group.subject.model.context, experiment.tokenizer)
 
-            def train_one(run: Run, branch_of: Run | None, corpus=corpus):
-                return train(
-                    run,
-                    workdir,
-                    corpus=corpus,
-                    branch_of=branch_of,
-                    keep_checkpoint=False,
-                    on_progress=on_progress,
-                    should_stop=should_stop,
-                )
 
-            run_branches(plan, train_one)
-            rows += measure_branches(plan, workdir, tolerance)
+def write_branches(plans: Iterable[BranchPlan], workdir: Path, tolerance: float) -> list[BranchMeasurement]:
+    """Measures trained branches and writes `branches.csv`.
+
+    Args:
+      tolerance: nats per token by which a branch may fall behind.
+    """
+    check_tolerance(tolerance)
+    rows = [row for plan in plans for row in measure_branches(plan, workdir, tolerance)]
     write_rows(workdir / "branches.csv", BranchMeasurement, rows)
     return rows
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from scaling_jax.analysis.measurements import tried_runs
 from scaling_jax.errors import UserError
 from scaling_jax.noise_scale import Moments, estimate, unbiased
+from scaling_jax.noise_scale.interval import fieller
 from scaling_jax.scanning import Experiment, Group
 from scaling_jax.scanning.search import best_of
 from scaling_jax.training import Run, read_metrics, run_folder
@@ -46,6 +48,48 @@ def moments_by_step(folder: Path, run: Run) -> tuple[np.ndarray, np.ndarray]:
     context = run.model.context
     sizes = small_tokens / context, run.batch_tokens / context
     return unbiased(Moments(np.array(small, float), np.array(big, float), *sizes))
+
+
+class MomentsByPart(NamedTuple):
+    """Unbiased moments of each part of a model (`models.part_names`), averaged over the steps of each line of a run."""
+
+    num_steps: np.ndarray  # [lines]
+    grad_sq_norm: np.ndarray  # [lines, parts]
+    trace_cov: np.ndarray  # [lines, parts], per example
+
+
+def moments_by_part(folder: Path, run: Run) -> MomentsByPart | None:
+    """Those of a run at one batch size; None for results of versions that didn't measure them."""
+    lines = read_metrics(folder)
+    if not lines or not all("big_sq_norm_by_layer" in line for line in lines):
+        return None
+    num_steps = np.diff([line["step"] for line in lines], prepend=0)
+    try:
+        small, big = (
+            np.array([line[f"{size}_sq_norm_by_layer"] for line in lines], float).reshape(len(lines), -1)
+            for size in ("small", "big")
+        )
+        small_batch = lines[-1]["small_batch_tokens"] / run.model.context
+        return MomentsByPart(num_steps, *unbiased(Moments(small, big, small_batch, run.batch_sequences)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'metrics.jsonl'}: norms by layer are damaged ({error}): train it again") from None
+
+
+def ratio_of_means(
+    num_steps: np.ndarray, grad_sq_norm: np.ndarray, trace_cov: np.ndarray, confidence: float = 0.95
+) -> tuple[float, float, float] | None:
+    """tr(Σ)/|G|² with Fieller's interval from means [lines] over steps; None where |G|² can't be told from zero.
+
+    A line's mean varies as 1/its steps: each step draws rows of its own, and the windows are short against the drift.
+    """
+    weights = num_steps / num_steps.sum()
+    tr_g2_Lx2 = np.stack([trace_cov, grad_sq_norm], axis=1)
+    trace, sq_norm = map(float, weights @ tr_g2_Lx2)
+    residuals_Lx2 = tr_g2_Lx2 - (trace, sq_norm)
+    dof = len(num_steps) - 1
+    cov = (weights[:, None] * residuals_Lx2).T @ residuals_Lx2 / dof
+    low, high, bounded = fieller(trace, sq_norm, cov, float(stdtrit(dof, 0.5 + confidence / 2)))
+    return (trace / sq_norm, low, high) if bounded and sq_norm > 0 else None
 
 
 def _windows(group: Group, experiment: Experiment, workdir: Path) -> list[NoiseMeasurement]:

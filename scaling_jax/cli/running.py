@@ -36,6 +36,11 @@ def demo(
       tensorboard: write event files beside each run's metrics.
       wandb: the Weights & Biases project that runs are shown in.
     """
+    from scaling_jax.parallel import connect
+
+    if not dry_run:
+        connect()  # before JAX looks for devices
+
     from scaling_jax.scanning.demo import DEMO, QUICK
 
     experiment = dataclasses.replace(QUICK if quick else DEMO, text=text)
@@ -52,6 +57,9 @@ def scan(
     executor_options: tuple[str, ...] = (),
     tensorboard: bool = False,
     wandb: str | None = None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ) -> None:
     """Train every run of an experiment file, fit and draw; continues what was interrupted.
 
@@ -66,7 +74,17 @@ def scan(
       executor_options: the engine's own, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
       tensorboard: write event files beside each run's metrics.
       wandb: the Weights & Biases project that runs are shown in.
+      coordinator: host:port of the first of several processes that train each run together; see `train`.
+      num_processes: how many there are.
+      process_id: which this one is, from 0.
     """
+    from scaling_jax.parallel import connect
+
+    if executor != "local" and coordinator is not None:
+        raise UserError("--coordinator joins processes that train each run together, which --executor local does")
+    if executor == "local" and not dry_run:
+        connect(coordinator, num_processes, process_id)  # before JAX looks for devices
+
     from scaling_jax.config import with_overrides
     from scaling_jax.scanning.files import load_experiment
 
@@ -125,6 +143,7 @@ def train(
     from scaling_jax import live
     from scaling_jax.data import prepare
     from scaling_jax.models import model_config
+    from scaling_jax.parallel.placement import share_cores
     from scaling_jax.trackers import asked_for
     from scaling_jax.training import Run
     from scaling_jax.training.ramp import read_stages
@@ -145,6 +164,7 @@ def train(
         max_steps=max_steps,
         max_tokens=max_tokens,
     )
+    share_cores([run.at(stage).batch_sequences for stage in stages] or [run.batch_sequences])
     live.train_on_console(run, results, corpus, asked_for(tensorboard, wandb))
 
 
@@ -180,6 +200,7 @@ def branch(
 
 def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", executor_options=()) -> None:
     from scaling_jax import live
+    from scaling_jax.parallel import is_first, together
     from scaling_jax.trackers import asked_for
 
     results = results or Path("results") / experiment.name
@@ -193,4 +214,6 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", ex
         return
     engine = {"executor": executor, "executor_options": executor_options}
     live.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **engine)
-    show(results)
+    with together():
+        if is_first():
+            show(results)

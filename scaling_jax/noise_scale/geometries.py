@@ -1,9 +1,10 @@
 """Noise scales of optimizers that don't live in Euclidean space: ℓ1 for sign descent and Adam, spectral for Muon.
 
 arXiv 2602.03001: B_ℓ1 = ‖σ‖₁²/‖G‖₁² with σ the standard deviations of the one-example gradient's coordinates, and
-B_spectral = (tr C^{1/2})²/‖G‖_*² with C its row covariance. Noise makes the norm of an average gradient too large, so
-‖G‖ is bounded from both sides: from above by E‖ĝ‖ ≥ ‖G‖ (Jensen), from below by E⟨dual(h₁), h₂⟩ ≤ ‖G‖ with h₁, h₂ the
-gradients of two independent halves and dual the sign or the polar factor, whose dual norm is at most 1.
+B_spectral = (tr C^{1/2})²/‖G‖_*² with C its covariance along a matrix's shorter side. Noise makes the norm of an
+average gradient too large, so ‖G‖ is bounded from both sides: from above by E‖ĝ‖ ≥ ‖G‖ (Jensen), from below by
+E⟨dual(h₁), h₂⟩ ≤ ‖G‖ with h₁, h₂ the gradients of two independent halves and dual the sign or the polar factor, whose
+dual norm is at most 1.
 """
 
 import math
@@ -83,10 +84,12 @@ def spectral(
     stacked: Callable[[str], bool] = lambda name: False,
     select: Callable[[str], bool] = lambda name: True,
 ) -> Callable[..., NormBounds]:
-    """tr C^{1/2} and bounds on ‖G‖_*, summed over all matrices among the parameters; rows are a matrix's first axis.
+    """tr C^{1/2} and bounds on ‖G‖_*, summed over all matrices among the parameters.
 
+    C is the covariance along a matrix's shorter side. Along either side tr C^{1/2} is at least the noise's mean ‖·‖_*;
+    the paper leaves open which way a layer's matrix lies, and for noise without structure the shorter is the tighter.
     tr Ĉ^{1/2} is too small by about a/(degrees of freedom): the halves, with about half of them, give a (Richardson).
-    The cost grows as rows³, so leave embeddings out, as Muon does.
+    The cost grows as the shorter side's cube; leave embeddings out, as Muon does.
 
     Args:
       loss_fn, axis_name: as for `value_and_grad`.
@@ -103,7 +106,7 @@ def spectral(
         wanted = [x if stacked(name) else x[None] for name, x in leaves if select(name) and x.ndim == 2 + stacked(name)]
         if not wanted:
             raise ValueError(f"none of the parameters {[name for name, _ in leaves]} is a selected matrix")
-        return wanted
+        return [x if x.shape[1] <= x.shape[2] else x.swapaxes(1, 2) for x in wanted]
 
     def measure(params, batch, *extra):
         split = accumulate.split(params, batch, num_microbatches, axis_name)

@@ -1,6 +1,6 @@
 """Devices and processes into one SPMD program."""
 
-from scaling_jax.parallel.processes import agree, connect, from_first, is_first, leave_if_one_is_gone
+from scaling_jax.parallel.processes import agree, connect, from_first, is_first, leave_if_one_is_gone, together
 from scaling_jax.parallel.spmd import AXIS, Backend, data_mesh, deal_out, replicate, spmd
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "leave_if_one_is_gone",
     "replicate",
     "spmd",
+    "together",
 ]

@@ -80,25 +80,41 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
 
 def is_first() -> bool:
     """Whether this process writes the results, and reports; every run has one that does."""
-    return jax.process_index() == 0
+    return _alone() or jax.process_index() == 0
 
 
 def agree(*flags: bool) -> tuple[bool, ...]:
     """Each flag, true in all processes where it is true in any; all must ask."""
-    if jax.process_count() == 1:
+    if _alone():
         return flags
     return tuple(map(bool, multihost_utils.process_allgather(np.array(flags)).any(axis=0)))
 
 
 def from_first(value: _Value) -> _Value:
     """The first process's value, of anything that JSON keeps as it is, in all processes; all must ask."""
-    if jax.process_count() == 1:
-        return value
-    mine = json.dumps(value).encode() if is_first() else b""
-    num_bytes = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine))))
-    room = np.zeros(1 << max(10, num_bytes.bit_length()), np.uint8)  # a program is compiled for each size
-    room[: len(mine)] = np.frombuffer(mine, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(room)[:num_bytes].tobytes())
+    return value if _alone() else _from(0, value)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """All processes leave this at once; what one of them raises inside, the others raise as a UserError in its words.
+
+    Inside, none may wait for another.
+    """
+    if _alone():
+        yield
+        return
+    mistake: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mistake = error
+    with leave_if_one_is_gone():
+        here = jax.process_index()
+        mistaken = agree(*(mistake is not None and process == here for process in range(jax.process_count())))
+        said = _from(mistaken.index(True), str(mistake)) if any(mistaken) else ""
+    if any(mistaken):
+        raise mistake or UserError(said)
 
 
 @contextlib.contextmanager
@@ -109,10 +125,26 @@ def leave_if_one_is_gone() -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if jax.process_count() > 1 and _LOST.search(str(error)):
+        if not _alone() and _LOST.search(str(error)):
             os._exit(GONE)  # `_last_words` says why
         raise
+
+
+def _alone() -> bool:
+    """Whether there are no other processes, without a look at devices: that would take a GPU's memory."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def _from(process: int, value: _Value) -> _Value:
+    is_source = jax.process_index() == process
+    mine = json.dumps(value).encode() if is_source else b""
+    num_bytes = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine)), is_source))
+    room = np.zeros(1 << max(10, num_bytes.bit_length()), np.uint8)  # a program is compiled for each size
+    room[: len(mine)] = np.frombuffer(mine, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(room, is_source)[:num_bytes].tobytes())
 
 
 def _first_of(variables: tuple[str, ...]) -> str | None:

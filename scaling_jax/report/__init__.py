@@ -44,6 +44,7 @@ def write_report(analysis: Analysis, workdir: str | Path) -> Path:
 def _charts(analysis: Analysis, runs: "list[GroupRuns]") -> "Iterator[Chart]":
     from scaling_jax.report.batch_scan import batch_scan_chart
     from scaling_jax.report.critical_batch import critical_batch_chart
+    from scaling_jax.report.noise_by_layer import noise_by_layer_chart, run_near_b_crit
     from scaling_jax.report.noise_over_training import noise_chart
     from scaling_jax.report.pareto import pareto_chart
     from scaling_jax.report.rate_search import rate_search_chart
@@ -58,4 +59,6 @@ def _charts(analysis: Analysis, runs: "list[GroupRuns]") -> "Iterator[Chart]":
     yield residuals_chart(analysis, models)
     yield pareto_chart(analysis)
     yield noise_chart(runs, models)
+    if near := [run for model in models if (run := run_near_b_crit(analysis, runs, model))]:
+        yield noise_by_layer_chart(near)
     yield rate_search_chart(runs, models)

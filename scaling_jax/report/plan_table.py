@@ -24,6 +24,6 @@ def plan_table(plan: ScanPlan) -> Rows:
         f"{duration(plan.most_seconds)} at {EFFICIENCY:.0%} of the {plan.flops_per_second / 1e9:,.0f} GFLOP/s that a "
         "large matrix product reaches here",
         "that is if every rate ran to max_tokens; runs end at their targets: the demo takes a thirtieth of its bound",
-        f"{plan.bytes_available / 2**30:.1f} GiB of memory for each run that trains at a time",
+        f"each run that trains at a time may take {plan.bytes_available / 2**30:.1f} GiB of memory",
     ]
     return Rows(table, *(Text(line) for line in lines))

@@ -11,6 +11,7 @@ from scaling_jax.config import to_dict
 from scaling_jax.report.batch_scan import batch_scan_chart
 from scaling_jax.report.chart import Chart, draw
 from scaling_jax.report.critical_batch import critical_batch_chart
+from scaling_jax.report.noise_by_layer import noise_by_layer_chart, run_near_b_crit
 from scaling_jax.report.noise_over_training import noise_chart
 from scaling_jax.report.page import Section, bullets, charts, code, facts, folded, paragraph, table
 from scaling_jax.report.pareto import pareto_chart
@@ -46,6 +47,7 @@ def sections(
     def drawn(*made: Chart) -> str:
         return charts(draw(chart, f"{chart.name}-{k}") for k, chart in enumerate(made))
 
+    near_b_crit = [run for model in models if (run := run_near_b_crit(analysis, runs, model))]
     return [
         Section(
             "The law in words",
@@ -89,7 +91,9 @@ def sections(
             paragraph(
                 "Measured inside the training step, in windows that grow with the run; whiskers are 95 % intervals."
             )
-            + drawn(*(noise_chart(runs, [model]) for model in models)),
+            + drawn(*(noise_chart(runs, [model]) for model in models))
+            + _by_layer_intro(near_b_crit)
+            + drawn(*(noise_by_layer_chart([run]) for run in near_b_crit)),
         ),
         Section(
             "The learning-rate search",
@@ -186,6 +190,15 @@ def _three_intro(analysis: Analysis) -> str:
     )
     return (
         f"{said}, and what branches of one run found." if analysis.branches else f"{said}. No branches were measured."
+    )
+
+
+def _by_layer_intro(runs: list[GroupRuns]) -> str:
+    if not runs:
+        return ""
+    return paragraph(
+        "Below, the same by part of the model, for the batch size next to the median B_crit; windows in which a part's "
+        "|G|² can't be told from zero are left out. The whole model's tr(Σ) and |G|² are the sums of the parts'."
     )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scaling_jax.data.feeding import RESIDENT_BYTES
 from scaling_jax.models import ModelConfig, Transformer
 from scaling_jax.noise_scale import Moments, accumulate, value_and_grad
+from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
 from scaling_jax.parallel import AXIS, data_mesh, spmd
 from scaling_jax.parallel.collectives import Collective, collectives
 from scaling_jax.parallel.topologies import Topology
@@ -130,13 +131,15 @@ def lower_steps(program: Program, slice_: Topology, differentiate: Callable = va
     return steps.lower(*(_placed(slice_.devices, *pair) for pair in zip(_SPLIT, _arguments(program), strict=True)))
 
 
-def plain_value_and_grad(loss_fn: Callable, *, num_microbatches: int, axis_name: str | None):
+def plain_value_and_grad(
+    loss_fn: Callable, *, num_microbatches: int, axis_name: str | None, groups=None, stacked=lambda name: False
+):
     """`noise_scale.value_and_grad` less the norms: the same sums over microbatches and devices, made-up moments."""
 
     def wrapped(params, batch):
         split = accumulate.split(params, batch, num_microbatches, axis_name)
         loss, grads = accumulate.mean(lambda part: jax.value_and_grad(loss_fn)(split.params, part), split)
-        nothing = jnp.float32(0)
+        nothing = add_up(leaf_sq_norms(jax.tree.map(jnp.zeros_like, params), stacked), groups)
         return (loss, Moments(nothing, nothing, small_batch=1.0, big_batch=2.0)), grads
 
     return wrapped

@@ -6,16 +6,17 @@ there is the largest whose loss then is no more than a tolerance above the run's
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
 from scaling_jax.scanning.experiment import Experiment, Group
 from scaling_jax.scanning.search import best_of, finished
-from scaling_jax.training import Run, RunResult, Stage
+from scaling_jax.training import Progress, Run, RunResult, Stage, train
 
 EVALUATIONS = 8  # of each branch, evenly spaced in tokens
 
@@ -77,6 +78,50 @@ class BranchPlan:
             max_tokens=self.branch_tokens,
             eval_every_tokens=self.branch_tokens // EVALUATIONS,
         )
+
+
+def train_branches(
+    experiment: Experiment,
+    workdir: Path,
+    models: Sequence[str],
+    batch_tokens: int,
+    *,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> list[BranchPlan]:
+    """Trains branches of each model's best runs of one batch size in a finished scan; those there already are kept.
+
+    Args:
+      batch_tokens: of the runs that are branched; well below B_crit.
+      options: see `plan_branches`.
+
+    Raises:
+      UserError: if the scan isn't finished, or has no such model or batch size.
+      Interrupted: see `train`.
+    """
+    plans = []
+    for model in models:
+        groups = [g for g in experiment.groups if (g.subject.model.name, g.batch_tokens) == (model, batch_tokens)]
+        if not groups:
+            raise UserError(f"{workdir} has no runs of {model} at {batch_tokens:,} tokens")
+        plans += [plan_branches(experiment, group, workdir, **options) for group in groups]
+    for plan in plans:
+        corpus = prepare(experiment.text, plan.run.model.context, experiment.tokenizer)
+
+        def train_one(run: Run, branch_of: Run | None, corpus=corpus):
+            return train(
+                run,
+                workdir,
+                corpus=corpus,
+                branch_of=branch_of,
+                keep_checkpoint=False,
+                on_progress=on_progress,
+                should_stop=should_stop,
+            )
+
+        run_branches(plan, train_one)
+    return plans
 
 
 def run_branches(plan: BranchPlan, train: Callable[[Run, Run | None], RunResult]) -> None:

@@ -10,15 +10,15 @@ import importlib
 import json
 import os
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from scaling_jax.data import cache_folder
 from scaling_jax.errors import UserError
 from scaling_jax.scanning.pool import Event, run_groups
+from scaling_jax.training.locks import locked
 
 _LOCK_SECONDS = 300  # a process whose group was given to another machine has saved and left long before
 _STOP_SECONDS = 60
@@ -176,36 +176,16 @@ class GroupJob:
         return _engine("submitit", extra="slurm").helpers.DelayedSubmission(self, number)
 
 
-@contextlib.contextmanager
-def locked_group(workdir: Path, number: int, seconds: float = _LOCK_SECONDS) -> Iterator[int]:
-    """Waits until nobody else trains the group; yields a descriptor that whoever trains it keeps open.
+def locked_group(
+    workdir: Path, number: int, seconds: float = _LOCK_SECONDS
+) -> contextlib.AbstractContextManager[int | None]:
+    """Waits until nobody else trains the group; whoever trains it keeps the descriptor open that this gives; `locked`.
 
     Raises:
       UserError: after `seconds`, naming who holds it; or if the file system has no locks.
     """
-    import fcntl  # not on Windows, where scans that use no engine work
-
     path = workdir / "logs" / f"group-{number}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + seconds
-    with path.open("a+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise UserError(
-                        f"group {number} is being trained by {file.read()}: wait for it, or end it"
-                    ) from None
-                time.sleep(min(1.0, seconds / 10))
-            except OSError as error:
-                raise UserError(f"can't lock {path} ({error.strerror}): use a file system with locks") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}")
-        file.flush()
-        yield file.fileno()
+    return locked(path, f"group {number} of {workdir}", seconds=seconds, between_machines=True)
 
 
 def _watch(

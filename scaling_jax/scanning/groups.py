@@ -4,10 +4,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+
 from scaling_jax.data import Corpus, prepare
 from scaling_jax.data.feeding import is_resident
+from scaling_jax.parallel import from_first, is_first
 from scaling_jax.scanning.experiment import Experiment, Group
-from scaling_jax.scanning.search import Tried, look_at, next_wave, search
+from scaling_jax.scanning.search import Evaluations, Tried, evaluations, look_at, next_wave, search
 from scaling_jax.training import Progress, Run, RunResult, train, train_many
 
 
@@ -20,6 +23,8 @@ def run_group(
     num_devices: int = 1,
 ) -> None:
     """Trains what is missing of a group, a run after the other, and leaves its runs' results in `workdir`.
+
+    Several processes all call this, and take the same decisions.
 
     Args:
       should_stop, on_progress: see `train`.
@@ -41,7 +46,10 @@ def run_group(
             on_progress=on_progress,
         )
 
-    search(experiment, group, workdir, train_one)
+    def read(folder: Path) -> Evaluations:
+        return from_first(evaluations(folder) if is_first() else ([], []))
+
+    search(experiment, group, workdir, train_one, read)
 
 
 def run_alike(
@@ -53,6 +61,8 @@ def run_alike(
     num_devices: int = 1,
 ) -> None:
     """Like `run_group` for groups that differ in seed alone: their runs share one program, many at once.
+
+    In a single process only; several train one run after the other (`run_group`).
 
     Args:
       num_devices: over which the runs are spread; each run has one.
@@ -90,9 +100,9 @@ def run_alike(
 
 
 def can_run_together(experiment: Experiment, group: Group) -> bool:
-    """Whether the group's runs can be spread over devices: more than one at a time, on text that a device holds."""
+    """Whether the group's runs can be spread over one process's devices: several at a time, on text that they hold."""
     several = len(experiment.seeds) * group.subject.learning_rates.together > 1
-    return several and is_resident(_corpus(experiment, group))
+    return jax.process_count() == 1 and several and is_resident(_corpus(experiment, group))
 
 
 class _Search:

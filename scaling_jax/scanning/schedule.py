@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,18 +12,19 @@ import jax
 from scaling_jax.config import from_dict, to_dict
 from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
+from scaling_jax.parallel import from_first, is_first, leave_if_one_is_gone, together
 from scaling_jax.scanning.executors import ENGINES, parse_options
 from scaling_jax.scanning.experiment import Experiment, Group, Subject
 from scaling_jax.scanning.groups import can_run_together, run_alike, run_group
 from scaling_jax.scanning.plan import MOST_WORKERS
 from scaling_jax.scanning.pool import Event, available_cores, run_groups
 from scaling_jax.scanning.search import finished
-from scaling_jax.training import Interrupted, Progress
+from scaling_jax.training import Interrupted, Progress, Run
 from scaling_jax.training.compilation import keep_compiled_programs
+from scaling_jax.training.locks import locked
+from scaling_jax.training.program import program_for
 from scaling_jax.training.records import check_folder, write_json
 from scaling_jax.training.stopping import stop_on_signals
-
-_LOCK_SECONDS = 60
 
 
 def scan(
@@ -39,36 +39,55 @@ def scan(
 
     On CPUs a worker process a core shares the groups. On accelerators this process drives all devices: with many runs
     at once, spread over them, where the experiment tries several seeds or learning rates together; otherwise with one
-    run after the other, its batch split over all devices.
+    run after the other, its batch split over all devices, or as many as share it evenly. Several processes
+    (`parallel.connect`) all call this; they train one run after the other on all of their devices, CPUs too, and the
+    first alone writes.
 
     Args:
-      on_event: called with {"event": "progress" | "done", "group": number, …} and {"event": "stopping"} as they come.
+      on_event: called with {"event": "progress" | "done", "group": number, …} and {"event": "stopping"} as they come,
+        in the first process.
       executor: who runs the groups: this machine, or an engine whose machines share `workdir`; see `executors`.
       executor_options: the engine's own, as "key=value".
 
     Raises:
-      UserError: if the folder holds another experiment or is in use, or a run is refused.
+      UserError: if the folder holds another experiment or is in use, a run is refused, or processes differ.
       KeyboardInterrupt: once all that was trained is saved; the same call continues it.
+      Interrupted: the same on SIGTERM, or because another process was asked to stop.
     """
     check_folder(workdir)
     workdir = Path(workdir)
     if executor == "local" and executor_options:
         raise UserError(f"executor options {' '.join(executor_options)} are for --executor ray or slurm")
-    with _locked(workdir) as lock:
-        _claim(workdir, experiment)
-        missing = [n for n, group in enumerate(experiment.groups) if finished(experiment, group, workdir) is None]
+    with leave_if_one_is_gone(), contextlib.ExitStack() as stack:
+        lock, missing = None, []
+        given = from_first(to_dict(experiment))
+        with together():
+            if to_dict(experiment) != given:
+                raise UserError("the processes of this scan differ: give all of them the same experiment")
+        with together():
+            if is_first():
+                lock = stack.enter_context(locked(workdir / ".lock", str(workdir)))
+                _claim(workdir, experiment)
+                missing = _missing(experiment, workdir)
+        missing = from_first(missing)
         if not missing:
             return workdir
-        for context in {subject.model.context for subject in experiment.subjects}:
-            prepare(experiment.text, context, experiment.tokenizer)  # once, before workers ask for it together
-        missing.sort(key=lambda n: -relative_cost(experiment.groups[n]))  # the longest first keeps all cores busy
+        with together():
+            for context in {subject.model.context for subject in experiment.subjects}:
+                prepare(experiment.text, context, experiment.tokenizer)  # once, before workers ask for it together
         if executor != "local":
             ENGINES[executor](workdir, missing, on_event, parse_options(executor_options))
-        elif jax.default_backend() == "cpu":
+        elif jax.default_backend() == "cpu" and jax.process_count() == 1:
             run_groups(workdir, missing, on_event, available_cores()[:MOST_WORKERS], lock)
         else:
             _run_here(experiment, workdir, missing, on_event)
     return workdir
+
+
+def _missing(experiment: Experiment, workdir: Path) -> list[int]:
+    """Groups to train, the longest first, which keeps all cores busy."""
+    missing = [n for n, group in enumerate(experiment.groups) if finished(experiment, group, workdir) is None]
+    return sorted(missing, key=lambda n: -relative_cost(experiment.groups[n]))
 
 
 def relative_cost(group: Group) -> float:
@@ -81,7 +100,7 @@ def relative_cost(group: Group) -> float:
 
 def _run_here(experiment: Experiment, workdir: Path, missing: list[int], on_event: Callable[[Event], None]) -> None:
     keep_compiled_programs()
-    num_devices = jax.local_device_count()
+    num_devices = {n: _devices_for(experiment.run(experiment.groups[n], 0)) for n in missing}
     waiting = list(missing)
     with stop_on_signals() as should_stop:
         while waiting:
@@ -95,14 +114,24 @@ def _run_here(experiment: Experiment, workdir: Path, missing: list[int], on_even
 
             try:
                 if can_run_together(experiment, groups[alike[0]]):
-                    run_alike(experiment, list(groups.values()), workdir, should_stop, report, num_devices)
+                    run_alike(experiment, list(groups.values()), workdir, should_stop, report, jax.device_count())
                 else:
-                    for group in groups.values():
-                        run_group(experiment, group, workdir, should_stop, report, num_devices)
+                    for number, group in groups.items():
+                        run_group(experiment, group, workdir, should_stop, report, num_devices[number])
             except Interrupted:
-                raise KeyboardInterrupt from None
-            for number in alike:
-                on_event({"event": "done", "group": number})
+                if should_stop.by_hand:
+                    raise KeyboardInterrupt from None
+                raise
+            if is_first():
+                for number in alike:
+                    on_event({"event": "done", "group": number})
+
+
+def _devices_for(run: Run) -> int:
+    """As many as share the run's batch evenly; all of them, or a refusal, where there are several processes."""
+    if jax.process_count() > 1:
+        return program_for(run, jax.device_count()).num_devices
+    return math.gcd(run.batch_sequences, jax.device_count())
 
 
 def _program(group: Group) -> tuple[Subject, int]:
@@ -120,44 +149,3 @@ def _claim(workdir: Path, experiment: Experiment) -> None:
         same = False
     if not same:
         raise UserError(f"{workdir} holds another experiment (see {path}): choose another folder with --results")
-
-
-@contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[int | None]:
-    """One scan at a time in a folder, among processes of this machine; yields the lock for workers to hold, too."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"can't write results to {workdir}: {error.strerror}; choose another folder") from None
-    with file:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield None
-            return
-        for attempt in range(_LOCK_SECONDS + 1):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                file.seek(0)
-                owner = file.read().strip()
-            # Workers of a scan that was killed hold the lock until they have saved their runs.
-            if _alive(owner) or attempt == _LOCK_SECONDS:
-                raise UserError(f"{workdir} is in use by process {owner}: wait for it, or stop it") from None
-            time.sleep(1)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield file.fileno()
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -12,6 +12,8 @@ from scaling_jax.scanning.experiment import Experiment, Group, LearningRates
 from scaling_jax.scanning.refinement import next_between
 from scaling_jax.training import Deadline, Run, RunResult, next_evaluation, read_metrics, read_result, run_folder
 
+Evaluations = tuple[list[int], list[float]]  # steps and finite test losses of a run
+
 
 class Tried(NamedTuple):
     """A learning rate of a group, and what came of it."""
@@ -23,19 +25,36 @@ class Tried(NamedTuple):
     passed_early: np.ndarray  # [target losses], bool: below the target at its first evaluation
 
 
-def search(experiment: Experiment, group: Group, workdir: Path, train: Callable[[Run], RunResult]) -> list[Tried]:
-    """Runs the group's learning rates, in an order and to lengths that depend on results alone; see `next_wave`."""
+def search(
+    experiment: Experiment,
+    group: Group,
+    workdir: Path,
+    train: Callable[[Run], RunResult],
+    read: Callable[[Path], Evaluations] | None = None,
+) -> list[Tried]:
+    """Runs the group's learning rates, in an order and to lengths that depend on results alone; see `next_wave`.
+
+    Args:
+      read: what a run's folder holds; `evaluations` unless given.
+    """
     tried: dict[int, Tried] = {}
     while wave := next_wave(experiment, group, tried):
         results = {index: train(run) for index, run in wave.items()}
         for index, run in wave.items():
-            tried[index] = look_at(group, workdir, index, run, results[index])
+            tried[index] = look_at(group, workdir, index, run, results[index], read)
     return list(tried.values())
 
 
-def look_at(group: Group, workdir: Path, index: int, run: Run, result: RunResult) -> Tried:
-    """What came of a run that is done."""
-    steps, losses = evaluations(run_folder(workdir, run))
+def look_at(
+    group: Group,
+    workdir: Path,
+    index: int,
+    run: Run,
+    result: RunResult,
+    read: Callable[[Path], Evaluations] | None = None,
+) -> Tried:
+    """What came of a run that is done; see `search`."""
+    steps, losses = (read or evaluations)(run_folder(workdir, run))
     targets = group.subject.target_losses
     if not steps:  # diverged before its first evaluation
         return Tried(index, run, result, np.full(len(targets), math.nan), np.zeros(len(targets), bool))
@@ -138,8 +157,8 @@ def finished(experiment: Experiment, group: Group, workdir: Path) -> list[Tried]
         return None
 
 
-def evaluations(folder: Path) -> tuple[list[int], list[float]]:
-    """Steps and finite test losses of a run."""
+def evaluations(folder: Path) -> Evaluations:
+    """Of a run, from disk."""
     lines = [line for line in read_metrics(folder) if line.get("test_loss") is not None]
     return [line["step"] for line in lines], [line["test_loss"] for line in lines]
 

@@ -1,5 +1,6 @@
 """A run's folder from the start of an attempt at it to its result."""
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 from scaling_jax.config import from_dict, to_dict
 from scaling_jax.data import Corpus
 from scaling_jax.errors import UserError
-from scaling_jax.parallel import agree, from_first, is_first
+from scaling_jax.parallel import agree, from_first, is_first, together
 from scaling_jax.training.journal import Journal, Progress
+from scaling_jax.training.locks import locked
 from scaling_jax.training.program import TrainState
 from scaling_jax.training.records import (
     RunResult,
@@ -40,7 +42,8 @@ def finished_result(run: Run, workdir: str | Path, corpus: Corpus) -> RunResult 
     """
     _check_corpus(run, corpus)
     folder = run_folder(workdir, run)
-    written = read_result(folder)
+    with together():
+        written = read_result(folder) if is_first() else None
     values = from_first(None if written is None else to_dict(written))
     done = None if values is None else from_dict(RunResult, values)
     if done is not None and done.corpus_sha256 != corpus.manifest["sha256"]:
@@ -51,7 +54,8 @@ def finished_result(run: Run, workdir: str | Path, corpus: Corpus) -> RunResult 
 class Attempt:
     """A run that trains: its journal, its checkpoints, and `state`, from which it goes on.
 
-    Of several processes the first alone writes, but for checkpoints, which they write together.
+    Of several processes the first alone writes, but for checkpoints, which they write together. It holds a lock in the
+    folder until `close`.
 
     Args:
       state: the run's first one.
@@ -59,7 +63,7 @@ class Attempt:
         instead of `state`.
 
     Raises:
-      UserError: if `branch_of` has kept no such snapshot.
+      UserError: if another process trains the run, or `branch_of` has kept no such snapshot.
     """
 
     def __init__(
@@ -74,20 +78,24 @@ class Attempt:
         from scaling_jax.training.checkpoints import Checkpoints  # Orbax takes seconds to import
 
         self.run, self.folder, self._corpus = run, run_folder(workdir, run), corpus
-        if is_first():
-            write_json(self.folder / "config.json", {"run": to_dict(run), "corpus": corpus.manifest})
-        self._checkpoints = Checkpoints(self.folder / "checkpoints")
-        self._snapshots = Checkpoints(self.folder / "snapshots", keep=None) if run.snapshot_tokens else None
-        saved = self._checkpoints.restore(state)
-        if saved is not None:
-            self.state = saved
-            _keep_metrics_until(self.folder, int(saved.step))
-        elif branch_of is not None:
-            self.state = _snapshot(run, branch_of, run_folder(workdir, branch_of), self.folder, state)
-        else:
-            self.state = state
-            _keep_metrics_until(self.folder, 0)
-        self.journal = Journal(run, self.folder, corpus, on_progress)
+        with contextlib.ExitStack() as lock:
+            with together():
+                if is_first():
+                    lock.enter_context(locked(self.folder / ".lock", f"run {run.run_id} in {workdir}"))
+                    write_json(self.folder / "config.json", {"run": to_dict(run), "corpus": corpus.manifest})
+            self._checkpoints = Checkpoints(self.folder / "checkpoints")
+            self._snapshots = Checkpoints(self.folder / "snapshots", keep=None) if run.snapshot_tokens else None
+            saved = self._checkpoints.restore(state)
+            if saved is not None:
+                self.state = saved
+                _keep_metrics_until(self.folder, int(saved.step))
+            elif branch_of is not None:
+                self.state = _snapshot(run, branch_of, run_folder(workdir, branch_of), self.folder, state)
+            else:
+                self.state = state
+                _keep_metrics_until(self.folder, 0)
+            self.journal = Journal(run, self.folder, corpus, on_progress)
+            self._lock = lock.pop_all()
 
     def save(self, state: TrainState) -> None:
         self._checkpoints.save(state)
@@ -100,7 +108,8 @@ class Attempt:
     def finish(self, status: Status, keep_checkpoint: bool, state: TrainState) -> RunResult:
         if keep_checkpoint:
             self.save(state)
-        self.close()
+        self._close_checkpoints()
+        agree(False)  # all have written theirs
         if not keep_checkpoint and is_first():
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         last = self.journal.lines[-1]
@@ -115,10 +124,15 @@ class Attempt:
         if is_first():
             write_result(self.folder, result)
         agree(False)  # all wait, so nobody reads the folder before all is written
+        self._lock.close()
         return result
 
     def close(self) -> None:
         """Waits until what was saved is on disk."""
+        with self._lock:
+            self._close_checkpoints()
+
+    def _close_checkpoints(self) -> None:
         for checkpoints in (self._checkpoints, self._snapshots):
             if checkpoints is not None:
                 checkpoints.close()

@@ -65,6 +65,8 @@ class Journal:
             "train_loss": [jsonable(x) for x in series.loss],
             "small_sq_norm": [jsonable(x) for x in series.small_sq_norm],
             "big_sq_norm": [jsonable(x) for x in series.big_sq_norm],
+            "small_sq_norm_by_layer": _mean_over_steps(series.small_sq_norm_by_layer),
+            "big_sq_norm_by_layer": _mean_over_steps(series.big_sq_norm_by_layer),
             **extra,
         }
         self.lines.append(line)
@@ -95,3 +97,8 @@ class Journal:
                 noise_scale_tokens=noise_scale_tokens,
             )
         )
+
+
+def _mean_over_steps(norms_SxP: Any) -> list[float | None]:
+    """Enough for the noise scale of each part, as a line has one batch size; every step's would make lines long."""
+    return [jsonable(x) for x in norms_SxP.mean(0, dtype=np.float64)]

@@ -49,7 +49,7 @@ def train(
 
     Raises:
       UserError: if the batch doesn't fit the devices, the text the model, or the folder holds a run on other text; if
-        another process trains another run.
+        another process trains this run, or one that belongs to this run trains another.
       Interrupted: see `should_stop`.
     """
     check_folder(workdir)

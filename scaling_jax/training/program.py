@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from scaling_jax.models import ModelConfig, Transformer
+from scaling_jax.models import ModelConfig, Transformer, is_stacked, part_names, part_of
 from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
 from scaling_jax.parallel import AXIS, Backend, spmd
 from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -41,11 +41,16 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What each step of a call measured, float32 [steps]; norms are of the gradient before clipping."""
+    """What each step of a call measured, float32; norms are of the gradient before clipping.
+
+    [steps], and [steps, n_layer + 2] of the parts of the model (`models.part_names`).
+    """
 
     loss: jax.Array  # of the batch, before the step; nats per token
     small_sq_norm: jax.Array
     big_sq_norm: jax.Array
+    small_sq_norm_by_layer: jax.Array
+    big_sq_norm_by_layer: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +148,13 @@ def one_step(program: Program, axis_name: str | None, differentiate: Callable = 
     """
     optimizer = make_optimizer(program.optimizer)
     loss_and_grad = differentiate(
-        batch_loss(program.model), num_microbatches=program.num_microbatches, axis_name=axis_name
+        batch_loss(program.model),
+        num_microbatches=program.num_microbatches,
+        axis_name=axis_name,
+        groups=part_of,
+        stacked=is_stacked,
     )
+    parts = part_names(program.model.n_layer)
 
     def step(state: TrainState, tokens_BxT1, learning_rate, warmup_steps):
         (loss, moments), grads = loss_and_grad(state.params, tokens_BxT1)
@@ -152,8 +162,12 @@ def one_step(program: Program, axis_name: str | None, differentiate: Callable = 
         warm = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1, warmup_steps).astype(jnp.float32))
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * warm * u, updates))
         average = _averaged(state.average, params, program.average_decay)
-        noise = _TRACKER.update(moments, state.noise)
-        metrics = StepMetrics(loss, moments.small_sq_norm, moments.big_sq_norm)
+        by_layer = [
+            jnp.stack([norms[part] for part in parts]) for norms in (moments.small_sq_norm, moments.big_sq_norm)
+        ]
+        small_sq_norm, big_sq_norm = (norms.sum() for norms in by_layer)
+        noise = _TRACKER.update(moments._replace(small_sq_norm=small_sq_norm, big_sq_norm=big_sq_norm), state.noise)
+        metrics = StepMetrics(loss, small_sq_norm, big_sq_norm, *by_layer)
         return TrainState(params, opt_state, state.step + 1, noise, average), metrics
 
     return step
@@ -177,11 +191,17 @@ def many_steps(program: Program, differentiate: Callable = value_and_grad):
             state, metrics = step(state, rows_RxT1[order_CxB[i]], learning_rate, warmup_steps)
             return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), series, metrics)
 
-        empty = StepMetrics(*(jnp.zeros(program.steps_per_call) for _ in StepMetrics._fields))
+        empty = no_metrics(program, program.steps_per_call)
         # A traced trip count: calls of any number of steps share one program.
         return jax.lax.fori_loop(0, num_steps, body, (state, empty))
 
     return steps
+
+
+def no_metrics(program: Program, *shape: int) -> StepMetrics:
+    """Zeros for metrics of steps [*shape]."""
+    a_step, by_layer = jnp.zeros(shape), jnp.zeros((*shape, len(part_names(program.model.n_layer))))
+    return StepMetrics(a_step, a_step, a_step, by_layer, by_layer)
 
 
 @functools.cache

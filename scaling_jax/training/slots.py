@@ -10,7 +10,7 @@ import numpy as np
 
 from scaling_jax.parallel import Backend, spmd
 from scaling_jax.training.evaluation import evaluator
-from scaling_jax.training.program import Program, StepMetrics, TrainState, one_step
+from scaling_jax.training.program import Program, StepMetrics, TrainState, no_metrics, one_step
 
 
 class Slots:
@@ -40,7 +40,7 @@ class Slots:
         learning_rates: Sequence[float],
         warmup_steps: Sequence[int],
     ) -> StepMetrics:
-        """Takes as many steps in every slot, and returns each one's metrics [slots, steps].
+        """Takes as many steps in every slot, and returns each one's metrics [slots, steps, …].
 
         Args:
           rows: the corpus [R, T + 1] on every device.
@@ -53,7 +53,7 @@ class Slots:
         share = functools.partial(jax.tree.map, lambda x: x.reshape(*self._shape, *x.shape[1:]))
         compiled = _compile_steps(*self._compiled)
         self._states, series = compiled(self._states, rows, share(order_SxCxB), share(settings), jnp.int32(num_steps))
-        return jax.tree.map(lambda x: np.asarray(x).reshape(len(self), -1)[:, :num_steps], series)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(len(self), *x.shape[2:])[:, :num_steps], series)
 
     def test_losses(self, slots: Sequence[int], held_out_RxT1: np.ndarray) -> dict[int, float]:
         """Loss on held-out rows of some slots, in nats per token."""
@@ -85,7 +85,7 @@ def _compile_steps(program: Program, num_devices: int, per_device: int, backend:
             states, metrics = step(states, rows_RxT1[order_SxCxB[:, i]], learning_rate_S, warmup_steps_S)
             return states, jax.tree.map(lambda xs, x: xs.at[:, i].set(x), series, metrics)
 
-        empty = StepMetrics(*(jnp.zeros((per_device, program.steps_per_call)) for _ in StepMetrics._fields))
+        empty = no_metrics(program, per_device, program.steps_per_call)
         return jax.lax.fori_loop(0, num_steps, body, (states, empty))
 
     split = (True, False, True, True, False)

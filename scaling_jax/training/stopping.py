@@ -3,29 +3,44 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Asked:
+    """Called, it tells whether such a signal has come, for `should_stop`."""
+
+    def __init__(self) -> None:
+        self.by_hand = False  # by Ctrl-C
+        self._event = threading.Event()
+
+    def __call__(self) -> bool:
+        return self._event.is_set()
+
+    def take(self, number: int) -> None:
+        self.by_hand = number == signal.SIGINT
+        self._event.set()
+
+
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Yields what tells whether such a signal has come, for `should_stop`; a second one acts as it always does."""
-    asked = threading.Event()
+def stop_on_signals() -> Iterator[Asked]:
+    """Yields what tells whether such a signal has come; a second one acts as it always does."""
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield asked.is_set
+        yield asked
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def ask(number, frame):
-        asked.set()
+        asked.take(number)
         for each, handler in before.items():
             signal.signal(each, handler)
 
     try:
         for number in _SIGNALS:
             signal.signal(number, ask)
-        yield asked.is_set
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -48,12 +48,26 @@ def test_without_a_law_nothing_is_extrapolated():
         goal(lawless, 1.5, extrapolate=True)
 
 
-def test_one_sided_points_are_no_ground_for_advice():
-    points = tuple(
-        dataclasses.replace(p, tradeoff=dataclasses.replace(p.tradeoff, one_sided=True)) for p in fitted().points
-    )
-    with pytest.raises(UserError, match="batches lie on one side of B_crit at every loss"):
-        goal(dataclasses.replace(fitted(), points=points), 2.0)
+@pytest.mark.parametrize(("factor", "missing"), [(1e-3, "smaller"), (1e3, "larger")])
+def test_one_sided_points_are_no_ground_for_advice(factor, missing):
+    def one_sided(p):
+        return dataclasses.replace(p, tradeoff=dataclasses.replace(p.tradeoff, one_sided=True, b_crit=factor * 2_000))
+
+    fit = fitted()
+    for others in ((), ("model1",)):
+        points = tuple(p if p.model in others else one_sided(p) for p in fit.points)
+        with pytest.raises(UserError) as refused:
+            goal(dataclasses.replace(fit, points=points), 2.0, "model0" if others else None)
+        message = str(refused.value)
+        assert message.startswith("model model0: " if others else "model model0, model1: ")
+        assert "batches of 256 to 16,384 tokens aren't sure to lie on both sides of B_crit" in message
+        assert f"scan again with {missing} ones as well" in message
+        assert message.endswith(", or choose from model1") == bool(others)
+
+
+def test_without_a_trade_off_more_batches_are_asked_for():
+    with pytest.raises(UserError, match="no loss has steps at three batch sizes"):
+        goal(dataclasses.replace(fitted(), points=(), law=None, errors=None), 2.0)
 
 
 def test_choices_are_the_hyperbola_and_excess_is_what_it_says():

@@ -49,7 +49,7 @@ def test_spectral_noise_is_corrected_for_few_small_batches():
 @pytest.mark.parametrize("batch", [16, pytest.param(256, marks=pytest.mark.slow)])
 def test_gradient_bounds_hold_and_close_with_the_batch(metric, batch):
     noise, grad = TRUTH[metric]
-    draws = series(metric, 4, batch=batch)
+    draws = series(metric, 8, batch=batch)
     low, high = draws.grad_low.mean(), draws.grad_high.mean()
     assert low <= grad <= high
     assert (high - low) / grad < (0.6 if batch == 16 else 0.1)

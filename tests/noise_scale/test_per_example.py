@@ -63,7 +63,7 @@ def test_moments_and_gradients_with_taps_are_those_without(dtype, rtol):
     ("spec", "x", "w"),
     [
         ("bi,io->bo", (4, 3), (3, 5)),  # Gram: one position
-        ("bti,io->bto", (4, 6, 3), (3, 5)),  # materialised: more positions than weights
+        ("bti,io->bto", (4, 40, 3), (3, 5)),  # materialised: many positions, few weights
         ("bti,io->bto", (4, 2, 30), (30, 50)),  # Gram: two positions
         ("bsti,io->bsto", (4, 2, 2, 30), (30, 50)),  # Gram over two position axes
         ("bthk,hkj->bthj", (4, 2, 3, 20), (3, 20, 20)),  # Gram, a matrix a head
@@ -82,15 +82,16 @@ def test_einsum_norms_match_vmap_grad(spec, x, w):
     np.testing.assert_allclose(moments.small_sq_norm, exact, rtol=1e-5)
 
 
-def test_large_layers_take_examples_in_turns(monkeypatch):
-    x, w = jax.random.normal(jax.random.key(0), (4, 6, 3)), jax.random.normal(jax.random.key(1), (3, 5))
+@pytest.mark.parametrize("most", [1, 30])  # one example at a time, two
+def test_large_layers_take_examples_in_turns(monkeypatch, most):
+    x, w = jax.random.normal(jax.random.key(0), (4, 40, 3)), jax.random.normal(jax.random.key(1), (3, 5))
 
     def moments():
         loss = lambda w, x: jnp.mean(jnp.square(taps.einsum("bti,io->bto", x, w)))  # noqa: E731
         return jax.jit(value_and_grad(loss, method="per_example"))(w, x)
 
     at_once = moments()
-    monkeypatch.setattr(taps, "MAX_ELEMENTS", 1)
+    monkeypatch.setattr(taps, "MAX_ELEMENTS_ON_CPU", most)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moments(), at_once)
 
 

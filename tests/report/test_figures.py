@@ -5,16 +5,23 @@ import numpy as np
 import pytest
 
 from scaling_jax.analysis.branches import BranchMeasurement
+from scaling_jax.analysis.noise import MomentsByPart, moments_by_part, ratio_of_means
+from scaling_jax.errors import UserError
 from scaling_jax.report import write_figures
 from scaling_jax.report.batch_scan import batch_scan_chart
 from scaling_jax.report.chart import Chart, draw, save
 from scaling_jax.report.critical_batch import critical_batch_chart
+from scaling_jax.report.noise_by_layer import noise_by_layer_chart, run_near_b_crit
 from scaling_jax.report.noise_over_training import noise_chart
 from scaling_jax.report.pareto import pareto_chart
 from scaling_jax.report.rate_search import best_rate, rate_search_chart
+from scaling_jax.report.runs import part_windows
 from scaling_jax.report.style import new_figure
 from scaling_jax.report.three_measurements import three_measurements_chart
 from scaling_jax.report.tradeoffs import residuals_chart, tradeoffs_chart
+from scaling_jax.training import read_metrics, run_folder
+from scaling_jax.training.records import write_metrics
+from tests.made_up_scan import PART_GRAD_SHARES, PART_NOISE_SHARES
 
 MODELS = ["1x16", "1x32"]
 
@@ -107,6 +114,61 @@ def test_the_noise_scale_over_training_is_the_one_that_was_made(runs):
     np.testing.assert_allclose(ends, 1e5 * 1.95**-5, rtol=0.2)  # made_up_scan's law near its lowest loss
 
 
+def test_the_noise_scale_by_layer_is_the_one_that_was_made_at_the_batch_next_to_b_crit(analysis, runs):
+    run = run_near_b_crit(analysis, runs, "1x16")
+    distances = np.abs(np.log([r.batch_tokens for r in runs]) - np.log(np.median(fitted_b_crits(analysis))))
+    assert abs(np.log(run.batch_tokens) - np.log(np.median(fitted_b_crits(analysis)))) == distances.min()
+    chart = noise_by_layer_chart([run])
+    (axis,) = chart.figure.axes
+    whole = line(axis, "whole model")
+    for part, ratio in zip(("embedding", "layer 1", "unembedding"), PART_NOISE_SHARES / PART_GRAD_SHARES, strict=True):
+        at, value = line(axis, part).get_data()
+        assert len(at) >= 8
+        expected = np.interp(np.log(at), np.log(whole.get_xdata()), np.log(whole.get_ydata()))
+        np.testing.assert_allclose(np.log(value), expected + np.log(ratio), atol=0.15)
+    assert any(mark.text.startswith(f"{run.group.name}, layer 1\nby ") for mark in chart.marks)
+
+
+def fitted_b_crits(analysis):
+    return [p.tradeoff.b_crit for p in analysis.fit.points if p.model == "1x16"]
+
+
+def test_parts_that_drown_in_noise_are_left_out_and_old_results_have_no_chart(analysis, runs):
+    draws = np.random.default_rng(0)
+    num_steps, clean = draws.integers(1, 30, 60), 1 + 0.01 * draws.standard_normal(60)
+    drowned = draws.standard_normal(60) / np.sqrt(num_steps)
+    moments = MomentsByPart(num_steps, np.stack([clean, drowned, clean], 1), np.ones((60, 3)))
+    found = part_windows(moments, analysis.experiment.subjects[0].model, 128)
+    assert [len(windows) for windows in found.values()] == [7, 0, 7]
+    np.testing.assert_allclose([w.value for w in found["embedding"]], 64, rtol=0.02)  # tokens; a sequence has 64
+    run = run_near_b_crit(analysis, runs, "1x16")
+    (axis,) = noise_by_layer_chart([run._replace(noise_by_part=found)]).figure.axes
+    assert not len(line(axis, "layer 1").get_xdata())
+    assert run_near_b_crit(analysis, [r._replace(noise_by_part={}) for r in runs], "1x16") is None
+
+
+def test_intervals_of_means_over_unequal_numbers_of_steps_cover():
+    """In 19 cases of 20, where steps are independent."""
+    draws, num_steps, cases = np.random.default_rng(1), np.array([1, 2, 3, 5, 8, 13, 21, 34]), 2_000
+    covered = 0
+    for _ in range(cases):
+        line_g2, line_tr = draws.standard_normal((2, 8)) / np.sqrt(num_steps)
+        _, low, high = ratio_of_means(num_steps, 2 + line_g2, 6 + line_tr + line_g2)
+        covered += low <= 3 <= high
+    assert covered / cases == pytest.approx(0.95, abs=3 * np.sqrt(0.05 * 0.95 / cases))
+
+
+@pytest.mark.parametrize("damage", [[1.0], "x", [[1.0], 2.0, 3.0]])
+def test_damaged_norms_by_layer_are_named(made_up, tmp_path, damage):
+    run = made_up[0].run(made_up[0].groups[0], 0)
+    sound = read_metrics(run_folder(made_up[1], run))
+    write_metrics(tmp_path, [*sound[:-1], sound[-1] | {"big_sq_norm_by_layer": damage}])
+    with pytest.raises(UserError, match=r"metrics\.jsonl: norms by layer are damaged"):
+        moments_by_part(tmp_path, run)
+    write_metrics(tmp_path, [{"step": 1, "big_sq_norm": [1.0]}, *sound[1:]])  # by an older version
+    assert moments_by_part(tmp_path, run) is None
+
+
 def test_the_best_rate_is_ringed_and_one_at_the_edge_flagged(runs):
     group = next(r for r in runs if r.model == "1x16")
     target = len(group.group.subject.target_losses) // 2
@@ -156,6 +218,7 @@ def test_every_axis_has_a_label(analysis, runs, law):
         residuals_chart(analysis, ["1x16"]),
         pareto_chart(analysis),
         noise_chart(runs, ["1x16"]),
+        noise_by_layer_chart([run_near_b_crit(analysis, runs, "1x16")]),
         rate_search_chart(runs, ["1x16"]),
     ):
         axis, *bars = chart.figure.axes

@@ -19,7 +19,7 @@ from scaling_jax.report.tradeoffs import tradeoffs_chart
 from scaling_jax.scanning.demo import DEMO, QUICK
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-CHARTS = 2 + 6 * 2  # two of all models, six of each of two models
+CHARTS = 2 + 7 * 2  # two of all models, seven of each of two models
 HOSTILE = '"/><script>alert(1)</script>&$x$'
 
 

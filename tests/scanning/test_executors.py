@@ -16,7 +16,7 @@ from scaling_jax.training.records import write_json
 
 def test_a_group_is_trained_by_one_process_at_a_time(tmp_path):
     with executors.locked_group(tmp_path, 3):
-        with pytest.raises(UserError, match=f"group 3 is being trained by process {os.getpid()} of "):
+        with pytest.raises(UserError, match=rf"group 3 of .* is in use by process {os.getpid()} of "):
             executors.locked_group(tmp_path, 3, seconds=0.1).__enter__()
         with executors.locked_group(tmp_path, 4, seconds=0.1):
             pass
@@ -27,7 +27,7 @@ def test_a_group_is_trained_by_one_process_at_a_time(tmp_path):
 def test_a_process_that_is_still_saving_keeps_the_group_when_its_parent_is_gone(tmp_path):
     with executors.locked_group(tmp_path, 0) as lock:
         saving = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    with pytest.raises(UserError, match="group 0 is being trained"):
+    with pytest.raises(UserError, match=r"group 0 of .* is in use"):
         executors.locked_group(tmp_path, 0, seconds=0.1).__enter__()
     saving.communicate(b"\n")
     with executors.locked_group(tmp_path, 0, seconds=0.1):
@@ -155,7 +155,7 @@ def assert_same_runs(undisturbed, results, count):
 
 
 def owner(results, group):
-    return int((results / "logs" / f"group-{group}.lock").read_text().split()[1])
+    return int((results / "logs" / f"group-{group}.lock").read_text().split()[0])
 
 
 @pytest.mark.long

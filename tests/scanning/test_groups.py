@@ -1,5 +1,7 @@
 """Many runs at once find what one after the other find."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ def test_a_scan_on_accelerators_trains_groups_that_differ_in_seed_together_as_ea
     for module in (groups, schedule):
         monkeypatch.setattr(module, "prepare", lambda *_: CORPUS)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
     events = []
     schedule.scan(EXPERIMENT, tmp_path / "together", on_event=events.append)
     for event in ("done", "progress"):
@@ -35,3 +37,10 @@ def test_a_scan_on_accelerators_trains_groups_that_differ_in_seed_together_as_ea
         for t in together:
             other = next(a for a in alone if a.run == t.run)
             np.testing.assert_allclose(t.steps_to_target, other.steps_to_target, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_tokens", "devices"), [(128, 8), (64, 4), (192, 4), (48, 1)])
+def test_as_many_devices_as_share_a_batch_evenly_take_it(monkeypatch, batch_tokens, devices):
+    """Sequences of 16: 8, 4, 12 and 3 of them."""
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert schedule._devices_for(dataclasses.replace(RUN, batch_tokens=batch_tokens)) == devices

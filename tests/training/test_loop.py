@@ -29,6 +29,9 @@ def test_a_run_learns_and_records_every_step(tmp_path, corpus):
     lines = read_metrics(run_folder(tmp_path))
     assert result.status == "exhausted"
     assert result.steps == 60 == sum(len(line["small_sq_norm"]) for line in lines)
+    for line, norm in itertools.product(lines, ("small_sq_norm", "big_sq_norm")):
+        assert len(line[f"{norm}_by_layer"]) == 3  # embedding, a layer, unembedding
+        assert sum(line[f"{norm}_by_layer"]) == pytest.approx(np.mean(line[norm]), rel=1e-6)
     losses = [line["test_loss"] for line in lines if "test_loss" in line]
     assert losses[-1] < losses[0] - 0.3
     config = json.loads((run_folder(tmp_path) / "config.json").read_text())

@@ -49,6 +49,7 @@ def test_the_same_batch_gives_the_same_training_however_it_is_split(corpus, num_
     np.testing.assert_allclose(metrics.loss, reference.loss, rtol=1e-6)
     np.testing.assert_allclose(metrics.big_sq_norm, reference.big_sq_norm, rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, reference_state.params)
+    np.testing.assert_allclose(metrics.big_sq_norm_by_layer, reference.big_sq_norm_by_layer, rtol=1e-3, atol=1e-7)
     assert (metrics.small_sq_norm > metrics.big_sq_norm).all()
 
 
@@ -60,6 +61,24 @@ def test_equal_small_batches_give_equal_norms(corpus, num_devices, num_microbatc
         for d, m in ((1, 4), (num_devices, num_microbatches))
     ]
     np.testing.assert_allclose(*norms, rtol=1e-5)
+
+
+def test_the_parts_norms_are_those_of_their_parameters_and_add_up(corpus):
+    """By an independent way: one gradient step of SGD moves each parameter by its gradient."""
+    model = dataclasses.replace(MODEL, n_layer=3)
+    program = dataclasses.replace(PROGRAM, model=model, optimizer=OptimizerConfig("sgd"))
+    start = jax.tree.map(np.array, program.init(0).params)
+    order = np.arange(8).reshape(1, 8)
+    state, metrics = program.steps(program.init(0), corpus.train_RxT1, order, 1.0, 0)
+    grads = jax.tree.map(lambda a, b: np.float64(a) - b, start, state.params)
+
+    def sq_norm(*trees):
+        return sum(np.sum(np.square(x)) for x in jax.tree.leaves(trees))
+
+    layers = [sq_norm(jax.tree.map(lambda x, k=k: x[k], grads["layers"])) for k in range(3)]
+    ends = sq_norm(grads["embedding"], grads["position"]), sq_norm(grads["norm"], grads["unembedding"])
+    np.testing.assert_allclose(metrics.big_sq_norm_by_layer, [[ends[0], *layers, ends[1]]], rtol=1e-3)
+    np.testing.assert_allclose(metrics.small_sq_norm_by_layer.sum(1), metrics.small_sq_norm, rtol=1e-6)
 
 
 def test_calls_of_any_length_take_the_same_steps(corpus):
