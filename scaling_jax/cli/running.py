@@ -164,7 +164,7 @@ def train(
         max_steps=max_steps,
         max_tokens=max_tokens,
     )
-    share_cores([run.at(stage).batch_sequences for stage in stages] or [run.batch_sequences])
+    share_cores([stage.batch_tokens // context for stage in stages] or [run.batch_sequences])
     live.train_on_console(run, results, corpus, asked_for(tensorboard, wandb))
 
 
