@@ -17,6 +17,7 @@ def run(*arguments):
     [
         (("fit", "/nowhere"), "/nowhere holds no scan"),
         (("scan", "missing.py"), "no experiment file missing.py"),
+        (("--tyro-print-completion", "foo"), "foo: completion is for bash, zsh, tcsh, fish"),
         (("demo", "--quick", "--results", "{tmp}", "--text", "files:/nowhere/*"), "matches no file"),
         (("demo", "--results", "/proc/x"), "can't write results to /proc/x"),
         (

@@ -80,6 +80,7 @@ def test_a_second_time_trains_nothing(undisturbed, cache):
     assert output.split("Critical batch size")[1] == again.split("Critical batch size")[1]
 
 
+@pytest.mark.long
 def test_a_demo_interrupted_at_random_moments_ends_with_the_same_bytes(undisturbed, cache, tmp_path):
     draws = random.Random(os.environ.get("SCALING_JAX_TEST_SEED") or time.time_ns())
     for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):

@@ -27,10 +27,22 @@ With --debug an error shows where it came from.
 """
 
 
+_COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "tcsh", "fish")
+
+
+def _check_shell(arguments: list[str]) -> None:
+    if _COMPLETION not in arguments:
+        return
+    shell = [*arguments, ""][arguments.index(_COMPLETION) + 1]
+    if shell not in _SHELLS:
+        raise UserError(f"{_COMPLETION} {shell}: completion is for {', '.join(_SHELLS)}")
+
+
 def main() -> None:
     """Runs the command that the arguments name; see `DESCRIPTION` for exit codes."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
+        _check_shell(arguments)
         app.cli(args=arguments, prog="scaling-jax", description=DESCRIPTION)
     except (UserError, OSError, ImportError) as error:
         if "--debug" in sys.argv:

@@ -125,7 +125,7 @@ def test_a_packing_killed_at_random_leaves_the_same_files_once_rerun(tmp_path):
     kill_and_rerun(tmp_path, "bytes", 2, kills=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for child processes in /proc")
 @pytest.mark.parametrize(("tokenizer", "workers"), [("bytes", 1), ("bytes", 2), ("bpe:2000", 2)])
 def test_packings_killed_many_times_at_random_leave_the_same_files_once_rerun(tmp_path, tokenizer, workers):
