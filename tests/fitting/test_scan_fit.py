@@ -179,7 +179,7 @@ def covered_of_500(kind):
     return np.mean(hits, axis=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exponent_and_band_cover_the_truth_in_93_to_97_percent_two_stage_and_joint():
     """500 scans of 7 batches, 14 losses and 2 sizes with 5 % noise, for each of four kinds of it.
 

@@ -84,6 +84,7 @@ def assert_same_training(workdir: Path, other: Path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_sigterm_to_one_of_two_processes_saves_the_run_and_one_process_goes_on_with_it(tmp_path):
     """What comes out is what one process gives undisturbed."""
     run = dataclasses.replace(RUN, max_steps=60)
