@@ -20,7 +20,7 @@ EXPERIMENT = Experiment(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_scan_on_accelerators_trains_groups_that_differ_in_seed_together_as_each_alone(tmp_path, monkeypatch):
     for module in (groups, schedule):
         monkeypatch.setattr(module, "prepare", lambda *_: CORPUS)

@@ -75,7 +75,7 @@ def test_a_coarse_grid_of_learning_rates_makes_it_too_small(tmp_path):
     assert np.median([ratio for ratio, _ in ratios(range(2), COARSE, tmp_path)]) < 0.93
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_intervals_cover_the_truth(tmp_path):
     """A hundred scans whose runs differ by several percent of luck."""
     batch_tokens, loss = powers_of_two(256, 16_384), 0.15

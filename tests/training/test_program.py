@@ -35,12 +35,18 @@ def test_golden_metrics_of_two_steps(corpus):
 
 
 QUICK = [(1, 4, "pmap"), (8, 1, "pmap"), (2, 2, "shard_map"), (4, 1, "vmap")]
+
+
+def _slow(backend):
+    return pytest.mark.slow if backend == "pmap" else pytest.mark.long
+
+
 SPLITS = [(d, m, b) for d in (1, 2, 4, 8) for m in (1, 2, 4) for b in ("pmap", "shard_map", "vmap") if 1 < d * m <= 8]
 
 
 @pytest.mark.parametrize(
     ("num_devices", "num_microbatches", "backend"),
-    [pytest.param(*split, marks=() if split in QUICK else pytest.mark.slow) for split in SPLITS],
+    [pytest.param(*split, marks=() if split in QUICK else _slow(split[2])) for split in SPLITS],
 )
 def test_the_same_batch_gives_the_same_training_however_it_is_split(corpus, num_devices, num_microbatches, backend):
     reference_state, reference = take_steps(PROGRAM, corpus)
