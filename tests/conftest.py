@@ -27,5 +27,5 @@ _LONGEST = ("test_demo.py", "test_processes.py", "test_executors.py", "test_trut
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no worker is left with one at the end."""
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    """The longest files first, then training's, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: (item.path.name not in _LONGEST, item.path.parent.name != "training"))

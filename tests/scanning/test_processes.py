@@ -103,7 +103,7 @@ def assert_same_scan(folder, results, undisturbed):
                 np.testing.assert_allclose(*series, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_scan_as_one_process_with_all_their_devices(folder, undisturbed, tmp_path):
     """One of them is asked to stop on the way; both end with what they have saved, and go on from there."""
     results = tmp_path / "results"
