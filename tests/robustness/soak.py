@@ -32,12 +32,13 @@ def start(results: Path, cache: Path) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen) -> int:
-    """The exit code, once it is one that the documentation knows and no traceback was shown."""
-    _, errors = process.communicate(timeout=600)
+def finish(process: subprocess.Popen) -> int | None:
+    """None at the demo's end; otherwise the exit code, if the documentation knows it and no traceback was shown."""
+    output, errors = process.communicate(timeout=600)
     if process.returncode not in EXPECTED_CODES or "Traceback" in errors:
         raise SystemExit(f"exit code {process.returncode}:\n{errors}")
-    return process.returncode
+    ended = process.returncode == 0 and "saved; the same command continues" not in output  # as SIGTERM has it
+    return None if ended else process.returncode
 
 
 def differing(results: Path, undisturbed: Path) -> list[str]:
@@ -52,7 +53,7 @@ def soak(folder: Path, kills: int, seed: int) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True)
 
     say(f"seed {seed}, folder {folder}")
-    if finish(start(folder / "undisturbed", cache)) != 0:
+    if finish(start(folder / "undisturbed", cache)) is not None:
         raise SystemExit("the undisturbed demo was disturbed")
     say("undisturbed demo done")
     done = finished = 0
@@ -64,7 +65,7 @@ def soak(folder: Path, kills: int, seed: int) -> None:
                 process.wait(after)
             except subprocess.TimeoutExpired:
                 process.send_signal(how)
-        if code := finish(process):
+        if (code := finish(process)) is not None:
             done += 1
             say(f"kill {done}: {how.name} after {after:.1f} s, exit code {code}")
             continue
