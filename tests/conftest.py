@@ -21,7 +21,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
 
-pytest_plugins = ["tests.made_up_scan"]
+pytest_plugins = ["tests.made_up_scan", "tests.buckets"]
 
 _LONGEST = ("test_demo.py", "test_processes.py", "test_executors.py", "test_truth.py", "test_interruption.py")
 

@@ -1,9 +1,12 @@
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 import scaling_jax as sj
+from scaling_jax.training.buckets import publish, working_copy
+from tests.training.test_buckets import move_to_another_machine, objects
 
 
 def run(*arguments):
@@ -46,6 +49,27 @@ def test_one_run_is_trained_and_then_known(tmp_path):
     assert "step 12 of 12" in first.stdout
     assert "exhausted after 12 steps, 12.3k tokens" in first.stdout
     assert second.stdout.splitlines() == first.stdout.splitlines()[-1:]
+
+
+@pytest.mark.slow
+def test_a_scan_in_a_bucket_is_fitted_reported_and_advised_on_from_another_machine(
+    bucket, made_up, monkeypatch, tmp_path
+):
+    copy = working_copy(f"{bucket}/x")
+    shutil.copytree(made_up[1], copy, dirs_exist_ok=True)
+    publish(copy)
+    move_to_another_machine(monkeypatch, tmp_path)
+    reported = run("report", f"{bucket}/x")
+    assert reported.returncode == 0, reported.stderr
+    assert reported.stdout.endswith(f"all of it is in {bucket}/x\n")
+    there = objects(bucket)
+    assert {"x/report.html", "x/fit.json", "x/measurements.csv", "x/figures/critical_batch_size.png"} <= there.keys()
+    move_to_another_machine(monkeypatch, tmp_path / "third")
+    advised = run("advise", f"{bucket}/x", "--target-loss", "2.2", "--json")
+    shutil.copytree(made_up[1], tmp_path / "local")
+    assert run("fit", str(tmp_path / "local")).returncode == 0
+    assert advised.stdout == run("advise", str(tmp_path / "local"), "--target-loss", "2.2", "--json").stdout != ""
+    assert "14 of 14" in run("status", f"{bucket}/x").stdout
 
 
 def test_an_unknown_option_is_refused():

@@ -18,6 +18,7 @@ from scaling_jax.config import read_config
 from scaling_jax.errors import UserError
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, compare_forms, fit_joint, fit_scan
 from scaling_jax.scanning import Experiment
+from scaling_jax.training.buckets import publish, working_copy
 from scaling_jax.training.records import read_run_config, write_json
 
 
@@ -48,7 +49,7 @@ def analyse(workdir: str | Path) -> Analysis:
     Raises:
       UserError: if the folder holds no scan, or an unfinished one.
     """
-    workdir = Path(workdir)
+    workdir = working_copy(workdir)
     experiment = read_experiment(workdir)
     measurements = measure(experiment, workdir)
     noise = measure_noise(experiment, workdir)
@@ -85,6 +86,7 @@ def analyse(workdir: str | Path) -> Analysis:
         write_rows(workdir / "seeds.csv", SeedSpread, spreads)
     extra = {"noise_scale_over_b_crit": finite(analysis.noise_ratio), "corpus": _corpus(workdir)}
     write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, analysis.notes) | extra)
+    publish(workdir)
     return analysis
 
 

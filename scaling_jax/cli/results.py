@@ -15,15 +15,16 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     Example: scaling-jax status results/demo
 
     Args:
-      results: the folder that a scan writes.
+      results: the folder that a scan writes, or gs://bucket/folder.
       json: print it for machines.
     """
     from rich.console import Console
 
     from scaling_jax.analysis.plain import as_json
     from scaling_jax.report.status import print_status, read_status
+    from scaling_jax.training.buckets import working_copy
 
-    found = read_status(results)
+    found = read_status(working_copy(results))
     if json:
         print(as_json(found))
     else:
@@ -46,7 +47,9 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     from scaling_jax.analysis.table_fit import fit_table, write_fit
     from scaling_jax.report.fitted_table import print_fit
     from scaling_jax.report.summary import summary
+    from scaling_jax.training.buckets import working_copy
 
+    results = working_copy(results)
     if results.suffix == ".csv" and not results.exists():
         raise UserError(f"no table {results}")
     if results.is_file():
@@ -70,12 +73,14 @@ def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb
     Example: scaling-jax report results/demo --tensorboard
 
     Args:
-      results: the folder that a scan wrote.
+      results: the folder that a scan wrote, or gs://bucket/folder.
       tensorboard: write event files beside each run's metrics.
       wandb: the Weights & Biases project that runs are shown in.
     """
     from scaling_jax.trackers import Follower, asked_for
+    from scaling_jax.training.buckets import working_copy
 
+    results = working_copy(results)
     for writer in asked_for(tensorboard, wandb):
         with Follower(results, writer):
             pass
@@ -122,6 +127,7 @@ def advise(
     from scaling_jax.advice import console
     from scaling_jax.advice.choices import Hardware
     from scaling_jax.analysis.plain import as_json
+    from scaling_jax.training.buckets import working_copy
 
     if (devices is None) != (tokens_per_second is None):
         raise UserError("--devices and --tokens-per-second go together")
@@ -129,7 +135,7 @@ def advise(
     if devices is not None and tokens_per_second is not None:
         hardware = Hardware(devices, tokens_per_second, device_batch_tokens)
     advice = console.advise(
-        results,
+        working_copy(results),
         target_loss,
         model=model,
         budget_tokens=budget_tokens,
@@ -154,9 +160,12 @@ def show(results: Path) -> None:
     from scaling_jax.analysis import analyse
     from scaling_jax.report import write_figures, write_report
     from scaling_jax.report.summary import summary
+    from scaling_jax.training.buckets import address, in_bucket
 
     console = Console()
     analysis = analyse(results)
     figures = write_figures(analysis, results)
     console.print(summary(analysis, [path.name for path in figures], figures[0].parent), highlight=False)
     console.print(f"report: {write_report(analysis, results)}", highlight=False, markup=False, soft_wrap=True)
+    if in_bucket(results):
+        console.print(f"all of it is in {address(results)}", highlight=False, markup=False, soft_wrap=True)

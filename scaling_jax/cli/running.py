@@ -68,7 +68,8 @@ def scan(
     Args:
       experiment: a Python file that defines EXPERIMENT, such as experiments/demo.py.
       overrides: values that differ from the file's, such as max_tokens=2e6 seeds=[0,1] optimizer.beta2=0.95.
-      results: where to keep runs, tables and figures; results/<experiment's name> unless given.
+      results: where to keep runs, tables and figures, also gs://bucket/folder; results/<experiment's name> unless
+        given.
       dry_run: say what it would take, and train nothing.
       executor: who runs the groups: this machine, or a Ray cluster or SLURM queue that shares the results folder.
       executor_options: the engine's own, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
@@ -128,7 +129,7 @@ def train(
       max_steps: where to end.
       target_loss: ends the run once the test loss, nats per token, is below it.
       seed: of parameters and of the order of the text.
-      results: where to keep the run.
+      results: where to keep the run: a folder that all processes see, or gs://bucket/folder.
       tensorboard: write event files beside the run's metrics.
       wandb: the Weights & Biases project that the run is shown in.
       coordinator: host:port of the first of several processes that train the run together, where they don't find each
@@ -136,7 +137,7 @@ def train(
       num_processes: how many there are.
       process_id: which this one is, from 0.
     """
-    from scaling_jax.parallel import connect
+    from scaling_jax.parallel import connect, together
 
     connect(coordinator, num_processes, process_id)  # before JAX looks for devices
 
@@ -146,6 +147,7 @@ def train(
     from scaling_jax.parallel.placement import share_cores
     from scaling_jax.trackers import asked_for
     from scaling_jax.training import Run
+    from scaling_jax.training.buckets import working_copy
     from scaling_jax.training.ramp import read_stages
 
     if (batch_tokens is None) == (ramp is None):
@@ -165,6 +167,8 @@ def train(
         max_tokens=max_tokens,
     )
     share_cores([stage.batch_tokens // context for stage in stages] or [run.batch_sequences])
+    with together():
+        results = working_copy(results)
     live.train_on_console(run, results, corpus, asked_for(tensorboard, wandb))
 
 
@@ -191,7 +195,9 @@ def branch(
     """
     from scaling_jax import live
     from scaling_jax.analysis import read_experiment
+    from scaling_jax.training.buckets import working_copy
 
+    results = working_copy(results)
     experiment = read_experiment(results)
     models = [model] if model else [subject.model.name for subject in experiment.subjects]
     live.branch_on_console(experiment, results, models, batch_tokens, tolerance, most_points=points)
@@ -202,8 +208,10 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", ex
     from scaling_jax import live
     from scaling_jax.parallel import is_first, together
     from scaling_jax.trackers import asked_for
+    from scaling_jax.training.buckets import working_copy
 
-    results = results or Path("results") / experiment.name
+    with together():
+        results = working_copy(results or Path("results") / experiment.name)
     if dry_run:
         from rich.console import Console
 

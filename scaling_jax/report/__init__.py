@@ -15,10 +15,13 @@ def write_figures(analysis: Analysis, workdir: str | Path) -> list[Path]:
     """The scan's figures as PNG and SVG in `workdir/figures`; returns the PNGs' paths."""
     from scaling_jax.report.chart import save
     from scaling_jax.report.runs import read_runs
+    from scaling_jax.training.buckets import publish, working_copy
 
-    workdir = Path(workdir)
+    workdir = working_copy(workdir)
     runs = read_runs(analysis.experiment, workdir)
-    return [save(chart, workdir / "figures") for chart in _charts(analysis, runs)]
+    paths = [save(chart, workdir / "figures") for chart in _charts(analysis, runs)]
+    publish(workdir)
+    return paths
 
 
 def write_report(analysis: Analysis, workdir: str | Path) -> Path:
@@ -31,13 +34,15 @@ def write_report(analysis: Analysis, workdir: str | Path) -> Path:
     from scaling_jax.report.provenance import versions
     from scaling_jax.report.runs import read_corpus, read_runs
     from scaling_jax.report.sections import sections
+    from scaling_jax.training.buckets import publish, working_copy
     from scaling_jax.training.records import write_atomically
 
-    workdir = Path(workdir)
+    workdir = working_copy(workdir)
     runs = read_runs(analysis.experiment, workdir)
     said = sections(analysis, runs, read_corpus(runs, workdir), versions())
     path = workdir / "report.html"
     write_atomically(path, page(f"Critical batch size: {analysis.experiment.name}", said))
+    publish(workdir)
     return path
 
 

@@ -20,10 +20,11 @@ from scaling_jax.scanning.plan import MOST_WORKERS
 from scaling_jax.scanning.pool import Event, available_cores, run_groups
 from scaling_jax.scanning.search import finished
 from scaling_jax.training import Interrupted, Progress, Run
+from scaling_jax.training.buckets import in_bucket, publish, working_copy
 from scaling_jax.training.compilation import keep_compiled_programs
 from scaling_jax.training.locks import locked
 from scaling_jax.training.program import program_for
-from scaling_jax.training.records import check_folder, write_json
+from scaling_jax.training.records import write_json
 from scaling_jax.training.stopping import stop_on_signals
 
 
@@ -35,7 +36,7 @@ def scan(
     executor: Literal["local", "ray", "slurm"] = "local",
     executor_options: Sequence[str] = (),
 ) -> Path:
-    """Trains every run of an experiment that `workdir` doesn't hold yet; returns `workdir`.
+    """Trains every run of an experiment that `workdir` doesn't hold yet; returns `workdir`, or its copy here.
 
     On CPUs a worker process a core shares the groups. On accelerators this process drives all devices: with many runs
     at once, spread over them, where the experiment tries several seeds or learning rates together; otherwise with one
@@ -44,6 +45,7 @@ def scan(
     first alone writes.
 
     Args:
+      workdir: a folder that all processes see, or gs://bucket/folder.
       on_event: called with {"event": "progress" | "done", "group": number, …} and {"event": "stopping"} as they come,
         in the first process.
       executor: who runs the groups: this machine, or an engine whose machines share `workdir`; see `executors`.
@@ -54,11 +56,13 @@ def scan(
       KeyboardInterrupt: once all that was trained is saved; the same call continues it.
       Interrupted: the same on SIGTERM, or because another process was asked to stop.
     """
-    check_folder(workdir)
-    workdir = Path(workdir)
     if executor == "local" and executor_options:
         raise UserError(f"executor options {' '.join(executor_options)} are for --executor ray or slurm")
     with leave_if_one_is_gone(), contextlib.ExitStack() as stack:
+        with together():
+            workdir = working_copy(workdir)
+            if executor != "local" and in_bucket(workdir):
+                raise UserError(f"--executor {executor} needs results on a file system with locks, which buckets lack")
         lock, missing = None, []
         given = from_first(to_dict(experiment))
         with together():
@@ -68,6 +72,7 @@ def scan(
             if is_first():
                 lock = stack.enter_context(locked(workdir / ".lock", str(workdir)))
                 _claim(workdir, experiment)
+                publish(workdir)
                 missing = _missing(experiment, workdir)
         missing = from_first(missing)
         if not missing:

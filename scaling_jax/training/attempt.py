@@ -1,7 +1,6 @@
 """A run's folder from the start of an attempt at it to its result."""
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from scaling_jax.config import from_dict, to_dict
 from scaling_jax.data import Corpus
 from scaling_jax.errors import UserError
 from scaling_jax.parallel import agree, from_first, is_first, together
+from scaling_jax.training.buckets import address, claim, in_bucket, publish
 from scaling_jax.training.journal import Journal, Progress
 from scaling_jax.training.locks import locked
 from scaling_jax.training.program import TrainState
@@ -82,9 +82,11 @@ class Attempt:
             with together():
                 if is_first():
                     lock.enter_context(locked(self.folder / ".lock", f"run {run.run_id} in {workdir}"))
+                    claim(self.folder)
                     write_json(self.folder / "config.json", {"run": to_dict(run), "corpus": corpus.manifest})
-            self._checkpoints = Checkpoints(self.folder / "checkpoints")
-            self._snapshots = Checkpoints(self.folder / "snapshots", keep=None) if run.snapshot_tokens else None
+            self._checkpoints = Checkpoints(address(self.folder / "checkpoints"))
+            snapshots = address(self.folder / "snapshots")
+            self._snapshots = Checkpoints(snapshots, keep=None) if run.snapshot_tokens else None
             saved = self._checkpoints.restore(state)
             if saved is not None:
                 self.state = saved
@@ -98,6 +100,7 @@ class Attempt:
             self._lock = lock.pop_all()
 
     def save(self, state: TrainState) -> None:
+        self._publish()  # before the state: who goes on from it needs the records up to it
         self._checkpoints.save(state)
 
     def keep_snapshot(self, state: TrainState) -> None:
@@ -110,8 +113,6 @@ class Attempt:
             self.save(state)
         self._close_checkpoints()
         agree(False)  # all have written theirs
-        if not keep_checkpoint and is_first():
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         last = self.journal.lines[-1]
         result = RunResult(
             run_id=self.run.run_id,
@@ -123,6 +124,10 @@ class Attempt:
         )
         if is_first():
             write_result(self.folder, result)
+        self._publish()
+        if not keep_checkpoint and is_first():
+            with contextlib.suppress(OSError):  # what stays of them does no harm
+                address(self.folder / "checkpoints").rmtree()
         agree(False)  # all wait, so nobody reads the folder before all is written
         self._lock.close()
         return result
@@ -131,6 +136,12 @@ class Attempt:
         """Waits until what was saved is on disk."""
         with self._lock:
             self._close_checkpoints()
+
+    def _publish(self) -> None:
+        if in_bucket(self.folder):
+            with together():
+                if is_first():
+                    publish(self.folder)
 
     def _close_checkpoints(self) -> None:
         for checkpoints in (self._checkpoints, self._snapshots):
@@ -143,10 +154,11 @@ def _snapshot(run: Run, parent: Run, parent_folder: Path, folder: Path, like: Tr
 
     branch_tokens = run.ramp[0].tokens if run.ramp else 0
     lines = [line for line in read_metrics(parent_folder) if line["tokens"] <= branch_tokens]
-    kept = from_first([line["step"] for line in lines if (parent_folder / "snapshots" / str(line["step"])).exists()])
+    there = address(parent_folder / "snapshots")
+    kept = from_first([line["step"] for line in lines if (there / str(line["step"])).exists()])
     if not kept:
         raise UserError(f"{parent_folder} kept no state up to {branch_tokens:,} tokens: see Run.snapshot_tokens")
-    snapshots = Checkpoints(parent_folder / "snapshots", keep=None)
+    snapshots = Checkpoints(there, keep=None)
     try:
         state = snapshots.restore_step(kept[-1], like)
     finally:

@@ -2,10 +2,10 @@
 
 import logging
 import warnings
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from scaling_jax.parallel import agree, from_first
 from scaling_jax.training.program import TrainState
@@ -14,12 +14,12 @@ from scaling_jax.training.program import TrainState
 class Checkpoints:
     """States of a run in a folder, named by step."""
 
-    def __init__(self, folder: Path, keep: int | None = 2):
-        """`keep` is how many of the newest stay; all unless given."""
+    def __init__(self, folder: epath.PathLike, keep: int | None = 2):
+        """`folder` is absolute, or in a bucket; `keep` is how many of the newest stay, None for all."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-        self._folder = folder
+        self._folder = epath.Path(folder)
         self._manager = ocp.CheckpointManager(
-            folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         )
 
     def restore(self, like: TrainState) -> TrainState | None:

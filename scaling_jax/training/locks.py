@@ -44,6 +44,14 @@ def locked(path: Path, what: str, *, seconds: float = 60.0, between_machines: bo
         yield file.fileno() if os.name == "posix" else None
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file now."""
+    if not path.exists():
+        return False
+    with path.open("a+") as file:
+        return _take(file, False) is not None
+
+
 def _take(file: IO[str], insist: bool) -> tuple[str, str] | None:
     """Locks the file, or says which process of which machine holds it."""
     try:

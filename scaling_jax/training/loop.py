@@ -11,14 +11,15 @@ import jax
 from scaling_jax.data import Corpus, example_order, prepare
 from scaling_jax.data.feeding import Feeder
 from scaling_jax.errors import UserError
-from scaling_jax.parallel import Backend, agree, from_first, leave_if_one_is_gone, replicate
+from scaling_jax.parallel import Backend, agree, from_first, leave_if_one_is_gone, replicate, together
 from scaling_jax.training.attempt import Attempt, Interrupted, finished_result
+from scaling_jax.training.buckets import working_copy
 from scaling_jax.training.course import next_call, span
 from scaling_jax.training.evaluation import evaluator, held_out_rows
 from scaling_jax.training.journal import Progress
 from scaling_jax.training.live_metrics import measure
 from scaling_jax.training.program import Program, TrainState, noise_scale_so_far, program_for
-from scaling_jax.training.records import RunResult, Status, check_folder, jsonable
+from scaling_jax.training.records import RunResult, Status, jsonable
 from scaling_jax.training.run import Run
 
 
@@ -38,6 +39,7 @@ def train(
     """Trains a run in `workdir/runs/<run id>`, or continues it there, or returns its result if it is done.
 
     Args:
+      workdir: a folder that all processes see, or gs://bucket/folder.
       corpus: what `data.prepare(run.text, run.model.context, run.tokenizer)` returns, to save reading it again.
       num_devices: all of all processes unless given; the global batch is split over them.
       keep_checkpoint: whether the last state stays on disk once the run is done.
@@ -52,7 +54,6 @@ def train(
         another process trains this run, or one that belongs to this run trains another.
       Interrupted: see `should_stop`.
     """
-    check_folder(workdir)
     corpus = corpus or prepare(run.text, run.model.context, run.tokenizer)
     process = jax.process_index(), jax.process_count()
     num_devices = num_devices or jax.device_count()
@@ -60,6 +61,8 @@ def train(
     programs = functools.partial(program_for, num_devices=num_devices, backend=backend)
     with leave_if_one_is_gone():
         _check_processes(run, corpus, num_devices, backend)
+        with together():
+            workdir = working_copy(workdir)
         done = finished_result(run, workdir, corpus)
         if done is not None:
             return done

@@ -28,14 +28,6 @@ class RunResult:
     corpus_sha256: str
 
 
-def check_folder(workdir: str | Path) -> None:
-    """Raises UserError for a bucket: records are appended to, replaced and locked, which object stores can't do."""
-    if str(workdir).startswith("gs:/"):
-        raise UserError(
-            f"results can't go to {workdir} itself: mount the bucket (gcsfuse) or a shared disk, give its path"
-        )
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Either the old file or all of the new one, whatever happens in between."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from scaling_jax.scanning import groups
 from scaling_jax.scanning.files import load_experiment
 from scaling_jax.scanning.search import finished
 from scaling_jax.training import read_metrics, run_folder
+from scaling_jax.training.buckets import working_copy
 from scaling_jax.training.locks import locked
 from tests.training.test_processes import SECONDS, free_port
 
@@ -123,6 +124,19 @@ def test_two_processes_scan_as_one_process_with_all_their_devices(folder, undist
     assert f"analysed {results}" in output
     assert "analysed" not in other_output
     assert_same_scan(folder, results, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_scan_into_a_bucket_is_complete_there(folder, bucket, monkeypatch, tmp_path):
+    """Workers train it on one machine; another finds nothing left to train."""
+    command = [sys.executable, "-c", COMMAND, "scan", folder / "tiny.py", "--results", f"{bucket}/tiny"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stdout
+    monkeypatch.setenv("SCALING_JAX_CACHE", str(tmp_path / "another machine"))
+    copy = working_copy(f"{bucket}/tiny")
+    experiment = load_experiment(copy / "experiment.json")
+    assert experiment == load_experiment(folder / "tiny.py")
+    assert all(finished(experiment, group, copy) for group in experiment.groups)
 
 
 @pytest.mark.slow

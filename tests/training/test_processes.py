@@ -32,9 +32,10 @@ class Processes:
         devices: int,
         port: int | None = None,
         only: int | None = None,
+        caches: Path | None = None,
         **settings,
     ):
-        """`only` that one of them is started, if given."""
+        """`only` that one of them is started, if given; each has a folder of its own in `caches`, as on a machine."""
         connect = {"coordinator": f"localhost:{port or free_port()}", "num_processes": num_processes}
         common = {"workdir": str(workdir), **connect, **settings}
         command = [sys.executable, "-m", "tests.training.one_process", str(devices)]
@@ -42,7 +43,7 @@ class Processes:
         self.each = [
             subprocess.Popen(
                 [*command, json.dumps({**common, "process_id": i})],
-                env=environment,
+                env=environment | ({"SCALING_JAX_CACHE": str(caches / f"machine {i}")} if caches else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
