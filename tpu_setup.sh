@@ -27,13 +27,13 @@ One TPU machine, from nothing to results:
 A spot pod from the queue, made again whenever it is preempted, until the command is done:
 
   tpu_setup.sh babysit my-pod --zone us-west4-a --type v5litepod-256 --queued --spot --recreate \
-      -- train --model 12x768 … --results /mnt/shared/gpt
+      -- train --model 12x768 … --results gs://my-bucket/gpt
 
 Commands; each may be repeated, and goes on where it was:
   create   a TPU of --type, on demand or --spot, at once or --queued; waits until it is ready
   setup    copies this checkout to every worker, installs Python and the versions of tpu_requirements.txt
   check    every worker prints its processes and devices and joins a psum; fails unless they are TPUs
-  run      starts `scaling-jax …` on every worker and returns; several workers take --results /mnt/… (a file system that all share)
+  run      starts `scaling-jax …` on every worker and returns; several workers take --results gs://bucket/folder, or /mnt/…
   logs     the last --lines of each worker's log (50), or one worker's as it grows with --follow
   status   of the TPU, and of the run on every worker
   stop     tells the run to save and end; ends it after a minute
@@ -226,13 +226,15 @@ echo $! >"$runs/$id/pid"
 echo "$(hostname): run $id started"
 EOF
 
-# A machine that is going away ends this shell, too: a run that saved and left with exit code 0 is not taken for done.
+# A run that was saved because its machine goes away leaves with exit code 0, and isn't done.
 read -r -d '' WRAPPER <<'EOF' || true
 exit=$1/exit
+export SCALING_JAX_SAVED=$1/saved
+rm -f "$SCALING_JAX_SAVED"
 shift
 "$@"
 echo $? >"$exit.new"
-mv "$exit.new" "$exit"
+if [ ! -e "$SCALING_JAX_SAVED" ]; then mv "$exit.new" "$exit"; fi
 EOF
 
 read -r -d '' STATUS <<'EOF' || true
@@ -328,7 +330,7 @@ run() {
   local workers
   workers=$(num_workers)
   if ((workers > 1)) && [[ $(results_of "${arguments[@]}") != @(gs://*|/mnt/*) ]]; then
-    wrong "$name has $workers workers, which share no disk: add --results /mnt/… (a shared file system or a bucket mounted on each) to scaling-jax's arguments"
+    wrong "$name has $workers workers, which share no disk: add --results gs://bucket/folder, or /mnt/… (a file system mounted on each), to scaling-jax's arguments"
   fi
   on_workers 120 "$START" "$run_id" "$WRAPPER" "${arguments[@]}"
 }

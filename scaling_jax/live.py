@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -190,7 +191,7 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
 
     def should_stop() -> bool:
         if asked():
-            console.print("stopping: the run is being saved …")
+            console.print(f"{asked.why or 'stopping'}: the run is being saved …")
         return asked()
 
     keep_compiled_programs()
@@ -250,9 +251,14 @@ def branch_on_console(
 
 
 def _leave(console: Console, by_hand: bool) -> NoReturn:
-    """Ends a command whose runs have been saved: as Ctrl-C does, or with code 0 where SIGTERM asked for it."""
+    """Ends a command whose runs have been saved: as Ctrl-C does, or with code 0 where SIGTERM or a notice asked for it.
+
+    Who restarts commands and must tell one that was saved from one that is done names a file in SCALING_JAX_SAVED.
+    """
     if by_hand:
         raise KeyboardInterrupt from None
+    if marker := os.environ.get("SCALING_JAX_SAVED"):
+        Path(marker).touch()
     console.print("saved; the same command continues where it was")
     raise SystemExit(0) from None
 

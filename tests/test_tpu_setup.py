@@ -261,7 +261,7 @@ def test_several_workers_take_shared_results(cloud, results):
     cloud.plan(workers=2)
     done = cloud("run", "t", "--", "scan", "x.py", *results)
     assert done.returncode == 2
-    assert "--results /mnt/" in done.stderr
+    assert "--results gs://" in done.stderr
     assert "ssh" not in cloud.verbs
 
 
@@ -313,8 +313,10 @@ def test_babysit_starts_again_what_ended_early_but_not_what_was_refused(cloud, c
     assert "delete" not in cloud.verbs
 
 
-def test_babysit_resumes_what_left_because_its_machine_was_told_to_stop(cloud):
-    cloud.behave('[ -f "$STUB/once" ] || { touch "$STUB/once"; kill -TERM "$PPID"; }; exit 0')
+@pytest.mark.parametrize("left", ['kill -TERM "$PPID"', 'touch "$SCALING_JAX_SAVED"'])
+def test_babysit_resumes_what_was_saved_because_its_machine_goes_away(cloud, left):
+    """With exit code 0: whether SIGTERM ended the shell as well, or a notice came to the run alone."""
+    cloud.behave(f'[ -f "$STUB/once" ] || {{ touch "$STUB/once"; {left}; }}; exit 0')
     done = cloud("babysit", "t", "--type=v4-8", "--", "scan", "x.py")
     assert done.returncode == 0, done.stderr
     assert len(cloud.ran()) == 2
