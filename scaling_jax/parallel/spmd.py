@@ -3,6 +3,7 @@
 The devices are those of all processes of the run (`processes.connect`), each process's beside each other.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
+_RUNS = "runs"
 Backend = Literal["pmap", "shard_map", "vmap"]
 
 
@@ -51,20 +53,31 @@ def spmd(
         mapped = jax.vmap(body, tuple(0 if s else None for s in split), out_axes, axis_name=AXIS, axis_size=num_devices)
         return jax.jit(mapped, donate_argnums=donate_argnums)
 
-    def local(*args):
-        shares = (jax.tree.map(lambda x: x[0], arg) if s else arg for arg, s in zip(args, split, strict=True))
-        outputs = body(*shares)
-        return jax.tree.map(lambda x: x[None], outputs) if split_outputs else outputs
-
-    sharded = jax.shard_map(
-        local,
-        mesh=data_mesh(devices or _devices(num_devices)),
-        in_specs=tuple(PartitionSpec(AXIS) if s else PartitionSpec() for s in split),
-        out_specs=PartitionSpec(AXIS) if split_outputs else PartitionSpec(),
-        check_vma=False,  # with the default, gradients inside the body would silently be summed over devices
-    )
-    compiled = jax.jit(sharded, donate_argnums=donate_argnums)
+    axes = [(AXIS,) if s else () for s in split]
+    mesh = data_mesh(devices or _devices(num_devices))
+    compiled = _shard_map(body, mesh, axes, (AXIS,) if split_outputs else (), donate_argnums)
     return compiled if jax.process_count() == 1 else _placing(compiled, split, split_outputs, num_devices)
+
+
+def spmd_of_runs(
+    body: Callable,
+    *,
+    split: Sequence[Literal[0, 1, 2]],
+    num_runs: int,
+    num_devices: int,
+    donate_argnums: tuple[int, ...] = (),
+) -> Callable:
+    """Compiles `body` for a mesh of `num_runs` × `num_devices` of this process's devices, by shard_map.
+
+    Each row of the mesh has runs of its own, and shares their batches along `AXIS`.
+
+    Args:
+      body: its outputs must be equal along `AXIS`; they are returned with a leading axis [num_runs, …].
+      split: for each argument, how many leading axes of [num_runs, num_devices, …] it has, which are dealt out.
+    """
+    devices = np.array(_devices(num_runs * num_devices)).reshape(num_runs, num_devices)
+    mesh = Mesh(devices, (_RUNS, AXIS), axis_types=(AxisType.Auto,) * 2)
+    return _shard_map(body, mesh, [(_RUNS, AXIS)[:s] for s in split], (_RUNS,), donate_argnums)
 
 
 def replicate(tree: Any, num_devices: int) -> Any:
@@ -80,6 +93,31 @@ def deal_out(tree: Any, num_devices: int) -> Any:
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """The devices along the one axis `AXIS`."""
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _shard_map(
+    body: Callable,
+    mesh: Mesh,
+    split: Sequence[tuple[str, ...]],
+    split_outputs: tuple[str, ...],
+    donate_argnums: tuple[int, ...],
+) -> Callable:
+    """`body` on every device of a mesh; the axes named are leading axes of arguments and outputs, dealt out."""
+
+    def local(*args):
+        shares = (jax.tree.map(operator.itemgetter((0,) * len(s)), arg) for arg, s in zip(args, split, strict=True))
+        return jax.tree.map(lambda x: x[(None,) * len(split_outputs)], body(*shares))
+
+    in_specs, out_specs = tuple(PartitionSpec(*axes) for axes in split), PartitionSpec(*split_outputs)
+    # With the default check_vma, gradients inside the body would silently be summed over devices.
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.jit(
+        sharded,
+        donate_argnums=donate_argnums,
+        # Said again, as arguments may lie on a mesh of other axes over the same devices.
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in in_specs),
+        out_shardings=NamedSharding(mesh, out_specs),
+    )
 
 
 def _devices(num_devices: int) -> list[jax.Device]:

@@ -19,7 +19,7 @@ _RETRY_SECONDS = 5.0
 
 
 def watch(tell: Callable[[str], None]) -> None:
-    """Calls `tell` with what will happen, from a thread, once a notice comes; elsewhere than on Google's machines never.
+    """Calls `tell` with what will happen, from a thread, once a notice comes; on others' machines never.
 
     A notice that is there already isn't told: whoever is started in spite of it trains until the end.
     """

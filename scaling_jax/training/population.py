@@ -44,7 +44,8 @@ def train_many(
       next_run: called whenever a slot is free; None if there is no run to start now.
       on_result: called when a run is done, after which `next_run` may have more.
       corpus: of all runs; placed on every device.
-      num_slots: runs at a time; rounded up to a multiple of `num_devices`, each of which holds its share.
+      num_slots: runs at a time; rounded up to a multiple of `num_devices`, each of which holds its share. Where there
+        are more devices than slots, as many of them as share a batch evenly train each run together, by shard_map.
       should_stop: asked after every call to the devices; True saves all runs and raises `Interrupted`.
 
     Raises:
@@ -64,10 +65,13 @@ def train_many(
                 if done is not None:
                     on_result(run, done)
                     continue
+                each = _devices_each(num_devices, num_slots, run.batch_sequences)
+                program = program_for(run, each, backend)
                 if population is None:
-                    slots = Slots(program_for(run), num_devices, -(-num_slots // num_devices), backend)
+                    num_groups = num_devices // each
+                    slots = Slots(program, num_groups, -(-num_slots // num_groups))
                     population = _Population(slots, rows, held_out_rows(corpus.test_RxT1, run.eval_tokens))
-                if program_for(run) != population.slots.program or run.ramp or run.live_ramp:
+                if program != population.slots.program or run.ramp or run.live_ramp:
                     raise ValueError(f"{run.run_id} doesn't share the population's program")
                 state = population.slots.program.init(run.seed)
                 population.start(Attempt(run, workdir, corpus, state, on_progress), len(corpus.train_RxT1))
@@ -84,6 +88,12 @@ def train_many(
     finally:
         if population is not None:
             population.close()
+
+
+def _devices_each(num_devices: int, num_slots: int, batch_sequences: int) -> int:
+    """How many devices share the batch of a run, so that all have work."""
+    shares = range(max(1, num_devices // num_slots), 0, -1)
+    return next(n for n in shares if num_devices % n == 0 and batch_sequences % n == 0)
 
 
 class _Seat:

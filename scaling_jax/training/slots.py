@@ -1,26 +1,26 @@
-"""Runs of one program side by side: states stacked in slots, vmapped, the slots spread over devices."""
+"""Runs of one program side by side: states stacked in slots, vmapped, the slots spread over groups of devices."""
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_jax.parallel import Backend, spmd
+from scaling_jax.parallel import AXIS, spmd, spmd_of_runs
 from scaling_jax.training.evaluation import evaluator
 from scaling_jax.training.program import Program, StepMetrics, TrainState, no_metrics, one_step
 
 
 class Slots:
-    """`num_devices · per_device` states; a slot's numbers don't depend on what its neighbours hold."""
+    """`num_groups · per_group` states; a slot's numbers don't depend on what its neighbours hold."""
 
-    def __init__(self, program: Program, num_devices: int, per_device: int, backend: Backend = "pmap"):
-        """All slots hold the state of seed 0; `program` is that of one run on one device."""
-        self.program, self._per_device = program, per_device
-        self._compiled = program, num_devices, per_device, backend
-        shape = (num_devices, per_device)
+    def __init__(self, program: Program, num_groups: int, per_group: int):
+        """All slots hold the state of seed 0; each group of `program.num_devices` devices shares its slots' batches."""
+        self.program, self._per_group = program, per_group
+        self._compiled = program, num_groups, per_group
+        shape = (num_groups, per_group)
         self._states = jax.tree.map(lambda x: jnp.broadcast_to(x, shape + x.shape), program.init(0))
         self._shape = shape
 
@@ -28,10 +28,10 @@ class Slots:
         return int(np.prod(self._shape))
 
     def put(self, slot: int, state: TrainState) -> None:
-        self._states = _put(self._states, divmod(slot, self._per_device), state)
+        self._states = _put(self._states, divmod(slot, self._per_group), state)
 
     def get(self, slot: int) -> TrainState:
-        return _get(self._states, divmod(slot, self._per_device))
+        return _get(self._states, divmod(slot, self._per_group))
 
     def steps(
         self,
@@ -49,10 +49,14 @@ class Slots:
         num_steps = len(orders[0])
         order_SxCxB = np.zeros((len(self), self.program.steps_per_call, self.program.batch_sequences), np.int32)
         order_SxCxB[:, :num_steps] = orders
+        order = order_SxCxB.reshape(*self._shape, order_SxCxB.shape[1], self.program.num_devices, -1)
         settings = np.asarray(learning_rates, np.float32), np.asarray(warmup_steps, np.int32)
         share = functools.partial(jax.tree.map, lambda x: x.reshape(*self._shape, *x.shape[1:]))
         compiled = _compile_steps(*self._compiled)
-        self._states, series = compiled(self._states, rows, share(order_SxCxB), share(settings), jnp.int32(num_steps))
+        order_GxDxSxCxB = order.transpose(0, 3, 1, 2, 4)
+        if self.program.num_devices == 1:
+            order_GxDxSxCxB = order_GxDxSxCxB[:, 0]
+        self._states, series = compiled(self._states, rows, order_GxDxSxCxB, share(settings), jnp.int32(num_steps))
         return jax.tree.map(lambda x: np.asarray(x).reshape(len(self), *x.shape[2:])[:, :num_steps], series)
 
     def test_losses(self, slots: Sequence[int], held_out_RxT1: np.ndarray) -> dict[int, float]:
@@ -74,8 +78,8 @@ def _get(states: TrainState, place: Any) -> TrainState:
 
 
 @functools.cache
-def _compile_steps(program: Program, num_devices: int, per_device: int, backend: Backend):
-    step = jax.vmap(one_step(program, None))
+def _compile_steps(program: Program, num_groups: int, per_group: int):
+    step = jax.vmap(one_step(program, AXIS if program.num_devices > 1 else None))
 
     def steps(states, rows_RxT1, order_SxCxB, settings, num_steps):
         learning_rate_S, warmup_steps_S = settings
@@ -85,15 +89,14 @@ def _compile_steps(program: Program, num_devices: int, per_device: int, backend:
             states, metrics = step(states, rows_RxT1[order_SxCxB[:, i]], learning_rate_S, warmup_steps_S)
             return states, jax.tree.map(lambda xs, x: xs.at[:, i].set(x), series, metrics)
 
-        empty = no_metrics(program, per_device, program.steps_per_call)
+        empty = no_metrics(program, per_group, program.steps_per_call)
         return jax.lax.fori_loop(0, num_steps, body, (states, empty))
 
-    split = (True, False, True, True, False)
-    return spmd(steps, split=split, num_devices=num_devices, backend=backend, donate_argnums=(0,), split_outputs=True)
+    return _over_groups(steps, program, num_groups, split=(1, 0, 2, 1, 0), donate_argnums=(0,))
 
 
 @functools.cache
-def _compile_losses(program: Program, num_devices: int, per_device: int, backend: Backend):
+def _compile_losses(program: Program, num_groups: int, per_group: int):
     evaluate = evaluator(program.model)
 
     def losses(states: TrainState, rows_RxT1, wanted_S):
@@ -102,6 +105,23 @@ def _compile_losses(program: Program, num_devices: int, per_device: int, backend
             loss = jax.lax.cond(wanted_S[slot], lambda: evaluate(state.evaluated_params, rows_RxT1), lambda: 0.0)
             return loss_S.at[slot].set(loss), None
 
-        return jax.lax.scan(one, jnp.zeros(per_device), jnp.arange(per_device))[0]
+        return jax.lax.scan(one, jnp.zeros(per_group), jnp.arange(per_group))[0]
 
-    return spmd(losses, split=(True, False, True), num_devices=num_devices, backend=backend, split_outputs=True)
+    return _over_groups(losses, program, num_groups, split=(1, 0, 1))
+
+
+def _over_groups(body, program: Program, num_groups: int, split: tuple[Literal[0, 1, 2], ...], donate_argnums=()):
+    """`body` of a device; see `spmd_of_runs`. Where groups are single devices, as the program's backend has it."""
+    if program.num_devices > 1:
+        num_devices = program.num_devices
+        return spmd_of_runs(
+            body, split=split, num_runs=num_groups, num_devices=num_devices, donate_argnums=donate_argnums
+        )
+    return spmd(
+        body,
+        split=[s > 0 for s in split],
+        num_devices=num_groups,
+        backend=program.backend,
+        donate_argnums=donate_argnums,
+        split_outputs=True,
+    )

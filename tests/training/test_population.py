@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from scaling_jax.models import ModelConfig
-from scaling_jax.training import Interrupted, OptimizerConfig, Run, read_metrics, train
+from scaling_jax.training import Interrupted, OptimizerConfig, Run, population, read_metrics, train
 from scaling_jax.training.population import train_many
+from scaling_jax.training.slots import Slots
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
 RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, target_loss=5.2, max_steps=40, eval_tokens=512, steps_per_call=8)
@@ -48,6 +49,26 @@ def test_many_runs_in_few_slots_train_like_each_alone(tmp_path, corpus):
                 np.testing.assert_allclose(line[norm], other[norm], rtol=1e-3)
             if "test_loss" in line:
                 assert line["test_loss"] == pytest.approx(other["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_slots", "shape"), [(8, 2, (2, 4)), (8, 3, (4, 2)), (6, 4, (6, 1)), (1, 3, (1, 1))]
+)
+def test_devices_that_runs_leave_over_share_their_batches(num_devices, num_slots, shape, monkeypatch, tmp_path, corpus):
+    """Groups of devices × devices in each; a batch has four sequences."""
+    seen = []
+    monkeypatch.setattr(population, "Slots", lambda *args: seen.append(args) or Slots(*args))
+    run = dataclasses.replace(RUN, max_steps=16, target_loss=None)
+    train_all([run, dataclasses.replace(run, seed=1)], tmp_path, corpus, num_slots, num_devices=num_devices)
+    ((program, num_groups, _),) = seen
+    assert (num_groups, program.num_devices) == shape
+    train(run, tmp_path / "alone", corpus=corpus, num_devices=shape[1])
+    for line, other in zip(
+        *(read_metrics(w / "runs" / run.run_id) for w in (tmp_path, tmp_path / "alone")), strict=True
+    ):
+        assert line["small_batch_tokens"] == other["small_batch_tokens"]
+        for name in ("train_loss", "small_sq_norm", "big_sq_norm", "big_sq_norm_by_layer"):
+            np.testing.assert_allclose(line[name], other[name], rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.slow
