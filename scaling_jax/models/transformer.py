@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scaling_jax.models.products import product
 from scaling_jax.models.sizes import ModelConfig
 
 _INIT = nn.initializers.normal(0.02)
@@ -80,13 +79,7 @@ class _Dense(nn.Module):
         # product, 3.7 times faster than contracting the two axes.
         x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
         init = nn.initializers.normal(0.02 * self.scale)
-        y_NxF = nn.Dense(
-            self.features,
-            dtype=self.dtype,
-            kernel_init=init,
-            dot_general=lambda x, w, *_, **__: product(x, w),
-            name="dense",
-        )(x_NxD)
+        y_NxF = nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name="dense")(x_NxD)
         return y_NxF.reshape(*x_BxTxD.shape[:-1], self.features)
 
 
