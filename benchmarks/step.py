@@ -5,10 +5,10 @@
 
 Tokens per second on all cores of this machine. Ours is `Program.steps`, noise scale measured at every step, in one
 process: "threads" is one device whose operations share the cores, "devices" is a device a core that shares the batch
-(pmap). PyTorch takes the whole batch at once, without a noise scale, with its fused attention and Adam. All get memory
-in huge pages (GLIBC_TUNABLES=glibc.malloc.hugetlb=1). Rounds are interleaved; the ratio is to eager or compiled, to
-whichever the median of rounds is smaller. "share" is of the floating-point rate of a large matrix product in JAX,
-measured in each round, counting 6 FLOP per token and weight and 12·layers·T·D for attention. Name cases to run fewer.
+(pmap). PyTorch takes the whole batch at once, without a noise scale, with its fused attention and Adam. Rounds are
+interleaved; the ratio is to eager or compiled, to whichever the median of rounds is smaller. "share" is of the
+floating-point rate of a large matrix product in JAX, measured in each round, counting 6 FLOP per token and weight and
+12·layers·T·D for attention. Name cases to run fewer.
 """
 
 import json
@@ -120,7 +120,7 @@ def worker(**env: str) -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | env,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
     )
 
 
