@@ -78,7 +78,7 @@ def run_groups(
                 worker.log.unlink()
 
 
-# XLA asks for the memory of each call anew, and in large pages the system hands it out faster; glibc's, others ignore it.
+# XLA asks for the memory of each call anew; glibc alone reads this, and asks for it in pages that take less time.
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
