@@ -51,7 +51,7 @@ def test_one_run_is_trained_and_then_known(tmp_path):
     assert second.stdout.splitlines() == first.stdout.splitlines()[-1:]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_scan_in_a_bucket_is_fitted_reported_and_advised_on_from_another_machine(
     bucket, made_up, monkeypatch, tmp_path
 ):

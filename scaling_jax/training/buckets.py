@@ -97,23 +97,22 @@ def _fetch(copy: Path) -> None:
     found = _address_of(copy)
     if found is None or is_locked(copy / ".lock"):
         return
+    training = {lock.parent for lock in copy.glob("runs/*/.lock") if is_locked(lock)}
     with _named(found):
         there = _objects(found)
-        training = {lock.parent for lock in copy.glob("runs/*/.lock") if is_locked(lock)}
-        for path in _files(copy):
-            if path.relative_to(copy).as_posix() not in there and not training.intersection(path.parents):
-                path.unlink()
-        wanted = [name for name, md5 in there.items() if not training.intersection((copy / name).parents)]
-        wanted = [
-            name for name in wanted if not (copy / name).exists() or _md5((copy / name).read_bytes()) != there[name]
-        ]
-        prefix = found.removeprefix("gs://")
-        contents = _bucket().cat([f"{prefix}/{name}" for name in wanted]) if wanted else {}
-        for name in wanted:
+        here = {path.relative_to(copy).as_posix(): _md5(path.read_bytes()) for path in _files(copy)}
+        outdated = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
+        outdated = [name for name in outdated if not training.intersection((copy / name).parents)]
+        for name in outdated:
+            if name not in there:
+                (copy / name).unlink()
+        addresses = {name: f"{found}/{name}".removeprefix("gs://") for name in outdated if name in there}
+        contents = _bucket().cat(list(addresses.values())) if addresses else {}
+        for name, at in addresses.items():
             path = copy / name
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-            unfinished.write_bytes(contents[f"{prefix}/{name}"])
+            unfinished.write_bytes(contents[at])
             os.replace(unfinished, path)
 
 

@@ -126,7 +126,7 @@ def test_two_processes_scan_as_one_process_with_all_their_devices(folder, undist
     assert_same_scan(folder, results, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_scan_into_a_bucket_is_complete_there(folder, bucket, monkeypatch, tmp_path):
     """Workers train it on one machine; another finds nothing left to train."""
     command = [sys.executable, "-c", COMMAND, "scan", folder / "tiny.py", "--results", f"{bucket}/tiny"]
