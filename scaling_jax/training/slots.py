@@ -49,12 +49,12 @@ class Slots:
         num_steps = len(orders[0])
         order_SxCxB = np.zeros((len(self), self.program.steps_per_call, self.program.batch_sequences), np.int32)
         order_SxCxB[:, :num_steps] = orders
-        order = order_SxCxB.reshape(*self._shape, order_SxCxB.shape[1], self.program.num_devices, -1)
+        order = order_SxCxB.reshape(*self._shape, self.program.steps_per_call, self.program.num_devices, -1)
+        order_GxDxSxCxB = order.transpose(0, 3, 1, 2, 4)
         settings = np.asarray(learning_rates, np.float32), np.asarray(warmup_steps, np.int32)
         share = functools.partial(jax.tree.map, lambda x: x.reshape(*self._shape, *x.shape[1:]))
         compiled = _compile_steps(*self._compiled)
-        order_GxDxSxCxB = order.transpose(0, 3, 1, 2, 4)
-        if self.program.num_devices == 1:
+        if self.program.num_devices == 1:  # see `_over_groups`
             order_GxDxSxCxB = order_GxDxSxCxB[:, 0]
         self._states, series = compiled(self._states, rows, order_GxDxSxCxB, share(settings), jnp.int32(num_steps))
         return jax.tree.map(lambda x: np.asarray(x).reshape(len(self), *x.shape[2:])[:, :num_steps], series)
@@ -111,11 +111,14 @@ def _compile_losses(program: Program, num_groups: int, per_group: int):
 
 
 def _over_groups(body, program: Program, num_groups: int, split: tuple[Literal[0, 1, 2], ...], donate_argnums=()):
-    """`body` of a device; see `spmd_of_runs`. Where groups are single devices, as the program's backend has it."""
+    """`body` of a device; see `spmd_of_runs`. Groups of one device have no axis of devices, and the run's backend."""
     if program.num_devices > 1:
-        num_devices = program.num_devices
         return spmd_of_runs(
-            body, split=split, num_runs=num_groups, num_devices=num_devices, donate_argnums=donate_argnums
+            body,
+            split=split,
+            num_runs=num_groups,
+            num_devices=program.num_devices,
+            donate_argnums=donate_argnums,
         )
     return spmd(
         body,
