@@ -40,7 +40,7 @@ def make_loss(remat=False, dtype=jnp.float32):
         h = taps.add(taps.scale(_normalise(x), p["norm_scale"]), p["norm_bias"])
         q = taps.einsum("btd,dhk->bthk", h, p["query"])
         q = taps.einsum("bthk,hkj->bthj", q, p["per_head"])
-        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, q).astype(jnp.float32)).astype(dtype)
+        weights = jax.nn.softmax(_widen(jnp.einsum("bthk,bshk->bhts", q, q))).astype(dtype)
         x = x + taps.einsum("bthk,hkd->btd", jnp.einsum("bhts,bshk->bthk", weights, q), p["out"])
         return x + taps.einsum("btf,fd->btd", jax.nn.gelu(taps.einsum("btd,df->btf", x, p["wide"])), p["narrow"]), None
 
@@ -50,15 +50,19 @@ def make_loss(remat=False, dtype=jnp.float32):
         x = taps.add(x, params["position"].astype(dtype))
         x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["layers"])
         x = taps.scale(_normalise(x), params["final_norm_scale"].astype(dtype))
-        logits = taps.unembed_tied(x, params["embedding"].astype(dtype), inputs, link).astype(jnp.float32)
+        logits = _widen(taps.unembed_tied(x, params["embedding"].astype(dtype), inputs, link))
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1))
 
     return loss
 
 
 def _normalise(x):
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    wide = _widen(x)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def _widen(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def tokens(key, batch):
