@@ -78,10 +78,6 @@ def run_groups(
                 worker.log.unlink()
 
 
-# XLA asks for the memory of each call anew; glibc alone reads this, and asks for it in pages that take less time.
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
-
-
 class _Worker:
     def __init__(self, workdir: Path, core: int | None, events: queue.Queue, lock: int | None, platform: str | None):
         self.log = workdir / "logs" / f"worker-{socket.gethostname()}-{os.getpid()}-{core}.log"
@@ -129,6 +125,5 @@ def _environment(platform: str | None) -> dict[str, str]:
     chosen = os.environ if platform is None else os.environ | {"JAX_PLATFORMS": platform}
     return chosen | {
         "XLA_FLAGS": f"{flags} --xla_cpu_multi_thread_eigen=false".strip(),
-        "GLIBC_TUNABLES": ":".join(filter(None, [os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES])),
         "PYTHONPATH": path,
     }

@@ -52,7 +52,12 @@ def test_many_runs_in_few_slots_train_like_each_alone(tmp_path, corpus):
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "num_slots", "shape"), [(8, 2, (2, 4)), (8, 3, (4, 2)), (6, 4, (6, 1)), (1, 3, (1, 1))]
+    ("num_devices", "num_slots", "shape"),
+    [
+        (8, 3, (4, 2)),
+        pytest.param(8, 2, (2, 4), marks=pytest.mark.long),
+        pytest.param(6, 4, (6, 1), marks=pytest.mark.long),
+    ],
 )
 def test_devices_that_runs_leave_over_share_their_batches(num_devices, num_slots, shape, monkeypatch, tmp_path, corpus):
     """Groups of devices × devices in each; a batch has four sequences."""
