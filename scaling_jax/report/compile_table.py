@@ -75,7 +75,7 @@ def _sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> list[str]:
                 f"{near} tokens"
             )
     lines += [f"DOESN'T FIT: {b.program.model.name}, batch of {b.batch_tokens:,} tokens" for b in batches if not b.fits]
-    return lines
+    return list(dict.fromkeys(lines))  # models of one context say the same of a batch
 
 
 def _by_model(batches: Sequence[CompiledBatch]) -> list[list[CompiledBatch]]:
