@@ -23,7 +23,7 @@ jax.config.update("jax_debug_nans", True)
 
 pytest_plugins = ["tests.made_up_scan", "tests.buckets"]
 
-_LONGEST = ("test_demo.py", "test_processes.py", "test_executors.py", "test_truth.py", "test_interruption.py")
+_LONGEST = ("test_demo.py", "test_cli.py", "test_report.py", "test_figures.py", "test_truth.py")
 
 
 def pytest_collection_modifyitems(items):

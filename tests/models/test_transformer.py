@@ -14,14 +14,19 @@ SMALL = ModelConfig(n_layer=2, d_model=16, n_head=2, context=8, vocab_size=11)
 
 def initialised(config):
     tokens = jax.random.randint(jax.random.key(1), (3, config.context), 0, config.vocab_size)
-    params = Transformer(config).init(jax.random.key(0), tokens)["params"]
+    # A function of its own each time: what tests change in the module must be traced anew.
+    params = jax.jit(lambda key, tokens: Transformer(config).init(key, tokens)["params"])(jax.random.key(0), tokens)
     return params, tokens
+
+
+def logits_of(config, params, tokens):
+    return jax.jit(lambda params, tokens: Transformer(config).apply({"params": params}, tokens))(params, tokens)
 
 
 def test_a_position_sees_itself_and_the_past_only():
     params, tokens = initialised(SMALL)
     changed = tokens.at[:, 5].add(1) % SMALL.vocab_size
-    before, after = (Transformer(SMALL).apply({"params": params}, t) for t in (tokens, changed))
+    before, after = (logits_of(SMALL, params, t) for t in (tokens, changed))
     np.testing.assert_array_equal(before[:, :5], after[:, :5])
     assert (np.abs(before[:, 5:] - after[:, 5:]).max(axis=-1) > 0).all()
 
@@ -36,10 +41,14 @@ def test_attention_in_parts_is_attention(context):
         q, k, v = (x.reshape(2, context, 2, 8) for x in jnp.split(qkv, 3, axis=-1))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(2, context, 16)
 
-    got, got_pullback = jax.vjp(lambda qkv: transformer.causal_attention(qkv, 2), qkv)
-    want, want_pullback = jax.vjp(reference, qkv)
+    def value_and_pullback(attention):
+        value, pullback = jax.vjp(attention, qkv)
+        return value, pullback(cotangent)[0]
+
+    got, got_pulled_back = jax.jit(lambda: value_and_pullback(lambda qkv: transformer.causal_attention(qkv, 2)))()
+    want, want_pulled_back = jax.jit(lambda: value_and_pullback(reference))()
     np.testing.assert_allclose(got, want, atol=2e-6)
-    np.testing.assert_allclose(got_pullback(cotangent)[0], want_pullback(cotangent)[0], atol=1e-5)
+    np.testing.assert_allclose(got_pulled_back, want_pulled_back, atol=1e-5)
 
 
 def test_cudnn_attention_gets_the_same_queries_keys_and_values(monkeypatch):
@@ -76,8 +85,8 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, most_logits):
         return Transformer(SMALL).apply({"params": params}, tokens, tokens)
 
     monkeypatch.setattr(transformer, "_MOST_LOGITS", most_logits)
-    loss, grads = jax.value_and_grad(chunked)(params)
-    want_loss, want_grads = jax.value_and_grad(whole)(params)
+    loss, grads = jax.jit(jax.value_and_grad(chunked))(params)
+    want_loss, want_grads = jax.jit(jax.value_and_grad(whole))(params)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, want_grads)
     assert ("f32[3,8,11]" in str(jax.make_jaxpr(chunked)(params))) == (most_logits == 24 * 11)
@@ -85,7 +94,7 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, most_logits):
 
 def test_loss_of_an_untrained_model_is_that_of_a_uniform_guess():
     params, tokens = initialised(SMALL)
-    loss = next_token_loss(Transformer(SMALL).apply({"params": params}, tokens), tokens)
+    loss = next_token_loss(logits_of(SMALL, params, tokens), tokens)
     assert abs(loss - math.log(SMALL.vocab_size)) < 0.05
 
 
@@ -111,20 +120,20 @@ def test_n_is_the_matrices_of_the_layers():
 def test_unrolling_the_layers_changes_neither_parameters_nor_results(monkeypatch):
     params, tokens = initialised(SMALL)
     assert params["layers"]["qkv"]["dense"]["kernel"].shape == (2, 16, 48)
-    unrolled = Transformer(SMALL).apply({"params": params}, tokens)
+    unrolled = logits_of(SMALL, params, tokens)
     monkeypatch.setattr(transformer, "_MOST_UNROLLED", 0)
     looped_params, _ = initialised(SMALL)
     jax.tree.map(np.testing.assert_array_equal, looped_params, params)
-    np.testing.assert_allclose(Transformer(SMALL).apply({"params": params}, tokens), unrolled, atol=1e-6)
+    np.testing.assert_allclose(logits_of(SMALL, params, tokens), unrolled, atol=1e-6)
 
 
 def test_bfloat16_computes_close_to_float32_with_float32_parameters_and_logits():
     params, tokens = initialised(SMALL)
-    half = Transformer(dataclasses.replace(SMALL, compute_dtype="bfloat16"))
-    logits = half.apply({"params": params}, tokens)
+    half = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    logits = logits_of(half, params, tokens)
     assert logits.dtype == jnp.float32
-    assert {x.dtype for x in jax.tree.leaves(half.init(jax.random.key(0), tokens))} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(logits, Transformer(SMALL).apply({"params": params}, tokens), atol=0.02)
+    assert {x.dtype for x in jax.tree.leaves(initialised(half)[0])} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(logits, logits_of(SMALL, params, tokens), atol=0.02)
 
 
 def test_an_unknown_size_is_answered_with_the_table():
