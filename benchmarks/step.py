@@ -21,7 +21,11 @@ import time
 SIZES = {"2x64": (2, 64, 2, 256, 64), "4x128": (4, 128, 4, 256, 64), "4x256": (4, 256, 4, 512, 256)}  # V, T last
 CASES = [f"{size}:{batch}" for size in SIZES for batch in (512, 1_024, 4_096, 16_384)]
 ROUNDS = 9
-SECONDS = 0.5  # a measurement, but 8 steps, as a run's calls take up to 64, or as many as take four seconds
+SECONDS = 0.5  # a measurement
+FEWEST_STEPS = (
+    8  # a measurement, where they take up to MOST_SECONDS: a call takes its memory anew, a run's calls are long
+)
+MOST_SECONDS = 4.0
 ROWS = 2_000
 
 
@@ -109,7 +113,9 @@ def measure() -> None:
             start = time.perf_counter()
             steps[request](2)
             seconds_per_step = (time.perf_counter() - start) / 2
-            count[request] = max(2, round(SECONDS / seconds_per_step), min(8, round(4 / seconds_per_step)))
+            count[request] = max(
+                2, round(SECONDS / seconds_per_step), min(FEWEST_STEPS, round(MOST_SECONDS / seconds_per_step))
+            )
         start = time.perf_counter()
         steps[request](count[request])
         print(json.dumps(count[request] * int(case.split(":")[1]) / (time.perf_counter() - start)), flush=True)
