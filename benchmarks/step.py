@@ -22,9 +22,9 @@ SIZES = {"2x64": (2, 64, 2, 256, 64), "4x128": (4, 128, 4, 256, 64), "4x256": (4
 CASES = [f"{size}:{batch}" for size in SIZES for batch in (512, 1_024, 4_096, 16_384)]
 ROUNDS = 9
 SECONDS = 0.5  # a measurement
-FEWEST_STEPS = (
-    8  # a measurement, where they take up to MOST_SECONDS: a call takes its memory anew, a run's calls are long
-)
+# Each call takes its memory anew, and a run's calls are long: this many steps at least, unless they take longer than
+# MOST_SECONDS.
+FEWEST_STEPS = 8
 MOST_SECONDS = 4.0
 ROWS = 2_000
 
