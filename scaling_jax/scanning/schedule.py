@@ -71,15 +71,17 @@ def scan(
         with together():
             if is_first():
                 lock = stack.enter_context(locked(workdir / ".lock", str(workdir)))
-                _claim(workdir, experiment)
-                publish(workdir)
+                _check_claim(workdir, experiment)
                 missing = _missing(experiment, workdir)
         missing = from_first(missing)
+        with together():
+            for context in {subject.model.context for subject in experiment.subjects} if missing else ():
+                prepare(experiment.text, context, experiment.tokenizer)  # once, before workers ask for it together
+            if is_first():
+                _claim(workdir, experiment)  # now that its text is there: a mistyped one must not keep the folder
+                publish(workdir)
         if not missing:
             return workdir
-        with together():
-            for context in {subject.model.context for subject in experiment.subjects}:
-                prepare(experiment.text, context, experiment.tokenizer)  # once, before workers ask for it together
         if executor != "local":
             ENGINES[executor](workdir, missing, on_event, parse_options(executor_options))
         elif jax.default_backend() == "cpu" and jax.process_count() == 1:
@@ -147,6 +149,11 @@ def _claim(workdir: Path, experiment: Experiment) -> None:
     path = workdir / "experiment.json"
     if not path.exists():
         write_json(path, to_dict(experiment))
+
+
+def _check_claim(workdir: Path, experiment: Experiment) -> None:
+    path = workdir / "experiment.json"
+    if not path.exists():
         return
     try:
         same = from_dict(Experiment, json.loads(path.read_text())) == experiment

@@ -102,9 +102,11 @@ def test_advice_refuses_what_does_not_go_together(arguments, names, refuses, mea
         (("data", "prepare", ""), "text source"),
         (("data", "inspect", "{text}", "--rows", "-1"), "rows"),
         (("data", "inspect", "{text}"), "isn't packed"),
-        (("train", "--learning-rate", "1e-3", "--max-steps", "9"), "--batch-tokens"),
+        (("train", "--learning-rate", "1e-3", "--max-steps", "9"), "exactly one of --batch-tokens and --ramp"),
         (("train", "--learning-rate", "1", "--batch-tokens", "128", "--text", "{text}"), "max_steps"),
         (("train", "--learning-rate", "1", "--ramp", "."), "ramp"),
+        (("train", "--learning-rate", "1", "--ramp", "/nowhere.json"), "can't read a ramp from /nowhere.json"),
+        (("train", *options(TRAIN | {"batch-tokens": "512"}), "--text", "{text}", "--results", "/dev/null"), "Not a"),
         (("status", "."), "experiment.json"),
         (("status", ""), "experiment.json"),
         (("report", "."), "experiment.json"),
@@ -112,13 +114,24 @@ def test_advice_refuses_what_does_not_go_together(arguments, names, refuses, mea
         (("branch", ".", "--batch-tokens", "128"), "experiment.json"),
         (("advise", ".", "--target-loss", "2"), "measurements.csv"),
         (("scan", "."), "experiment file"),
+        (("scan", "missing.py"), "no experiment file missing.py"),
         (("scan", "x.py", "--set", "a=1"), "x.py"),
         (("compile", "x.py"), "x.py"),
         (("demo", "--dry-run", "--text", "files:"), "files:"),
+        (("demo", "--dry-run", "--text", "files:/nowhere/*"), "matches no file"),
+        (("demo", "--results", "/proc/x"), "can't write results to /proc/x"),
+        (("--tyro-print-completion", "foo"), "foo: completion is for bash, zsh, tcsh, fish"),
     ],
 )
 def test_other_commands_refuse_by_name(arguments, names, refuses, text):
     refuses(*(word.format(text=text[1]) for word in arguments), names=names)
+
+
+def test_a_mistyped_text_leaves_the_folder_to_the_corrected_command(cli, tmp_path):
+    done = cli("demo", "--quick", "--text", "files:/nowhere/*", "--results", tmp_path / "results")
+    assert done.code == 2
+    assert "matches no file" in done.errors
+    assert not (tmp_path / "results" / "experiment.json").exists()
 
 
 @pytest.mark.parametrize("command", ["demo", "scan", "train", "branch", "fit", "report", "advise", "status", "compile"])
