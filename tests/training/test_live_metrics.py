@@ -53,7 +53,7 @@ def test_bounds_in_l1_give_a_noise_scale_in_tokens(adam_state):
 @pytest.mark.slow
 def test_the_spectral_norm_is_that_of_the_matrices_inside_layers(adam_state):
     _, _, grad_high = measure(MODEL, "spectral", adam_state, TOKENS)
-    grads = jax.grad(batch_loss(MODEL))(adam_state.params, TOKENS)["layers"]
+    grads = jax.jit(jax.grad(batch_loss(MODEL)))(adam_state.params, TOKENS)["layers"]
     matrices = [x for stack in jax.tree.leaves(grads) if stack.ndim == 3 for x in stack]
     assert len(matrices) == 4
     nuclear = sum(np.linalg.norm(x, "nuc") for x in matrices)
@@ -63,8 +63,10 @@ def test_the_spectral_norm_is_that_of_the_matrices_inside_layers(adam_state):
 @pytest.mark.slow
 def test_curvature_is_that_of_the_second_half_and_gradients_those_of_the_first(adam_state):
     loss, (first, second) = batch_loss(MODEL), np.split(TOKENS, 2)
-    grads = jax.grad(loss)(adam_state.params, first)
-    _, product = jax.jvp(lambda p: jax.grad(loss)(p, second), (adam_state.params,), (grads,))
+    grads = jax.jit(jax.grad(loss))(adam_state.params, first)
+    _, product = jax.jit(lambda *at: jax.jvp(lambda p: jax.grad(loss)(p, second), at[:1], at[1:]))(
+        adam_state.params, grads
+    )
     expected = sum(float(jnp.sum(g * h)) for g, h in zip(*map(jax.tree.leaves, (grads, product)), strict=True))
     _, big, small_batch, big_batch = measure(MODEL, "curvature", adam_state, TOKENS)
     np.testing.assert_allclose(big, expected, rtol=1e-3)
