@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from scaling_jax.errors import UserError
 from scaling_jax.models import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, read_metrics, train
 from scaling_jax.training.optimizers import make_optimizer
-from scaling_jax.training.program import program_for
+from scaling_jax.training.program import _compile, program_for
 from scaling_jax.training.ramp import Stage
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
@@ -102,17 +103,18 @@ def test_the_evaluated_average_is_that_of_the_weights_after_each_step(corpus):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.evaluated_params, expected)
 
 
-def test_an_average_changes_what_is_evaluated_and_not_the_training(tmp_path, corpus):
-    runs = [dataclasses.replace(RUN, average_half_life_tokens=half_life) for half_life in (None, 1_000.0, 200.0)]
-    losses, tested = [], set()
-    for run in runs:
-        train(run, tmp_path, corpus=corpus, num_devices=1)
-        lines = read_metrics(tmp_path / "runs" / run.run_id)
-        losses.append([loss for line in lines for loss in line["train_loss"]])
-        tested.add(lines[-1]["test_loss"])
-    assert losses[1] == losses[2]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)  # another program: XLA may round otherwise
-    assert len(tested) == 3
+def test_an_average_changes_what_is_evaluated_and_not_the_training(tmp_path, corpus, monkeypatch):
+    # Compiled as users' programs are, which pmap has no option for: the tests' own emitters round these two differently.
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True}))
+    plain, averaged = RUN, dataclasses.replace(RUN, average_half_life_tokens=1_000.0)
+    lines = []
+    for run in (plain, averaged):
+        _compile.cache_clear()
+        train(run, tmp_path, corpus=corpus, num_devices=1, backend="shard_map")
+        lines.append(read_metrics(tmp_path / "runs" / run.run_id))
+    _compile.cache_clear()
+    assert [x["train_loss"] for x in lines[0]] == [x["train_loss"] for x in lines[1]]
+    assert lines[0][-1]["test_loss"] != lines[1][-1]["test_loss"]
 
 
 @pytest.mark.parametrize(
