@@ -104,7 +104,7 @@ def test_the_evaluated_average_is_that_of_the_weights_after_each_step(corpus):
 
 
 def test_an_average_changes_what_is_evaluated_and_not_the_training(tmp_path, corpus, monkeypatch):
-    # Compiled as users' programs are, which pmap has no option for: the tests' own emitters round these two differently.
+    # Compiled as users' programs are, for which pmap has no option: the tests' emitters round these two differently.
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True}))
     plain, averaged = RUN, dataclasses.replace(RUN, average_half_life_tokens=1_000.0)
     lines = []
