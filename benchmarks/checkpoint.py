@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling_jax.models import model_config
 from scaling_jax.parallel import replicate
+from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
 from scaling_jax.training.checkpoints import Checkpoints
 from scaling_jax.training.program import program_for

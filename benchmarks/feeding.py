@@ -20,8 +20,8 @@ import numpy as np
 
 from scaling_jax.data import Corpus, rows_of
 from scaling_jax.data.feeding import RESIDENT_BYTES, Feeder, Span, is_resident
-from scaling_jax.models import model_config
 from scaling_jax.parallel import replicate
+from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
 from scaling_jax.training.program import program_for
 

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from scaling_jax.models import model_config, next_token_loss
-from scaling_jax.models.transformer import causal_attention
 from scaling_jax.noise_scale import every, geometries, taps, value_and_grad
+from scaling_jax.tasks import model_config, next_token_loss
+from scaling_jax.tasks.transformer import causal_attention
 
 ROUNDS = 9
 BATCH_TOKENS = 4_096

@@ -38,7 +38,7 @@ def measure() -> None:
     import jax
     import numpy as np
 
-    from scaling_jax.models import model_config
+    from scaling_jax.tasks import model_config
     from scaling_jax.training import Run
     from scaling_jax.training.program import program_for
 

@@ -19,8 +19,8 @@ import time
 import jax
 import numpy as np
 
-from scaling_jax.models import model_config
 from scaling_jax.parallel import replicate
+from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
 from scaling_jax.training.program import program_for
 

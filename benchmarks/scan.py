@@ -21,8 +21,8 @@ from pathlib import Path
 _ONE_BY_ONE = """
 import sys
 from pathlib import Path
-from scaling_jax.scanning.groups import run_group
-from scaling_jax.training.compilation import keep_compiled_programs
+from scaling_jax.scanning.cells import run_group
+from scaling_jax.parallel.cpus import keep_compiled_programs
 from benchmarks.scan import experiment
 keep_compiled_programs()
 chosen = experiment(sys.argv[1] == "quick")

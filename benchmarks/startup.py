@@ -15,9 +15,9 @@ import time
 ROUNDS = 5
 FIRST_STEP = """
 import numpy as np
-from scaling_jax.models import model_config
+from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
-from scaling_jax.training.compilation import keep_compiled_programs
+from scaling_jax.parallel.cpus import keep_compiled_programs
 from scaling_jax.training.program import program_for
 keep_compiled_programs()
 program = program_for(Run(model_config("2x64"), 2_048, 1e-3, max_steps=1))

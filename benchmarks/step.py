@@ -30,7 +30,7 @@ ROWS = 2_000
 
 
 def model_of(case: str):
-    from scaling_jax.models import ModelConfig
+    from scaling_jax.tasks import ModelConfig
 
     n_layer, d_model, n_head, vocab_size, context = SIZES[case.split(":")[0]]
     return ModelConfig(n_layer, d_model, n_head, vocab_size=vocab_size, context=context)

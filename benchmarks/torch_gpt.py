@@ -1,10 +1,10 @@
-"""The model of `scaling_jax.models` and its training step in plain PyTorch: what `step.py` compares with."""
+"""The model of `scaling_jax.tasks` and its training step in plain PyTorch: what `step.py` compares with."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scaling_jax.models import ModelConfig
+from scaling_jax.tasks import ModelConfig
 
 
 class Block(nn.Module):

@@ -28,13 +28,13 @@ import statistics
 from pathlib import Path
 
 from scaling_jax.advice import ramp
-from scaling_jax.analysis.table_fit import fit_table
 from scaling_jax.data import prepare
 from scaling_jax.fitting import steps_to_loss
-from scaling_jax.models import model_config
+from scaling_jax.parallel.cpus import keep_compiled_programs
+from scaling_jax.results.table import fit_table
 from scaling_jax.scanning.search import evaluations
+from scaling_jax.tasks import model_config
 from scaling_jax.training import LiveRamp, Run, read_metrics, train
-from scaling_jax.training.compilation import keep_compiled_programs
 from scaling_jax.training.records import write_atomically
 
 FRACTION = 0.2  # of B_crit: a fifth more tokens than the fewest, at the very most

@@ -28,8 +28,8 @@ import numpy as np
 from scaling_jax.advice import Progress, reach
 from scaling_jax.data import prepare
 from scaling_jax.fitting import published, steps_to_loss
-from scaling_jax.models import model_config
 from scaling_jax.scanning.search import evaluations
+from scaling_jax.tasks import model_config
 from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, read_metrics, train
 
 FRACTION = 0.5  # of B_crit

@@ -29,8 +29,8 @@ between -4 and -6. A loss on C4 isn't a loss on WebText2, even in the same token
 which bends the law and moves its constant, at this exponent by 5 % for each 1 % of loss.
 """
 
-from scaling_jax.models import model_config
 from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two
+from scaling_jax.tasks import model_config
 from scaling_jax.training import OptimizerConfig
 
 CONFIG = {"context": 1_024, "vocab_size": 50_257, "compute_dtype": "bfloat16"}

@@ -11,8 +11,8 @@ here, so the lowest losses may be flagged as one-sided: add 2^18 for another 20 
 About the text, and the caveat that goes with it, see kaplan_3m_85m.py; a dozen of C4's 1,024 files are plenty.
 """
 
-from scaling_jax.models import model_config
 from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two
+from scaling_jax.tasks import model_config
 from scaling_jax.training import OptimizerConfig
 
 EXPERIMENT = Experiment(

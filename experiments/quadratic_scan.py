@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
-from scaling_jax.analysis.measurements import measure
 from scaling_jax.fitting import ScanFit, Tradeoff, fit_scan, fit_tradeoff
-from scaling_jax.models import ModelConfig
+from scaling_jax.results.measurements import measure
 from scaling_jax.scanning import Experiment, LearningRates, Subject, powers_of_two
 from scaling_jax.scanning.search import search
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, RunResult
-from scaling_jax.training.course import ending
+from scaling_jax.training.journal import ending
 from scaling_jax.training.records import jsonable, write_metrics, write_result
 from scaling_jax.training.run import next_evaluation
 

@@ -15,8 +15,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from scaling_jax import live
 from scaling_jax.cli.results import show
+from scaling_jax.console import live
 from scaling_jax.scanning.demo import DEMO
 
 SEEDS = (0,)

@@ -7,19 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaling_jax import advice, data, fitting, models, noise_scale
-    from scaling_jax.analysis import analyse
+    from scaling_jax import advice, data, fitting, noise_scale, tasks
     from scaling_jax.errors import UserError
-    from scaling_jax.models import MODELS, ModelConfig, model_config
     from scaling_jax.report import write_figures, write_report
+    from scaling_jax.results import analyse
     from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, scan
+    from scaling_jax.tasks import MODELS, ModelConfig, model_config
     from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, train
 
-_SUBPACKAGES = {"advice", "data", "fitting", "models", "noise_scale"}
+_SUBPACKAGES = {"advice", "data", "fitting", "noise_scale", "tasks"}
 _HOMES = {
-    "MODELS": "models",
-    "ModelConfig": "models",
-    "model_config": "models",
+    "MODELS": "tasks",
+    "ModelConfig": "tasks",
+    "model_config": "tasks",
     "LiveRamp": "training",
     "OptimizerConfig": "training",
     "Run": "training",
@@ -31,7 +31,8 @@ _HOMES = {
     "log_spaced": "scanning",
     "powers_of_two": "scanning",
     "scan": "scanning",
-    "analyse": "analysis",
+    "analyse": "results",
+    "read_results": "results",
     "write_figures": "report",
     "write_report": "report",
     "UserError": "errors",
@@ -54,10 +55,11 @@ __all__ = [
     "fitting",
     "log_spaced",
     "model_config",
-    "models",
     "noise_scale",
     "powers_of_two",
+    "read_results",
     "scan",
+    "tasks",
     "train",
     "write_figures",
     "write_report",

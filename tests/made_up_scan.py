@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from scaling_jax.config import to_dict
-from scaling_jax.models import ModelConfig
+from scaling_jax.io.config import to_dict
 from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two
 from scaling_jax.scanning.search import search
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import RunResult
 from scaling_jax.training.records import append_metrics, write_json, write_result
 

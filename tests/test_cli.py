@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import scaling_jax as sj
-from scaling_jax.training.buckets import publish, working_copy
+from scaling_jax.io.stores import publish, working_copy
 from tests.training.test_buckets import move_to_another_machine, objects
 
 

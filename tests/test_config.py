@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from scaling_jax.config import config_hash, from_dict, to_dict, with_overrides
 from scaling_jax.errors import UserError
+from scaling_jax.io.config import config_hash, from_dict, to_dict, with_overrides
 from scaling_jax.scanning.demo import DEMO
 
 

@@ -6,10 +6,10 @@ import time
 import pytest
 from rich.console import Console
 
-from scaling_jax import live
-from scaling_jax.live import ScanDisplay
-from scaling_jax.models import ModelConfig
+from scaling_jax.console import live
+from scaling_jax.console.live import ScanDisplay
 from scaling_jax.scanning import Experiment, LearningRates, Subject, powers_of_two
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, Run
 
 EXPERIMENT = Experiment(

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
+from scaling_jax.console.dashboards import Follower, Scalars, asked_for
 from scaling_jax.errors import UserError
-from scaling_jax.noise_scale.smoothing import ema
-from scaling_jax.trackers import Follower, Scalars, asked_for
+from scaling_jax.noise_scale.tracker import ema
 
 
 def line(step, count, test_loss=None):

@@ -1,18 +1,30 @@
 """From fitted critical batch sizes to a batch size or a batch ramp, and what each costs in steps, tokens and time."""
 
-from scaling_jax.advice.adjust import Adjusted, fewest_steps, least_compute
-from scaling_jax.advice.choices import Choice, Hardware, choices, fastest, largest_within, powers_around
+from scaling_jax.advice.choices import (
+    Adjusted,
+    Choice,
+    Hardware,
+    choices,
+    fastest,
+    fewest_steps,
+    largest_within,
+    least_compute,
+    powers_around,
+)
 from scaling_jax.advice.goal import Goal, goal, losses_of, models_of
-from scaling_jax.advice.ramp import Progress, Stage, progress, ramp, reach
+from scaling_jax.advice.ramp import Cost, Descent, Stage, cost, descent, ramp
 
 __all__ = [
     "Adjusted",
     "Choice",
+    "Cost",
+    "Descent",
     "Goal",
     "Hardware",
-    "Progress",
     "Stage",
     "choices",
+    "cost",
+    "descent",
     "fastest",
     "fewest_steps",
     "goal",
@@ -21,7 +33,5 @@ __all__ = [
     "losses_of",
     "models_of",
     "powers_around",
-    "progress",
     "ramp",
-    "reach",
 ]

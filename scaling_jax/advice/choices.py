@@ -6,6 +6,7 @@ steps and tokens is smallest, and in log steps against log tokens the curve bend
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from scaling_jax.advice.goal import Goal
 from scaling_jax.errors import UserError
@@ -98,3 +99,38 @@ def fastest(to: Goal, hardware: Hardware, budget_tokens: float = math.inf) -> fl
     if hardware.device_batch_tokens == 0:
         return None
     return min(hardware.devices * hardware.device_batch_tokens, largest_within(to, budget_tokens))
+
+
+class Adjusted(NamedTuple):
+    """A value with the interval that it inherits from B_crit's."""
+
+    value: float
+    low: float
+    high: float
+
+
+def fewest_steps(steps, batch_tokens, b_crit, b_crit_interval=None) -> Adjusted:
+    """S_min = S/(1 + B_crit/B): steps to the same loss if the batch were far above B_crit.
+
+    Args:
+      steps: of a run at `batch_tokens` tokens a step.
+      b_crit, b_crit_interval: tokens, at the loss that the run reached; no interval is an interval of no width.
+    """
+    low, high = (b_crit, b_crit) if b_crit_interval is None else b_crit_interval
+    value, at_low, at_high = (steps / (1.0 + b / batch_tokens) for b in (b_crit, low, high))
+    return Adjusted(value, at_high, at_low)
+
+
+def least_compute(compute, batch_tokens, b_crit, b_crit_interval=None) -> Adjusted:
+    """C_min = C/(1 + B/B_crit): compute to the same loss if the batch were far below B_crit, in the unit of `compute`.
+
+    Args:
+      compute: of a run at `batch_tokens` tokens a step; tokens or FLOPs alike.
+      b_crit, b_crit_interval: tokens, at the loss that the run reached; no interval is an interval of no width.
+    """
+    low, high = (b_crit, b_crit) if b_crit_interval is None else b_crit_interval
+    # b/(b + B), not 1/(1 + B/b), so that an interval from 0 needs no division by it.
+    value, at_low, at_high = (
+        compute * (b / (b + batch_tokens) if b < float("inf") else 1.0) for b in (b_crit, low, high)
+    )
+    return Adjusted(value, at_low, at_high)

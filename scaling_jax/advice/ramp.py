@@ -18,7 +18,7 @@ from scaling_jax.training.ramp import Stage
 GRID = 2_000  # losses between the highest measured one and the target
 
 
-class Progress(NamedTuple):
+class Descent(NamedTuple):
     """S_min and E_min along falling losses, `[losses]` each; before the first loss nothing is known but their sums."""
 
     losses: np.ndarray  # nats per token, falling
@@ -27,14 +27,14 @@ class Progress(NamedTuple):
     b_crit: np.ndarray  # tokens, by the law, never falling
 
 
-class Reached(NamedTuple):
+class Cost(NamedTuple):
     """Steps and tokens that a schedule takes to the last loss."""
 
     steps: float
     tokens: float
 
 
-def progress(fit: ScanFit, target_loss: float, model: str | None = None) -> Progress:
+def descent(fit: ScanFit, target_loss: float, model: str | None = None) -> Descent:
     """What the model needs on its way from the highest loss measured down to the target.
 
     Raises:
@@ -47,7 +47,7 @@ def progress(fit: ScanFit, target_loss: float, model: str | None = None) -> Prog
     # Where neighbouring fits are a little out of order nothing is gained by waiting.
     log_s_min, log_e_min = (np.maximum.accumulate(x) for x in goals)
     b_crit = fit.law(losses) if fit.law else np.exp(log_e_min - log_s_min)
-    return Progress(losses, np.exp(log_s_min), np.exp(log_e_min), np.maximum.accumulate(b_crit))
+    return Descent(losses, np.exp(log_s_min), np.exp(log_e_min), np.maximum.accumulate(b_crit))
 
 
 def ramp(
@@ -81,7 +81,7 @@ def ramp(
             f"a ramp from {start_batch_tokens} to {max_batch_tokens} tokens at {fraction:g}·B_crit: batches should be "
             "positive and rising, and the fraction positive"
         )
-    way = progress(fit, target_loss, model)
+    way = descent(fit, target_loss, model)
     largest = max_batch_tokens or math.inf
     stages = [Stage(0, start_batch_tokens, 1.0)]
     for k in range(GRID - 1):
@@ -89,14 +89,14 @@ def ramp(
         while 2 * batch <= min(largest, fraction * way.b_crit[k]):
             batch *= 2
         if batch > stages[-1].batch_tokens:
-            tokens = reach(Progress(*(x[: k + 1] for x in way)), tuple(stages)).tokens
+            tokens = cost(Descent(*(x[: k + 1] for x in way)), tuple(stages)).tokens
             before = stages[-1]
             whole = before.tokens + math.ceil((tokens - before.tokens) / before.batch_tokens) * before.batch_tokens
             stages.append(Stage(whole, batch, math.sqrt(batch / start_batch_tokens)))
     return tuple(stages)
 
 
-def reach(way: Progress, stages: tuple[Stage, ...]) -> Reached:
+def cost(way: Descent, stages: tuple[Stage, ...]) -> Cost:
     """Steps and tokens to the last loss of `way` under a schedule; one stage is a constant batch."""
     steps = tokens = 0.0
     starts = [stage.tokens for stage in stages] + [math.inf]
@@ -116,7 +116,7 @@ def reach(way: Progress, stages: tuple[Stage, ...]) -> Reached:
             steps, tokens = steps + left / batch, tokens + left
             more_steps, more_tokens = more_steps * (1 - done), more_tokens * (1 - done)
             k += 1
-    return Reached(steps, tokens)
+    return Cost(steps, tokens)
 
 
 def _on_grid(fit: ScanFit, model: str, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

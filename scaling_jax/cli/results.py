@@ -4,31 +4,31 @@ from pathlib import Path
 
 import tyro
 
-from scaling_jax.cli.app import app
+from scaling_jax.cli.app import Size, app
 from scaling_jax.errors import UserError
 
 
 @app.command
 def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
-    """How far the scan in a folder is: groups, newest losses, time left; while it runs and after.
+    """How far the scan or the runs in a folder are: newest losses, time left; while they train and after.
 
     Example: scaling-jax status results/demo
 
     Args:
-      results: the folder that a scan writes, or gs://bucket/folder.
+      results: the folder that a scan or `train` writes, or gs://bucket/folder.
       json: print it for machines.
     """
     from rich.console import Console
 
-    from scaling_jax.analysis.plain import as_json
-    from scaling_jax.report.status import print_status, read_status
-    from scaling_jax.training.buckets import working_copy
+    from scaling_jax.console.tables import status_table
+    from scaling_jax.io.files import as_json
+    from scaling_jax.results.status import read_status
 
-    found = read_status(working_copy(results))
+    found = read_status(results)
     if json:
         print(as_json(found))
     else:
-        Console().print(print_status(found), highlight=False)
+        Console().print(status_table(found), highlight=False)
 
 
 @app.command
@@ -43,11 +43,10 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     """
     from rich.console import Console
 
-    from scaling_jax.analysis import analyse
-    from scaling_jax.analysis.table_fit import fit_table, write_fit
-    from scaling_jax.report.fitted_table import print_fit
-    from scaling_jax.report.summary import summary
-    from scaling_jax.training.buckets import working_copy
+    from scaling_jax.console.tables import print_fit, summary
+    from scaling_jax.io.stores import working_copy
+    from scaling_jax.results import analyse
+    from scaling_jax.results.table import fit_table, write_fit
 
     results = working_copy(results)
     if results.suffix == ".csv" and not results.exists():
@@ -59,7 +58,7 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     else:
         analysis = analyse(results)
         written = results / "fit.json"
-        table = summary(analysis, [], results)
+        table = summary(analysis)
     if json:
         print(written.read_text(), end="")
     else:
@@ -68,17 +67,17 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 @app.command
 def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb: str | None = None) -> None:
-    """Fit a finished scan again and write its figures and report.html.
+    """Fit a finished scan again and write its figures and report.html; of single runs, what there is to show.
 
     Example: scaling-jax report results/demo --tensorboard
 
     Args:
-      results: the folder that a scan wrote, or gs://bucket/folder.
+      results: the folder that a scan or `train` wrote, or gs://bucket/folder.
       tensorboard: write event files beside each run's metrics.
       wandb: the Weights & Biases project that runs are shown in.
     """
-    from scaling_jax.trackers import Follower, asked_for
-    from scaling_jax.training.buckets import working_copy
+    from scaling_jax.console.dashboards import Follower, asked_for
+    from scaling_jax.io.stores import working_copy
 
     results = working_copy(results)
     for writer in asked_for(tensorboard, wandb):
@@ -92,12 +91,12 @@ def advise(
     results: tyro.conf.Positional[Path],
     target_loss: float,
     model: str | None = None,
-    budget_tokens: float | None = None,
+    budget_tokens: Size | None = None,
     devices: int | None = None,
     tokens_per_second: float | None = None,
     device_batch_tokens: float = 0.0,
-    start_batch_tokens: int | None = None,
-    max_batch_tokens: int | None = None,
+    start_batch_tokens: Size | None = None,
+    max_batch_tokens: Size | None = None,
     ramp_fraction: float = 1.0,
     write_ramp: Path | None = None,
     extrapolate: bool = False,
@@ -124,17 +123,18 @@ def advise(
     """
     from rich.console import Console
 
-    from scaling_jax.advice import console
+    from scaling_jax.advice import advise as advice_on
     from scaling_jax.advice.choices import Hardware
-    from scaling_jax.analysis.plain import as_json
-    from scaling_jax.training.buckets import working_copy
+    from scaling_jax.console.advice import advice_table
+    from scaling_jax.io.files import as_json
+    from scaling_jax.io.stores import working_copy
 
     if (devices is None) != (tokens_per_second is None):
         raise UserError("--devices and --tokens-per-second go together")
     hardware = None
     if devices is not None and tokens_per_second is not None:
         hardware = Hardware(devices, tokens_per_second, device_batch_tokens)
-    advice = console.advise(
+    advice = advice_on.advise(
         working_copy(results),
         target_loss,
         model=model,
@@ -146,26 +146,31 @@ def advise(
         extrapolate=extrapolate,
     )
     if write_ramp is not None:
-        console.write_stages(write_ramp, advice.stages)
+        advice_on.write_stages(write_ramp, advice.stages)
     if json:
         print(as_json(advice))
     else:
-        Console().print(console.print_advice(advice), highlight=False)
+        Console().print(advice_table(advice), highlight=False)
 
 
-def show(results: Path) -> None:
-    """Fits a finished scan, draws it and says what came out."""
+def show(folder: Path) -> None:
+    """Fits a finished scan, draws it and says what came out; of single runs it writes a report alone."""
     from rich.console import Console
 
-    from scaling_jax.analysis import analyse
-    from scaling_jax.report import write_figures, write_report
-    from scaling_jax.report.summary import summary
-    from scaling_jax.training.buckets import address, in_bucket
+    from scaling_jax.console.tables import summary
+    from scaling_jax.io.stores import address, in_bucket
+    from scaling_jax.report import write_figures, write_report, write_runs_report
+    from scaling_jax.results import analyse, read_results
 
     console = Console()
-    analysis = analyse(results)
-    figures = write_figures(analysis, results)
-    console.print(summary(analysis, [path.name for path in figures], figures[0].parent), highlight=False)
-    console.print(f"report: {write_report(analysis, results)}", highlight=False, markup=False, soft_wrap=True)
-    if in_bucket(results):
-        console.print(f"all of it is in {address(results)}", highlight=False, markup=False, soft_wrap=True)
+    results = read_results(folder)
+    if results.experiment is None:
+        report = write_runs_report(results)
+    else:
+        analysis = analyse(results)
+        figures = write_figures(analysis)
+        console.print(summary(analysis, figures), highlight=False)
+        report = write_report(analysis)
+    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+    if in_bucket(results.folder):
+        console.print(f"all of it is in {address(results.folder)}", highlight=False, markup=False, soft_wrap=True)

@@ -1,16 +1,15 @@
 """Commands that train."""
 
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
-from scaling_jax.cli.app import Folder, app
+from scaling_jax.cli.app import Folder, Overrides, Size, app
 from scaling_jax.cli.results import show
 from scaling_jax.errors import UserError
-
-Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE")]
 
 
 @app.command
@@ -71,7 +70,7 @@ def scan(
       results: where to keep runs, tables and figures, also gs://bucket/folder; results/<experiment's name> unless
         given.
       dry_run: say what it would take, and train nothing.
-      executor: who runs the groups: this machine, or a Ray cluster or SLURM queue that shares the results folder.
+      executor: who trains: this machine, or a Ray cluster or SLURM queue that shares the results folder.
       executor_options: the engine's own, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
       tensorboard: write event files beside each run's metrics.
       wandb: the Weights & Biases project that runs are shown in.
@@ -86,27 +85,32 @@ def scan(
     if executor == "local" and not dry_run:
         connect(coordinator, num_processes, process_id)  # before JAX looks for devices
 
-    from scaling_jax.config import with_overrides
+    from scaling_jax.cli.planned_run import with_other_halves
+    from scaling_jax.io.config import with_overrides
     from scaling_jax.scanning.files import load_experiment
 
-    loaded = with_overrides(load_experiment(experiment), overrides)
+    loaded = with_overrides(load_experiment(experiment), with_other_halves(overrides))
     _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
 
 
 @app.command
 def train(
-    learning_rate: float,
-    batch_tokens: int | None = None,
+    run_file: tyro.conf.Positional[Path | None] = None,
+    overrides: Overrides = (),
+    name: str | None = None,
+    learning_rate: float | None = None,
+    batch_tokens: Size | None = None,
     ramp: Path | None = None,
-    model: str = "2x64",
-    text: str = "python",
-    tokenizer: str = "bytes",
-    context: int = 64,
-    max_tokens: int | None = None,
-    max_steps: int | None = None,
+    model: str | None = None,
+    text: str | None = None,
+    tokenizer: str | None = None,
+    context: Size | None = None,
+    max_tokens: Size | None = None,
+    max_steps: Size | None = None,
     target_loss: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     results: Path = Path("results/train"),
+    dry_run: bool = False,
     tensorboard: bool = False,
     wandb: str | None = None,
     coordinator: str | None = None,
@@ -115,21 +119,28 @@ def train(
 ) -> None:
     """Train one run with its noise scale measured at every step; the same command continues it.
 
-    Example: scaling-jax train --model 2x64 --batch-tokens 2048 --learning-rate 2e-3 --max-tokens 4000000
+    Example: scaling-jax train --model 2x64 --batch-tokens 2Ki --learning-rate 2e-3 --max-tokens 4M
 
     Args:
-      learning_rate: after warm-up, for the first batch size; Adam's.
+      run_file: a Python file that defines RUN = Run(…), or RUNS by name, or an earlier run's config.json; flags change
+        its values. Without it flags say all.
+      overrides: any value of the run, such as model.compute_dtype=bfloat16 warmup_steps=500 microbatch_tokens=16Ki
+        optimizer.name=adamw optimizer.weight_decay=0.1 optimizer.clip_norm=1 average_half_life_tokens=1e6
+        live_ramp.threshold=0.5 live_ramp.max_batch_tokens=64Ki.
+      name: which of RUNS.
+      learning_rate: after warm-up, for the first batch size.
       batch_tokens: tokens per step; or give --ramp.
       ramp: a batch size that grows, as 'advise --write-ramp' writes it.
-      model: layers x width, such as 2x64, 4x256 or 12x768.
-      text: 'python', 'files:<glob>' or 'tfds:<name>'; see 'data prepare'.
-      tokenizer: bytes, gpt2, or bpe:<vocabulary>.
-      context: tokens per sequence.
+      model: layers x width, such as 2x64 (unless given), 4x256 or 12x768.
+      text: 'python' (unless given), 'files:<glob>' or 'tfds:<name>'; see 'data prepare'.
+      tokenizer: bytes (unless given), gpt2, or bpe:<vocabulary>.
+      context: tokens per sequence; 64 unless given.
       max_tokens: where to end; or give --max-steps.
       max_steps: where to end.
       target_loss: ends the run once the test loss, nats per token, is below it.
       seed: of parameters and of the order of the text.
       results: where to keep the run: a folder that all processes see, or gs://bucket/folder.
+      dry_run: print the run that would be trained, as JSON, and train nothing.
       tensorboard: write event files beside the run's metrics.
       wandb: the Weights & Biases project that the run is shown in.
       coordinator: host:port of the first of several processes that train the run together, where they don't find each
@@ -137,45 +148,50 @@ def train(
       num_processes: how many there are.
       process_id: which this one is, from 0.
     """
-    from scaling_jax.parallel import connect, together
+    from scaling_jax.parallel import connect, is_first, together
 
-    connect(coordinator, num_processes, process_id)  # before JAX looks for devices
+    if not dry_run:
+        connect(coordinator, num_processes, process_id)  # before JAX looks for devices
 
-    from scaling_jax import live
+    from scaling_jax.cli.planned_run import planned_run, with_vocabulary
+
+    flags = {
+        "learning_rate": learning_rate,
+        "batch_tokens": batch_tokens,
+        "text": text,
+        "tokenizer": tokenizer,
+        "max_tokens": max_tokens,
+        "max_steps": max_steps,
+        "target_loss": target_loss,
+        "seed": seed,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    run = planned_run(given, overrides, run_file=run_file, name=name, ramp=ramp, model=model, context=context)
+    if dry_run:
+        from scaling_jax.io.files import as_json
+
+        print(as_json(run))
+        return
+
+    from scaling_jax.console import commands
+    from scaling_jax.console.dashboards import asked_for
     from scaling_jax.data import prepare
-    from scaling_jax.models import model_config
-    from scaling_jax.parallel.placement import share_cores
-    from scaling_jax.trackers import asked_for
-    from scaling_jax.training import Run
-    from scaling_jax.training.buckets import working_copy
-    from scaling_jax.training.ramp import read_stages
+    from scaling_jax.io.stores import working_copy
+    from scaling_jax.parallel.cpus import share_cores
 
-    if (batch_tokens is None) == (ramp is None):
-        raise UserError("give exactly one of --batch-tokens and --ramp")
-    stages = read_stages(ramp) if ramp else ()
-    corpus = prepare(text, context, tokenizer)
-    run = Run(
-        model=model_config(model, context=context, vocab_size=corpus.vocab_size),
-        batch_tokens=stages[0].batch_tokens if stages else batch_tokens or 0,
-        learning_rate=learning_rate,
-        ramp=stages[1:],
-        seed=seed,
-        text=text,
-        tokenizer=tokenizer,
-        target_loss=target_loss,
-        max_steps=max_steps,
-        max_tokens=max_tokens,
-    )
-    share_cores([stage.batch_tokens // context for stage in stages] or [run.batch_sequences])
+    corpus = prepare(run.text, run.model.context, run.tokenizer)
+    if run_file is None:
+        run = with_vocabulary(run, corpus.vocab_size, overrides)
+    share_cores([run.batch_sequences, *(stage.batch_tokens // run.model.context for stage in run.ramp)])
     with together():
-        results = working_copy(results)
-    live.train_on_console(run, results, corpus, asked_for(tensorboard, wandb))
+        results = working_copy(results, is_first())
+    commands.train_on_console(run, results, corpus, asked_for(tensorboard, wandb))
 
 
 @app.command
 def branch(
     results: tyro.conf.Positional[Path],
-    batch_tokens: int,
+    batch_tokens: Size,
     model: str | None = None,
     tolerance: float = 0.01,
     points: int = 8,
@@ -193,35 +209,61 @@ def branch(
       tolerance: nats per token by which a branch may fall behind and still keep up.
       points: places along each run, at most.
     """
-    from scaling_jax import live
-    from scaling_jax.analysis import read_experiment
-    from scaling_jax.training.buckets import working_copy
+    from scaling_jax.console import commands
+    from scaling_jax.results import read_results
 
-    results = working_copy(results)
-    experiment = read_experiment(results)
-    models = [model] if model else [subject.model.name for subject in experiment.subjects]
-    live.branch_on_console(experiment, results, models, batch_tokens, tolerance, most_points=points)
-    show(results)
+    found = read_results(results)
+    models = [model] if model else [subject.model.name for subject in found.scan.subjects]
+    commands.branch_on_console(found, models, batch_tokens, tolerance, most_points=points)
+    show(found.folder)
 
 
 def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", executor_options=()) -> None:
-    from scaling_jax import live
+    from scaling_jax.console import commands
+    from scaling_jax.console.dashboards import asked_for
+    from scaling_jax.io.stores import working_copy
     from scaling_jax.parallel import is_first, together
-    from scaling_jax.trackers import asked_for
-    from scaling_jax.training.buckets import working_copy
 
     with together():
-        results = working_copy(results or Path("results") / experiment.name)
+        results = working_copy(results or Path("results") / experiment.name, is_first())
     if dry_run:
         from rich.console import Console
 
-        from scaling_jax.report.plan_table import plan_table
+        from scaling_jax.console.tables import plan_table
         from scaling_jax.scanning.plan import plan_scan
 
         Console().print(plan_table(plan_scan(experiment, results)), highlight=False)
         return
     engine = {"executor": executor, "executor_options": executor_options}
-    live.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **engine)
+    commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **engine)
     with together():
         if is_first():
             show(results)
+
+
+@app.command(name="compile")
+def compile_ahead(experiment: tyro.conf.Positional[Path], topology: str = "v5e:16x16") -> None:
+    """Compile every batch size of an experiment for a TPU slice, without one; exit code 1 if something doesn't fit.
+
+    Example: scaling-jax compile experiments/gpt_85m_ramp.py --topology v5p:4x4x8
+
+    Args:
+      experiment: a Python file that defines EXPERIMENT, or RUNS by name.
+      topology: v4, v5e, v5p or v6e and the slice's shape, such as v5e:4x4 or v5p:4x4x8.
+    """
+    from rich.console import Console
+
+    from scaling_jax.compile.ahead_of_time import compile_runs, planned_runs
+    from scaling_jax.compile.topologies import topology as find_topology
+    from scaling_jax.console.tables import print_compiled
+    from scaling_jax.scanning.files import load_plan
+
+    runs, slice_, console = planned_runs(load_plan(experiment)), find_topology(topology), Console()
+    with console.status(f"compiling for {slice_.name}") as status:
+        batches = []
+        for batch in compile_runs(runs, slice_):
+            batches.append(batch)
+            status.update(f"compiling for {slice_.name}: {len(batches)} of {len(runs)} batch sizes done")
+    console.print(print_compiled(batches, slice_), highlight=False)
+    if not all(batch.fits for batch in batches):
+        sys.exit(1)

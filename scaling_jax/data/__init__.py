@@ -1,11 +1,11 @@
 """Text to device batches: sources, tokenizers, packed rows, and the order in which rows are seen."""
 
-from scaling_jax.data.cache import cache_folder
 from scaling_jax.data.corpus import Corpus, bits_per_byte, rows_of
-from scaling_jax.data.order import example_order
+from scaling_jax.data.feeding import example_order
 from scaling_jax.data.packing import PackProgress, prepare
 from scaling_jax.data.sources import find_documents, fingerprint, is_test
 from scaling_jax.data.tokenizers import Bytes, Tokenizer
+from scaling_jax.io.stores import cache_folder
 
 __all__ = [
     "Bytes",

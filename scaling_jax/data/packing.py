@@ -3,21 +3,26 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from scaling_jax.data.cache import cache_folder
 from scaling_jax.data.corpus import FORMAT, SPLITS, Corpus, open_corpus
 from scaling_jax.data.pack_workers import pack_in_workers, train_in_worker
-from scaling_jax.data.shards import pack_shard, shard_counts, token_dtype, write_synced
+from scaling_jax.data.shards import pack_shard, shard_counts, token_dtype
 from scaling_jax.data.sources import Document, Fingerprint, Source, file_shards, find_documents, fingerprint
 from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer
 from scaling_jax.errors import UserError
+from scaling_jax.io.files import whole_file, write_json, write_whole
+from scaling_jax.io.locks import locked
+from scaling_jax.io.stores import cache_folder
+from scaling_jax.io.workers import available_cores
 
 
 class PackProgress(NamedTuple):
@@ -113,15 +118,15 @@ def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
     # A file that changed this very moment may change again within its clock's tick, unseen.
     if time.time_ns() - newest > 2e9:
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_synced(path, json.dumps(text[1:]).encode())
+            write_whole(path, json.dumps(text[1:]))
     return text
 
 
 def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progress: OnProgress) -> None:
     work = _work_folder(folder)
     work.mkdir(parents=True, exist_ok=True)
-    with _locked(work.with_suffix(".lock")):
+    lock = locked(work.with_suffix(".lock"), f"the text in {folder}", seconds=math.inf, wait=True)
+    with lock:  # who comes second waits and finds it done
         if (folder / "manifest.json").exists():  # another process packed it meanwhile, or died when all was done
             shutil.rmtree(work, ignore_errors=True)
             return
@@ -136,8 +141,15 @@ def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progre
         tokenizer = _tokenizer(found, name, work, on_progress)
         missing = [n for n in range(total) if shard_counts(work, n) is None]
         on_progress(PackProgress("packing", total - len(missing), total))
-        for done, _ in enumerate(_packed(found, missing, tokenizer, work, workers), total - len(missing) + 1):
-            on_progress(PackProgress("packing", done, total))
+        done = itertools.count(total - len(missing) + 1)
+        _pack_shards(
+            found,
+            missing,
+            tokenizer,
+            work,
+            workers,
+            lambda _: on_progress(PackProgress("packing", next(done), total)),
+        )
         if not found.text.source.startswith("tfds:") and look_up(found.text.source).text != found.text:
             shutil.rmtree(work)
             raise UserError(f"--text {found.text.source} changed while it was packed: run it again")
@@ -150,15 +162,21 @@ def _work_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.unfinished")
 
 
-def _packed(found: Source, missing: list[int], tokenizer: Tokenizer, work: Path, workers: int | None) -> Iterator[int]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(missing))
+def _pack_shards(
+    found: Source,
+    missing: list[int],
+    tokenizer: Tokenizer,
+    work: Path,
+    workers: int | None,
+    on_done: Callable[[int], None],
+) -> None:
+    workers = min(workers or len(available_cores()), len(missing))
     if workers > 1:
-        yield from pack_in_workers({n: found.shards[n] for n in missing}, tokenizer.name, work, workers)
-    else:
-        for number in missing:
-            pack_shard(found.shards[number], tokenizer, work, number)
-            yield number
+        pack_in_workers({n: found.shards[n] for n in missing}, tokenizer.name, work, workers, on_done)
+        return
+    for number in missing:
+        pack_shard(found.shards[number], tokenizer, work, number)
+        on_done(number)
 
 
 def _tokenizer(found: Source, name: str, work: Path, on_progress: OnProgress) -> Tokenizer:
@@ -203,12 +221,12 @@ def _join(found: Source, tokenizer: Tokenizer, work: Path, on_progress: OnProgre
         "test_bytes_per_token": sums("text_bytes")["test"] / max(1, sums("tokens")["test"]),
         "checksums": checksums,
     }
-    write_synced(whole / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    write_json(whole / "manifest.json", manifest)
 
 
 def _concatenate(paths: Iterable[Path], expected: Iterable[str], target: Path) -> dict:
     whole = hashlib.sha256()
-    with target.open("wb") as out:
+    with whole_file(target) as out:
         for path, sha256 in zip(paths, expected, strict=True):
             part = hashlib.sha256()
             with path.open("rb") as file:
@@ -218,20 +236,7 @@ def _concatenate(paths: Iterable[Path], expected: Iterable[str], target: Path) -
                     whole.update(block)
             if part.hexdigest() != sha256:
                 raise UserError(f"{path} was altered since it was packed: remove {path.parent} and run it again")
-        out.flush()
-        os.fsync(out.fileno())
     return {"bytes": target.stat().st_size, "sha256": whole.hexdigest()}
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One packing of a corpus at a time; who comes second waits and finds it done."""
-    with path.open("w") as file:
-        with contextlib.suppress(ImportError):  # not on Windows
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _what_stopped(error: OSError, folder: Path) -> str:

@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from scaling_jax.data.corpus import SPLITS
 from scaling_jax.data.sources import Part, Shard
 from scaling_jax.data.text_files import Piece, read_lines, read_text
 from scaling_jax.data.tokenizers import Tokenizer
+from scaling_jax.io.files import whole_file, write_json
 
 _BATCH = 1 << 20  # characters that are encoded at once
 
@@ -33,16 +34,14 @@ def pack_shard(shard: Shard, tokenizer: Tokenizer, work: Path, number: int) -> N
     Raises:
       UserError, OSError: if the text can't be read or the tokens can't be written; then there is no `.json`.
     """
-    streams = [_Stream(work / f"{number:05}.{split}", tokenizer) for split in SPLITS]
-    add = [stream.add for stream in streams]  # short documents are so many that every look-up tells
-    try:
+    with contextlib.ExitStack() as files:
+        paths = [work / f"{number:05}.{split}" for split in SPLITS]
+        streams = [_Stream(files.enter_context(whole_file(path)), tokenizer) for path in paths]
+        add = [stream.add for stream in streams]  # short documents are so many that every look-up tells
         for held_out, text, last in read(shard):
             add[held_out](text, last)
-        counts = {stream.path.suffix[1:]: stream.finish() for stream in streams}
-        write_synced(work / f"{number:05}.json", json.dumps(counts).encode())
-    finally:
-        for stream in streams:
-            stream.discard()
+        counts = {split: stream.finish() for split, stream in zip(SPLITS, streams, strict=True)}
+    write_json(work / f"{number:05}.json", counts)
 
 
 def shard_counts(work: Path, number: int) -> dict | None:
@@ -51,27 +50,11 @@ def shard_counts(work: Path, number: int) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Either no file or all of it."""
-    unfinished = unfinished_name(path)
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def unfinished_name(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-
-
 class _Stream:
     """A split's tokens of one shard on their way to disk."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer):
-        self.path = path
-        self._tokenizer = tokenizer
-        self._file = unfinished_name(path).open("wb")
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer):
+        self._file, self._tokenizer = file, tokenizer
         self._digest = hashlib.sha256()
         self._tokens = self._bytes = self._documents = 0
         self._waiting: list[str] = []
@@ -100,22 +83,12 @@ class _Stream:
     def finish(self) -> dict:
         if self._waiting:
             self._write()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._file.name, self.path)
         return {
             "tokens": self._tokens,
             "text_bytes": self._bytes,
             "documents": self._documents,
             "sha256": self._digest.hexdigest(),
         }
-
-    def discard(self) -> None:
-        if not self._file.closed:
-            with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
-                self._file.close()
-            os.unlink(self._file.name)
 
 
 def _utf8_bytes(text: str) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from scaling_jax.data.cache import cache_folder
 from scaling_jax.data.packing import corpus_folder, look_up
 from scaling_jax.data.shards import read
 from scaling_jax.data.sources import Shard, find_documents
 from scaling_jax.data.tfds_text import quiet, split_parts
+from scaling_jax.io.stores import cache_folder
 
 
 class TextSource(tfds.core.GeneratorBasedBuilder):

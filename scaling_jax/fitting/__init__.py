@@ -2,9 +2,8 @@
 
 from scaling_jax.fitting.crossings import Crossings, steps_to_loss
 from scaling_jax.fitting.forms import FormFit, compare_forms
-from scaling_jax.fitting.joint_fit import JointFit, fit_joint
-from scaling_jax.fitting.loss_law import LossLaw, fit_loss_law
-from scaling_jax.fitting.power_laws import PowerLaw, fit_data_law, fit_size_law
+from scaling_jax.fitting.joint import JointFit, fit_joint
+from scaling_jax.fitting.loss_law import LossLaw, PowerLaw, fit_data_law, fit_loss_law, fit_size_law
 from scaling_jax.fitting.published_laws import PublishedLaw, published
 from scaling_jax.fitting.scan_fit import CriticalBatch, ScanFit, fit_scan
 from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoff

@@ -16,12 +16,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from scaling_jax.fitting.bounds import fit_rows, loss_of
-from scaling_jax.fitting.joint import JointFits, fit_joint_rows
-from scaling_jax.fitting.joint_fit import reached_by, shows_both_sides
+from scaling_jax.fitting.joint import JointFits, fit_joint_rows, reached_by, shows_both_sides
 from scaling_jax.fitting.loss_law import floors_below
 from scaling_jax.fitting.resampling import fit_chain
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
+from scaling_jax.fitting.tradeoff import fit_rows, loss_of
 
 FLOORS = 48
 VARIABLES = {

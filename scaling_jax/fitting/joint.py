@@ -8,14 +8,15 @@ target count as bounds (`bounds`).
 Dimension letters: G fits (model, target loss); n runs of the model that has most.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
-from scaling_jax.fitting.bounds import NUM_ITERATIONS, noise_of, pull_of
-from scaling_jax.fitting.hyperbolas import log_overhead
-from scaling_jax.fitting.robust import TUNING, huber_weights
-from scaling_jax.fitting.scan_table import ScanTable
+from scaling_jax.fitting.hyperbolas import TUNING, huber_weights, log_overhead
+from scaling_jax.fitting.resampling import CHUNK, LawErrors, LawFit, fit_chain, square_root
+from scaling_jax.fitting.scan_table import ScanTable, scan_table
+from scaling_jax.fitting.tradeoff import NUM_ITERATIONS, fit_tradeoffs, noise_of, pull_of
 
 
 class JointFits(NamedTuple):
@@ -131,3 +132,142 @@ def _limit(residuals, mask):
 
 def _mean(values, weights):
     return (weights * values).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
+
+
+def joint_errors(
+    table: ScanTable, x: np.ndarray, centre: float, fit: JointFits, resamples: int, seed: int
+) -> LawErrors:
+    """Refits `resamples` draws; level and slope are in x, which is log L less `centre` for a law of the loss."""
+    by_run = _by_run(table, fit.gradient)  # [2, R, T]
+    inverse = np.linalg.inv(fit.information)
+    influence = np.einsum("kl,lrt->krt", inverse, by_run)
+    errors = _run_errors(table, fit)
+    freedom = _degrees_of_freedom(table)
+    covariance = _covariance(errors, freedom, by_run, inverse)
+    root = square_root(covariance)
+    forms = np.stack([influence[i].T @ influence[j] for i, j in ((0, 0), (1, 1), (0, 1))]) / np.maximum(freedom, 1.0)
+
+    generator = np.random.default_rng(seed)
+    fitted = table.log_steps - fit.residuals * table.mask  # bounds stay what they are
+    shifts, variances = [], []
+    for first in range(0, resamples, CHUNK):
+        count = min(CHUNK, resamples - first)
+        drawn = generator.standard_normal((count, *errors.shape)) @ root.T
+        log_steps = fitted + drawn[:, table.run_index, table.target_index[:, None]] * table.mask
+        start = np.full(count, fit.level), np.full(count, fit.slope)
+        again = fit_joint_rows(table, x, log_steps, start, num_rounds=2, num_iterations=3, bound_iterations=8)
+        shifts.append(np.stack([again.level - fit.level, again.slope - fit.slope], axis=-1))
+        variances.append(_variance(forms, _run_errors(table, again)))
+    return LawErrors(
+        centre=centre,
+        level=float(fit.level),
+        slope=float(fit.slope),
+        variance=_variance(forms, errors),
+        shifts=np.concatenate(shifts),
+        variances=np.concatenate(variances),
+    )
+
+
+def _by_run(table: ScanTable, values: np.ndarray) -> np.ndarray:
+    """`[..., G, n]` as `[..., R, T]`, zero where nothing was measured."""
+    shape = table.run_index.max() + 1, table.target_index.max() + 1
+    out = np.zeros((*values.shape[:-2], *shape))
+    g, i = np.nonzero(table.mask)
+    out[..., table.run_index[g, i], table.target_index[g]] = values[..., g, i]
+    return out
+
+
+def _run_errors(table, fit):
+    inside = (table.mask & (np.abs(fit.residuals) <= fit.limit)).sum((-2, -1), keepdims=True) / table.mask.sum()
+    return _by_run(table, np.clip(fit.residuals, -fit.limit, fit.limit) / np.maximum(inside, 0.5))
+
+
+def _degrees_of_freedom(table: ScanTable) -> np.ndarray:
+    """`[T, T]`: what is left of a sum over runs once each row's mean is taken out."""
+    num_runs, num_targets = table.run_index.max() + 1, table.target_index.max() + 1
+    leftover = np.zeros((num_targets, num_runs, num_runs))
+    for g, t in enumerate(table.target_index):
+        runs = table.run_index[g, table.mask[g]]
+        leftover[t][np.ix_(runs, runs)] += np.eye(len(runs)) - 1 / len(runs)
+    flat = leftover.reshape(num_targets, -1)
+    return flat @ flat.T
+
+
+def _covariance(errors, freedom, gradient, inverse):
+    """Of errors along a run: that of the residuals, and what level and slope have taken from it."""
+    total = errors.T @ errors
+    covariance = total / np.maximum(freedom, 1.0)
+    for _ in range(10):
+        spread = np.einsum("krt,tu->kru", gradient, covariance)
+        crossed = np.einsum("kru,kl,lrt->ut", spread, inverse, gradient)
+        of_parameters = inverse @ np.einsum("krt,lrt->kl", spread, gradient) @ inverse
+        taken = crossed + crossed.T - np.einsum("krt,kl,lru->tu", gradient, of_parameters, gradient)
+        covariance = (total + taken) / np.maximum(freedom, 1.0)
+    return covariance
+
+
+def _variance(forms, errors):
+    return np.stack([((errors @ form) * errors).sum((-2, -1)) for form in forms], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class JointFit(LawFit):
+    """One law, and S_min of each model and target loss under it."""
+
+    models: tuple[str, ...]  # of each S_min
+    losses: np.ndarray  # of each S_min, nats per token
+    s_min: np.ndarray  # steps; NaN without a law
+    residual_scale: float  # root mean square of log(steps measured/steps fitted)
+
+
+def fit_joint(
+    model,
+    batch_tokens,
+    target_loss,
+    steps,
+    *,
+    run=None,
+    steps_tried=None,
+    confidence: float = 0.95,
+    resamples: int = 4_000,
+    seed: int = 0,
+) -> JointFit:
+    """Fits the columns of `fit_scan` with one law; runs that ended above a target enter as bounds, too.
+
+    Raises:
+      ValueError: as `fit_scan` does.
+    """
+    table = reached_by(scan_table(model, batch_tokens, target_loss, steps, run, steps_tried), 3)
+    law = errors = None
+    s_min, residual_scale = np.full(table.losses.shape, np.nan), np.nan
+    if shows_both_sides(table, confidence):
+        line = fit_chain(table).line
+        x = np.log(table.losses) - line.centre
+        fit = fit_joint_rows(table, x, table.log_steps, (line.level, line.slope))
+        errors = joint_errors(table, x, float(line.centre), fit, resamples, seed)
+        law = errors.law(confidence, table.losses)
+        s_min = np.exp(fit.log_s_min)
+        residual_scale = float(np.sqrt(np.mean(fit.residuals[table.mask] ** 2)))
+    return JointFit(
+        law=law,
+        models=table.models,
+        losses=table.losses,
+        s_min=s_min,
+        residual_scale=residual_scale,
+        confidence=confidence,
+        errors=errors,
+    )
+
+
+def reached_by(table: ScanTable, count: int) -> ScanTable:
+    """The fits that at least so many batch sizes have measured steps for."""
+    sizes = [np.unique(row[mask]).size for row, mask in zip(table.log_batch, table.mask, strict=True)]
+    return table.select(np.array(sizes) >= count)
+
+
+def shows_both_sides(table: ScanTable, confidence: float) -> bool:
+    """Whether batches lie on both sides of B_crit at three losses or more."""
+    if not table.models:
+        return False
+    fits = fit_tradeoffs(table.log_batch, table.log_steps, table.mask, confidence, table.bound)
+    return len({float(loss) for loss, fit in zip(table.losses, fits, strict=True) if not fit.one_sided}) >= 3

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from scaling_jax.fitting.robust import huber_limit, huber_weights
+from scaling_jax.fitting.hyperbolas import huber_limit, huber_weights
 
 NUM_PARAMETERS = 2
 NUM_FLOORS = 1_000
@@ -153,3 +153,41 @@ def _check(loss, b_crit, weights, floor):
         raise ValueError(f"{np.unique(loss).size} distinct losses can't show a power law: give at least {fewest}")
     if floor is not None and not 0 <= floor < loss.min():
         raise ValueError(f"floor is {floor:g}; should be at least 0 and below the lowest loss, {loss.min():g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """B_crit = constant·variable^exponent in tokens."""
+
+    variable: str  # with its unit
+    constant: float
+    exponent: float
+    exponent_interval: tuple[float, float]
+    valid_range: tuple[float, float]  # of the variable; the law is untested elsewhere
+    confidence: float
+
+    def __call__(self, variable):
+        """Critical batch size in tokens."""
+        return self.constant * np.asarray(variable, float) ** self.exponent
+
+
+def fit_data_law(data_tokens, b_crit, weights=None, *, confidence: float = 0.95) -> PowerLaw:
+    """B_crit = constant·D_min^beta, by the least data D_min that reaches each loss (`Tradeoff.e_min`), tokens.
+
+    The other arguments, errors and the intervals are those of `fit_loss_law`.
+    """
+    return _fit_power("D_min in tokens", data_tokens, b_crit, weights, confidence)
+
+
+def fit_size_law(num_params, b_crit, weights=None, *, confidence: float = 0.95) -> PowerLaw:
+    """B_crit = constant·N^gamma, by non-embedding parameters; arguments, errors and intervals as in `fit_loss_law`."""
+    return _fit_power("N in parameters", num_params, b_crit, weights, confidence)
+
+
+def _fit_power(name, variable, b_crit, weights, confidence) -> PowerLaw:
+    variable = np.asarray(variable, float)
+    try:
+        law = fit_loss_law(variable, b_crit, weights, confidence=confidence)
+    except ValueError as error:
+        raise ValueError(str(error).replace("loss", name.split(" in ")[0])) from None
+    return PowerLaw(name, law.b_star, law.exponent, law.exponent_interval, law.loss_range, confidence)

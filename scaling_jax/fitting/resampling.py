@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling_jax.fitting.bounds import fit_rows
 from scaling_jax.fitting.hyperbolas import Hyperbolas, log_overhead
 from scaling_jax.fitting.loss_law import Lines, LossLaw, fit_lines
 from scaling_jax.fitting.scan_table import ScanTable
+from scaling_jax.fitting.tradeoff import fit_rows
 
 CHUNK = 500  # resamples fitted at once; keeps the arrays within a core's cache
 

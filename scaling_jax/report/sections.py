@@ -2,26 +2,22 @@
 
 import json
 import math
-from typing import Any
+from collections.abc import Sequence
 
-from scaling_jax.analysis import Analysis
-from scaling_jax.analysis.numbers import short as tokens
-from scaling_jax.analysis.table_fit import law_lines
-from scaling_jax.config import to_dict
-from scaling_jax.report.batch_scan import batch_scan_chart
+from scaling_jax.io.config import to_dict
 from scaling_jax.report.chart import Chart, draw
-from scaling_jax.report.critical_batch import critical_batch_chart
-from scaling_jax.report.noise_by_layer import noise_by_layer_chart, run_near_b_crit
-from scaling_jax.report.noise_over_training import noise_chart
+from scaling_jax.report.critical_batch import critical_batch_chart, three_measurements_chart
+from scaling_jax.report.noise_charts import SingleRun, loss_chart, noise_by_layer_chart, noise_chart, run_near_b_crit
 from scaling_jax.report.page import Section, bullets, charts, code, facts, folded, paragraph, table
-from scaling_jax.report.pareto import pareto_chart
-from scaling_jax.report.provenance import command
-from scaling_jax.report.rate_search import best_rate, rate_search_chart
-from scaling_jax.report.runs import GroupRuns
-from scaling_jax.report.three_measurements import three_measurements_chart
+from scaling_jax.report.provenance import command, versions
+from scaling_jax.report.scan_charts import batch_scan_chart, best_rate, pareto_chart, rate_search_chart
 from scaling_jax.report.tradeoffs import residuals_chart, tradeoffs_chart
-from scaling_jax.report.words import law_in_words
+from scaling_jax.report.words import law_in_words, law_lines
+from scaling_jax.report.words import short as tokens
+from scaling_jax.results import Analysis, CellRuns, Results
+from scaling_jax.results.noise import last_noise_scale
 
+_NOISE_INTRO = "Measured inside the training step, in windows that grow with the run; whiskers are 95 % intervals."
 FINGERPRINT = (
     "source",
     "files",
@@ -35,19 +31,15 @@ FINGERPRINT = (
 )
 
 
-def sections(
-    analysis: Analysis,
-    runs: list[GroupRuns],
-    corpus: dict[str, Any],
-    versions: dict[str, str],
-) -> list[Section]:
+def sections(analysis: Analysis) -> list[Section]:
     """The whole report; charts come a model each, so that they are readable on a phone."""
+    runs, corpus = analysis.results.cells, analysis.results.runs[0].corpus
     models = [subject.model.name for subject in analysis.experiment.subjects]
 
     def drawn(*made: Chart) -> str:
         return charts(draw(chart, f"{chart.name}-{k}") for k, chart in enumerate(made))
 
-    near_b_crit = [run for model in models if (run := run_near_b_crit(analysis, runs, model))]
+    near_b_crit = [run for model in models if (run := run_near_b_crit(analysis, model))]
     return [
         Section(
             "The law in words",
@@ -66,7 +58,7 @@ def sections(
                 "what different batch sizes need to get to one loss, as fitted: few steps and many tokens, or the "
                 "reverse."
             )
-            + drawn(*(batch_scan_chart(analysis, runs, [model]) for model in models)),
+            + drawn(*(batch_scan_chart(analysis, [model]) for model in models)),
         ),
         Section(
             "Three measurements",
@@ -88,9 +80,7 @@ def sections(
         ),
         Section(
             "The noise scale over training",
-            paragraph(
-                "Measured inside the training step, in windows that grow with the run; whiskers are 95 % intervals."
-            )
+            paragraph(_NOISE_INTRO)
             + drawn(*(noise_chart(runs, [model]) for model in models))
             + _by_layer_intro(near_b_crit)
             + drawn(*(noise_by_layer_chart([run]) for run in near_b_crit)),
@@ -110,9 +100,28 @@ def sections(
             + paragraph("The text, and its fingerprint:")
             + facts({name.replace("_", " "): corpus[name] for name in FINGERPRINT if name in corpus})
             + paragraph("Versions where this report was made:")
-            + facts(versions)
+            + facts(versions())
             + folded("experiment.json", code(json.dumps(to_dict(analysis.experiment), indent=2))),
         ),
+    ]
+
+
+def run_sections(results: Results) -> list[Section]:
+    """What there is to show of runs that are no scan: how each went, and its noise scale."""
+    runs = [SingleRun(record) for record in results.runs if len(record.course.eval_losses)]
+    models = list(dict.fromkeys(run.model for run in runs))
+
+    def drawn(*made: Chart) -> str:
+        return charts(draw(chart, f"{chart.name}-{k}") for k, chart in enumerate(made))
+
+    return [
+        Section("The loss", drawn(*(loss_chart(runs, [model]) for model in models))),
+        Section(
+            "The noise scale over training",
+            paragraph(_NOISE_INTRO) + drawn(*(noise_chart(runs, [model]) for model in models)),
+        ),
+        Section("Every run", _single_runs_table(results)),
+        Section("Where this report was made", facts(versions())),
     ]
 
 
@@ -157,20 +166,20 @@ def three_table(analysis: Analysis) -> str:
     return table((*header, "B_crit by branches, tokens", "interval"), rows)
 
 
-def runs_table(runs: list[GroupRuns]) -> str:
+def runs_table(runs: Sequence[CellRuns]) -> str:
     """Every run, with how it ended."""
     rows = []
-    for group in runs:
-        lowest = best_rate(group, -1)
-        for tried in group.tried:
+    for cell in runs:
+        lowest = best_rate(cell, -1)
+        for tried in cell.tried:
             best = lowest is not None and tried.run.learning_rate == lowest.learning_rate
             result = tried.result
             loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
             rows.append(
                 (
-                    group.model,
-                    f"{group.batch_tokens:,}",
-                    group.group.seed,
+                    cell.model,
+                    f"{cell.batch_tokens:,}",
+                    cell.cell.seed,
                     f"{tried.run.learning_rate:.3g}",
                     f"{result.steps:,}",
                     tokens(result.tokens),
@@ -180,6 +189,29 @@ def runs_table(runs: list[GroupRuns]) -> str:
                 )
             )
     header = ("model", "batch, tokens", "seed", "learning rate", "steps", "tokens", "last test loss", "ended", "")
+    return table(header, rows)
+
+
+def _single_runs_table(results: Results) -> str:
+    rows = []
+    for record in results.runs:
+        run, steps, result = record.run, int(record.course.line_steps.sum()), record.result
+        loss = f"{record.course.eval_losses[-1]:.4f}" if len(record.course.eval_losses) else ""
+        noise = last_noise_scale(record.course)
+        scale = "" if noise is None else f"{tokens(noise.value)} [{tokens(noise.low)}, {tokens(noise.high)}]"
+        ended = "not done" if result is None else result.status
+        rate = f"{run.learning_rate:.3g}"
+        rows.append((run.model.name, f"{run.batch_tokens:,}", run.seed, rate, f"{steps:,}", loss, scale, ended))
+    header = (
+        "model",
+        "first batch, tokens",
+        "seed",
+        "learning rate",
+        "steps",
+        "last test loss",
+        "noise scale at the end, tokens",
+        "ended",
+    )
     return table(header, rows)
 
 
@@ -193,7 +225,7 @@ def _three_intro(analysis: Analysis) -> str:
     )
 
 
-def _by_layer_intro(runs: list[GroupRuns]) -> str:
+def _by_layer_intro(runs: Sequence[CellRuns]) -> str:
     if not runs:
         return ""
     return paragraph(

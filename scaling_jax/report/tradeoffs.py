@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from scaling_jax.analysis import Analysis
-from scaling_jax.analysis.numbers import short as tokens
-from scaling_jax.report.chart import Chart
-from scaling_jax.report.style import COLOURS, batch_axis, count_axis, loss_bar, new_figure, plain
+from scaling_jax.report.chart import COLOURS, Chart, batch_axis, count_axis, loss_bar, new_figure, plain
+from scaling_jax.report.words import short as tokens
+from scaling_jax.results import Analysis
 
 
 def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:

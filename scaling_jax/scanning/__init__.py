@@ -1,11 +1,13 @@
-"""An experiment into runs, groups that share a program, and results on disk."""
+"""An experiment into cells, learning-rate searches, executors; branches; what a scan would take."""
 
-from scaling_jax.scanning.experiment import Experiment, Group, LearningRates, Subject, log_spaced, powers_of_two
-from scaling_jax.scanning.schedule import relative_cost, scan
+from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates, Subject, log_spaced, powers_of_two
+from scaling_jax.scanning.scan import relative_cost, scan
+from scaling_jax.scanning.worker import Event
 
 __all__ = [
+    "Cell",
+    "Event",
     "Experiment",
-    "Group",
     "LearningRates",
     "Subject",
     "log_spaced",

@@ -14,8 +14,7 @@ import numpy as np
 
 from scaling_jax.data import prepare
 from scaling_jax.errors import UserError
-from scaling_jax.scanning.experiment import Experiment, Group
-from scaling_jax.scanning.search import best_of, finished
+from scaling_jax.scanning.search import Tried
 from scaling_jax.training import Progress, Run, RunResult, Stage, train
 
 EVALUATIONS = 8  # of each branch, evenly spaced in tokens
@@ -81,33 +80,19 @@ class BranchPlan:
 
 
 def train_branches(
-    experiment: Experiment,
+    plans: Sequence[BranchPlan],
     workdir: Path,
-    models: Sequence[str],
-    batch_tokens: int,
     *,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
-    **options: Any,
-) -> list[BranchPlan]:
-    """Trains branches of each model's best runs of one batch size in a finished scan; those there already are kept.
-
-    Args:
-      batch_tokens: of the runs that are branched; well below B_crit.
-      options: see `plan_branches`.
+) -> None:
+    """Trains the branches of each plan; those there already are kept.
 
     Raises:
-      UserError: if the scan isn't finished, or has no such model or batch size.
-      Interrupted: see `train`.
+      UserError, Interrupted: see `train`.
     """
-    plans = []
-    for model in models:
-        groups = [g for g in experiment.groups if (g.subject.model.name, g.batch_tokens) == (model, batch_tokens)]
-        if not groups:
-            raise UserError(f"{workdir} has no runs of {model} at {batch_tokens:,} tokens")
-        plans += [plan_branches(experiment, group, workdir, **options) for group in groups]
     for plan in plans:
-        corpus = prepare(experiment.text, plan.run.model.context, experiment.tokenizer)
+        corpus = prepare(plan.run.text, plan.run.model.context, plan.run.tokenizer)
 
         def train_one(run: Run, branch_of: Run | None, corpus=corpus):
             return train(
@@ -121,7 +106,6 @@ def train_branches(
             )
 
         run_branches(plan, train_one)
-    return plans
 
 
 def run_branches(plan: BranchPlan, train: Callable[[Run, Run | None], RunResult]) -> None:
@@ -136,27 +120,20 @@ def run_branches(plan: BranchPlan, train: Callable[[Run, Run | None], RunResult]
             train(plan.branch(point, factor), plan.trunk)
 
 
-def plan_branches(
-    experiment: Experiment, group: Group, workdir: Path, most_points: int = 8, **options: Any
-) -> BranchPlan:
-    """Branches of a group's best run, at target losses that it passed.
+def plan_branches(best: Tried, most_points: int = 8, **options: Any) -> BranchPlan:
+    """Branches of a cell's best run, at target losses that it passed.
 
     Args:
-      workdir: holds the finished scan.
       most_points: target losses at most, spread over all that were reached.
       options: of `BranchPlan`.
 
     Raises:
-      UserError: if the group isn't finished, or its best run reached no target.
+      UserError: if the run reached no target.
     """
     if most_points < 1:
         raise UserError(f"points = {most_points} must be positive")
-    tried = finished(experiment, group, workdir)
-    if tried is None:
-        raise UserError(f"{workdir} isn't complete ({group.name} is missing): run the scan again, it continues")
-    best = best_of(tried)
     reached = best.steps_to_target[np.isfinite(best.steps_to_target)]
     if not len(reached):
-        raise UserError(f"{group.name}: no run reached a target loss, so there is nothing to branch at")
+        raise UserError(f"{best.result.run_id} reached no target loss, so there is nothing to branch at")
     chosen = np.unique(np.linspace(0, len(reached) - 1, most_points).round().astype(int))
-    return BranchPlan(best.run, tuple(int(n * group.batch_tokens) for n in reached[chosen]), **options)
+    return BranchPlan(best.run, tuple(int(n * best.run.batch_tokens) for n in reached[chosen]), **options)

@@ -1,7 +1,7 @@
 """The demo's experiments: two small models on the Python standard library's source, bytes, on a laptop."""
 
-from scaling_jax.models import model_config
 from scaling_jax.scanning.experiment import Experiment, LearningRates, Subject, log_spaced, powers_of_two
+from scaling_jax.tasks import model_config
 
 DEMO = Experiment(
     name="demo",

@@ -1,7 +1,7 @@
-"""A scan's groups on several machines: Ray or SLURM queues, places and restarts them; the results folder is shared.
+"""A scan's cells on several machines: Ray or SLURM queues, places and restarts them; the results folder is shared.
 
-A group is one task of the engine. It continues what the folder holds of it, so an engine may start it again any time.
-An engine that takes a machine for dead may start a group while the old process still writes: a group is therefore
+A cell is one task of the engine. It continues what the folder holds of it, so an engine may start it again any time.
+An engine that takes a machine for dead may start a cell while the old process still writes: a cell is therefore
 trained under a lock in the folder, which the training process itself holds and the file system frees when it ends.
 """
 
@@ -15,41 +15,43 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.data import cache_folder
 from scaling_jax.errors import UserError
-from scaling_jax.scanning.pool import Event, run_groups
-from scaling_jax.training.locks import locked
+from scaling_jax.io.json_lines import Tail, append_line
+from scaling_jax.io.locks import locked
+from scaling_jax.io.stores import cache_folder
+from scaling_jax.scanning.experiment import Cell
+from scaling_jax.scanning.worker import STOPPING, Event, event_message, read_event, train_in_workers
 
-_LOCK_SECONDS = 300  # a process whose group was given to another machine has saved and left long before
+_LOCK_SECONDS = 300  # a process whose cell was given to another machine has saved and left long before
 _STOP_SECONDS = 60
 _POLL_SECONDS = 1.0
 _MINUTES_PER_JOB = 240  # a SLURM job's time limit; it is queued again where it was
 
-Ended = Iterable[tuple[int, str | None]]  # group, why it was refused
+Ended = Iterable[tuple[Cell, str | None]]  # with why it was refused
 
 
-def run_groups_on_ray(
-    workdir: Path, groups: Iterable[int], on_event: Callable[[Event], None], options: dict[str, Any] | None = None
+def train_on_ray(
+    workdir: Path, cells: Iterable[Cell], on_event: Callable[[Event], None], options: dict[str, Any] | None = None
 ) -> None:
-    """Trains the groups as tasks of the Ray cluster that `RAY_ADDRESS` or this machine belongs to, else of a local one.
+    """Trains the cells as tasks of the Ray cluster that `RAY_ADDRESS` or this machine belongs to, else of a local one.
 
     Args:
       options: of `ray.remote`, such as num_gpus; one CPU and restarts without end unless given.
 
     Raises:
-      UserError: if Ray is missing or doesn't know an option, or what a group refused.
-      KeyboardInterrupt: after the groups were told to save and a minute at most.
+      UserError: if Ray is missing or doesn't know an option, or what a cell's training refused.
+      KeyboardInterrupt: after the cells were told to save and a minute at most.
     """
     ray = _engine("ray", extra="ray")
     try:  # a task that fails by itself isn't retried; one whose machine or process dies is
-        remote = ray.remote(**({"num_cpus": 1, "max_retries": -1} | (options or {})))(train_group)
+        remote = ray.remote(**({"num_cpus": 1, "max_retries": -1} | (options or {})))(train_in_lock)
     except (ValueError, TypeError) as error:
         raise UserError(f"Ray takes no such task: {' '.join(str(error).split())}") from None
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(log_to_driver=False)
     try:
-        tasks = {remote.remote(workdir.resolve(), cache_folder().resolve(), n): n for n in groups}
+        tasks = {remote.remote(workdir.resolve(), cache_folder().resolve(), cell): cell for cell in cells}
 
         def ended() -> Ended:
             for task in ray.wait(list(tasks), timeout=_POLL_SECONDS)[0]:
@@ -68,27 +70,27 @@ def run_groups_on_ray(
             ray.shutdown()
 
 
-def run_groups_on_slurm(
+def train_on_slurm(
     workdir: Path,
-    groups: Iterable[int],
+    cells: Iterable[Cell],
     on_event: Callable[[Event], None],
     options: dict[str, Any] | None = None,
     cluster: str = "slurm",
 ) -> None:
-    """Trains the groups as a SLURM job array, through submitit; the jobs' logs are in `workdir/logs/slurm`.
+    """Trains the cells as a SLURM job array, through submitit; the jobs' logs are in `workdir/logs/slurm`.
 
     Args:
       options: of submitit's `update_parameters`, such as slurm_partition, gpus_per_node or timeout_min.
       cluster: "local" runs the jobs on this machine.
 
     Raises:
-      UserError: if submitit or SLURM is missing, SLURM takes no such job, or what a group refused.
+      UserError: if submitit or SLURM is missing, SLURM takes no such job, or what a cell's training refused.
       KeyboardInterrupt: after the jobs were cancelled; SLURM lets them save for KillWait, 30 seconds where not changed.
     """
     submitit = _engine("submitit", extra="slurm")
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError("no sbatch on this machine: start the scan where jobs of the SLURM cluster are submitted")
-    numbers = list(groups)
+    waiting = list(cells)
     folder = workdir.resolve() / "logs" / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=1_000)
@@ -100,32 +102,32 @@ def run_groups_on_slurm(
     }
     try:
         executor.update_parameters(**(defaults | (options or {})))
-        submitted = executor.map_array(GroupJob(workdir.resolve(), cache_folder().resolve()), numbers)
+        submitted = executor.map_array(CellJob(workdir.resolve(), cache_folder().resolve()), waiting)
     except (NameError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"SLURM took no job: {' '.join(str(error).split())}") from None
-    jobs = dict(zip(numbers, submitted, strict=True))
+    jobs = dict(zip(waiting, submitted, strict=True))
 
     def ended() -> Ended:
         time.sleep(_POLL_SECONDS)
-        for number in [n for n, job in jobs.items() if job.done()]:
-            job = jobs.pop(number)
+        for cell in [cell for cell, job in jobs.items() if job.done()]:
+            job = jobs.pop(cell)
             try:
-                yield number, job.result()
+                yield cell, job.result()
             except submitit.core.utils.UncompletedJobError:
-                yield number, f"SLURM job {job.job_id} ended without a result; its log: {job.paths.stderr}"
+                yield cell, f"SLURM job {job.job_id} ended without a result; its log: {job.paths.stderr}"
 
     def cancel() -> None:
         for job in jobs.values():
             job.cancel()
 
-    _watch(workdir, numbers, on_event, ended, cancel)
+    _watch(workdir, waiting, on_event, ended, cancel)
 
 
-ENGINES = {"ray": run_groups_on_ray, "slurm": run_groups_on_slurm}
+ENGINES = {"ray": train_on_ray, "slurm": train_on_slurm}
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs for an engine; numbers become numbers.
+    """`key=value` pairs for an engine; waiting become waiting.
 
     Raises:
       UserError: for what isn't a pair.
@@ -142,8 +144,8 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def train_group(workdir: Path, cache: Path, number: int) -> str | None:
-    """Trains one group on the machine it is called on; returns why that was refused, if it was.
+def train_in_lock(workdir: Path, cache: Path, cell: Cell) -> str | None:
+    """Trains one cell on the machine it is called on; returns why that was refused, if it was.
 
     Args:
       cache: folder for packed text; every machine uses the same path.
@@ -151,90 +153,71 @@ def train_group(workdir: Path, cache: Path, number: int) -> str | None:
     os.environ["SCALING_JAX_CACHE"] = str(cache)
 
     def report(event: Event) -> None:
-        if event["event"] == "progress":
-            with _event_log(workdir, number).open("a") as file:  # closed each time: other machines see it at once
-                file.write(json.dumps(event) + "\n")
+        if event.progress is not None:
+            append_line(_event_log(workdir, cell), event_message(event))
 
     try:
-        with locked_group(workdir, number) as lock:
-            run_groups(workdir, [number], report, [None], lock, platform=None)
-    except UserError as error:
+        with locked_cell(workdir, cell) as lock:
+            train_in_workers(workdir, [cell], report, [None], lock, platform=None)
+    except (UserError, OSError) as error:
         return str(error)
     return None
 
 
-class GroupJob:
-    """`train_group` as submitit wants it: `checkpoint` is asked what to queue again, here the same."""
+class CellJob:
+    """`train_in_lock` as submitit wants it: `checkpoint` is asked what to queue again, here the same."""
 
     def __init__(self, workdir: Path, cache: Path):
         self._folders = workdir, cache
 
-    def __call__(self, number: int) -> str | None:
-        return train_group(*self._folders, number)
+    def __call__(self, cell: Cell) -> str | None:
+        return train_in_lock(*self._folders, cell)
 
-    def checkpoint(self, number: int) -> Any:
-        return _engine("submitit", extra="slurm").helpers.DelayedSubmission(self, number)
+    def checkpoint(self, cell: Cell) -> Any:
+        return _engine("submitit", extra="slurm").helpers.DelayedSubmission(self, cell)
 
 
-def locked_group(
-    workdir: Path, number: int, seconds: float = _LOCK_SECONDS
+def locked_cell(
+    workdir: Path, cell: Cell, seconds: float = _LOCK_SECONDS
 ) -> contextlib.AbstractContextManager[int | None]:
-    """Waits until nobody else trains the group; whoever trains it keeps the descriptor open that this gives; `locked`.
+    """Waits until nobody else trains the cell; whoever trains it keeps the descriptor open that this gives; `locked`.
 
     Raises:
       UserError: after `seconds`, naming who holds it; or if the file system has no locks.
     """
-    path = workdir / "logs" / f"group-{number}.lock"
-    return locked(path, f"group {number} of {workdir}", seconds=seconds, between_machines=True)
+    path = workdir / "logs" / f"{cell.file_name}.lock"
+    return locked(path, f"{cell.name} of {workdir}", seconds=seconds, wait=True, insist=True)
 
 
 def _watch(
     workdir: Path,
-    groups: Sequence[int],
+    cells: Sequence[Cell],
     on_event: Callable[[Event], None],
     ended: Callable[[], Ended],
     cancel: Callable[[], None],
 ) -> None:
-    """Passes on what the groups' machines write to the folder, until the engine has ended them all."""
-    logs = {n: _Tail(_event_log(workdir, n)) for n in groups}
+    """Passes on what the cells' machines write to the folder, until the engine has ended them all."""
+    logs = {cell: Tail(_event_log(workdir, cell)) for cell in cells}
     try:
         while logs:
-            for number, refusal in list(ended()):
+            for cell, refusal in list(ended()):
                 if refusal is not None:
                     raise UserError(refusal)
-                for event in logs.pop(number).new():
-                    on_event(event)
-                on_event({"event": "done", "group": number})
+                for message in logs.pop(cell).new():
+                    on_event(read_event(message))
+                on_event(Event(cell))
             for log in logs.values():
-                for event in log.new():
-                    on_event(event)
+                for message in log.new():
+                    on_event(read_event(message))
     except KeyboardInterrupt:
-        on_event({"event": "stopping"})
+        on_event(STOPPING)
         raise
     finally:
         cancel()
 
 
-class _Tail:
-    """Lines that a file of JSON lines has gained."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._seen = path.stat().st_size if path.exists() else 0
-
-    def new(self) -> list[Event]:
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._seen)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._seen += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
-
-
-def _event_log(workdir: Path, number: int) -> Path:
-    return workdir / "logs" / f"group-{number}.jsonl"
+def _event_log(workdir: Path, cell: Cell) -> Path:
+    return workdir / "logs" / f"{cell.file_name}.jsonl"
 
 
 def _engine(module: str, extra: str) -> Any:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from scaling_jax.errors import UserError
-from scaling_jax.models import ModelConfig
-from scaling_jax.training import Deadline, OptimizerConfig, Run
+from scaling_jax.tasks import ModelConfig
+from scaling_jax.training import Deadline, Recipe, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +48,38 @@ class Subject:
     learning_rates: LearningRates
 
 
+class Cell(NamedTuple):
+    """One model, batch size and seed of an experiment: runs that differ in learning rate alone and share a program."""
+
+    model: str
+    batch_tokens: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.model} · {self.batch_tokens:,} tokens" + (f" · seed {self.seed}" if self.seed else "")
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.model}-b{self.batch_tokens}-s{self.seed}"
+
+
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Every subject at every batch size, each with a learning rate of its own; one run serves all target losses."""
+class Experiment(Recipe):
+    """Every subject at every batch size, each with a learning rate of its own; one run serves all target losses.
+
+    What all runs share is said as for one run (`Recipe`).
+    """
 
     name: str
     subjects: tuple[Subject, ...]
     batch_tokens: tuple[int, ...]
     max_tokens: int  # a run ends here if it doesn't get to the lowest target
-    text: str = "python"
-    tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
     seeds: tuple[int, ...] = (0,)
-    optimizer: OptimizerConfig = OptimizerConfig()
-    warmup_steps: int | None = 10
-    warmup_tokens: int | None = None  # instead of warmup_steps
-    average_half_life_tokens: float | None = None  # evaluate an exponential average of the weights
-    eval_tokens: int = 16_384
-    microbatch_tokens: int = 1024  # the noise scale's small batch at most
 
     def __post_init__(self):
+        super().__post_init__()
         if len(set(self.batch_tokens)) < 3:
             raise UserError(f"batch_tokens = {self.batch_tokens}: a trade-off takes three batch sizes, better seven")
         for field in ("batch_tokens", "seeds"):
@@ -85,60 +99,43 @@ class Experiment:
                 or list(losses) != sorted(set(losses), reverse=True)
             ):
                 raise UserError(f"target_losses of {subject.model.name} must be positive and fall, in nats per token")
-            for group in (Group(subject, batch, seed) for batch in self.batch_tokens for seed in self.seeds):
-                self.run(group, 0)  # so that an impossible batch is refused before anything is trained
+        for cell in self.cells:
+            self.run(cell, 0)  # so that an impossible batch is refused before anything is trained
 
     @property
-    def groups(self) -> tuple["Group", ...]:
-        """The runs, by what shares a compiled program and a learning-rate search."""
+    def cells(self) -> tuple[Cell, ...]:
+        """In the order of subjects, batch sizes, seeds."""
         return tuple(
-            Group(subject, batch, seed)
+            Cell(subject.model.name, batch, seed)
             for subject in self.subjects
             for batch in self.batch_tokens
             for seed in self.seeds
         )
 
+    def subject(self, model: str) -> Subject:
+        """By its model's name; raises KeyError if there is none."""
+        return {subject.model.name: subject for subject in self.subjects}[model]
+
     def run(
         self,
-        group: "Group",
+        cell: Cell,
         rate_index: int,
         target_loss: float | None = None,
         max_steps: int | None = None,
         deadlines: tuple[Deadline, ...] = (),
     ) -> Run:
-        """The run of a group at one learning rate, to its lowest target or the one given; see `search`."""
+        """The run of a cell at one learning rate, to its lowest target or the one given; see `search`."""
+        subject = self.subject(cell.model)
         return Run(
-            model=group.subject.model,
-            batch_tokens=group.batch_tokens,
-            learning_rate=group.subject.learning_rates.rate(group.batch_tokens, rate_index),
-            optimizer=self.optimizer,
-            warmup_steps=self.warmup_steps,
-            warmup_tokens=self.warmup_tokens,
-            average_half_life_tokens=self.average_half_life_tokens,
-            seed=group.seed,
-            text=self.text,
-            tokenizer=self.tokenizer,
-            target_loss=min(group.subject.target_losses) if target_loss is None else target_loss,
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)},
+            model=subject.model,
+            batch_tokens=cell.batch_tokens,
+            learning_rate=subject.learning_rates.rate(cell.batch_tokens, rate_index),
+            seed=cell.seed,
+            target_loss=min(subject.target_losses) if target_loss is None else target_loss,
             max_steps=max_steps,
             max_tokens=self.max_tokens if max_steps is None else None,
             deadlines=deadlines,
-            eval_tokens=self.eval_tokens,
-            microbatch_tokens=self.microbatch_tokens,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The runs of one model, batch size and seed: they differ in learning rate alone and share one program."""
-
-    subject: Subject
-    batch_tokens: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.subject.model.name} · {self.batch_tokens:,} tokens" + (
-            f" · seed {self.seed}" if self.seed else ""
         )
 
 

@@ -5,10 +5,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.config import read_config
 from scaling_jax.errors import UserError
 from scaling_jax.scanning.experiment import Experiment
+from scaling_jax.scanning.records import parse_experiment
 from scaling_jax.training import Run
+from scaling_jax.training.records import read_run_config
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -36,6 +37,26 @@ def load_plan(path: Path) -> Experiment | dict[str, Run]:
     raise UserError(f"{path} defines neither EXPERIMENT = Experiment(…) nor RUNS = {{name: Run(…)}}")
 
 
+def load_run(path: Path, name: str | None = None) -> Run:
+    """The `RUN` of a Python file, one of its `RUNS`, or the run of a config.json.
+
+    Raises:
+      UserError: if there is no such file, or it defines none of that name.
+    """
+    if path.name == "config.json":
+        return read_run_config(path.parent).run
+    defined = _definitions(path)
+    runs = defined.get("RUNS", {})
+    if name is not None:
+        if name not in runs:
+            raise UserError(f"{path} defines no run {name!r}: choose from {', '.join(runs) or 'none'}")
+        return runs[name]
+    if isinstance(run := defined.get("RUN"), Run):
+        return run
+    hint = f"choose one of its RUNS with --name: {', '.join(runs)}" if runs else "write RUN = Run(…)"
+    raise UserError(f"{path} defines no RUN: {hint}")
+
+
 def _definitions(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no experiment file {path}: give one such as experiments/demo.py")
@@ -47,7 +68,7 @@ def _definitions(path: Path) -> dict[str, Any]:
         except (Exception, SystemExit) as error:
             what = traceback.format_exception_only(error)[-1].strip()
             raise UserError(f"{path}{_line(path, error)} can't be run: {what}") from error
-    return {"EXPERIMENT": read_config(Experiment, path, "give the experiment.json of a scan by this version")}
+    return {"EXPERIMENT": parse_experiment(path, "give the experiment.json of a scan")}
 
 
 def _line(path: Path, error: BaseException) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from scaling_jax.data import prepare
 from scaling_jax.data.feeding import is_resident
 from scaling_jax.errors import UserError
-from scaling_jax.scanning.experiment import Experiment, Group
-from scaling_jax.scanning.pool import available_cores
-from scaling_jax.scanning.search import finished
+from scaling_jax.io.workers import available_cores
+from scaling_jax.scanning.cells import finished_runs
+from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.training.program import Program, program_for
 
 LEAST_RATES = 3  # a learning rate between two others
@@ -24,10 +24,10 @@ PROCESS_BYTES = 600 << 20  # of a worker before it holds a model
 EFFICIENCY = 0.3  # of training steps, against a large matrix product; small models reach 0.2 to 0.5 on CPUs
 
 
-class GroupPlan(NamedTuple):
-    """One group of a scan, at most: every rate that may be tried, each to the last token."""
+class CellPlan(NamedTuple):
+    """One cell of a scan, at most: every rate that may be tried, each to the last token."""
 
-    group: Group
+    cell: Cell
     least_runs: int
     most_runs: int
     most_tokens: int
@@ -35,19 +35,19 @@ class GroupPlan(NamedTuple):
     bytes_needed: int  # on a device, while its runs are trained
 
 
-def plan_group(experiment: Experiment, group: Group, corpus_bytes: int, together: int) -> GroupPlan:
-    """What a group takes, without training anything.
+def plan_cell(experiment: Experiment, cell: Cell, corpus_bytes: int, together: int) -> CellPlan:
+    """What a cell takes, without training anything.
 
     Args:
       corpus_bytes: of rows on a device.
       together: runs that a device holds at a time.
     """
-    rates = group.subject.learning_rates
+    rates = experiment.subject(cell.model).learning_rates
     least, most = min(LEAST_RATES, rates.most), rates.most
-    program = program_for(experiment.run(group, 0))
-    tokens = experiment.max_tokens + group.batch_tokens
-    return GroupPlan(
-        group=group,
+    program = program_for(experiment.run(cell, 0))
+    tokens = experiment.max_tokens + cell.batch_tokens
+    return CellPlan(
+        cell=cell,
         least_runs=least,
         most_runs=most,
         most_tokens=most * tokens,
@@ -56,12 +56,12 @@ def plan_group(experiment: Experiment, group: Group, corpus_bytes: int, together
     )
 
 
-def refuse_what_cannot_fit(plans: list[GroupPlan], bytes_available: int) -> None:
-    """Raises UserError for a group that needs more memory than there is."""
+def refuse_what_cannot_fit(plans: list[CellPlan], bytes_available: int) -> None:
+    """Raises UserError for a cell that needs more memory than there is."""
     worst = max(plans, key=lambda p: p.bytes_needed)
     if worst.bytes_needed > bytes_available:
         raise UserError(
-            f"{worst.group.name} takes about {worst.bytes_needed / 2**30:.1f} GiB of memory, there are "
+            f"{worst.cell.name} takes about {worst.bytes_needed / 2**30:.1f} GiB of memory, there are "
             f"{bytes_available / 2**30:.1f}: make the model, microbatch_tokens or learning_rates.together smaller"
         )
 
@@ -92,38 +92,39 @@ def _step_bytes(program: Program) -> int:
 class ScanPlan(NamedTuple):
     """What a whole scan takes at most, and of what there is."""
 
-    groups: tuple[GroupPlan, ...]  # those that aren't done
-    groups_done: int
-    workers: int  # that groups are shared by
-    bytes_available: int  # for one group
+    cells: tuple[CellPlan, ...]  # those that aren't done
+    cells_done: int
+    workers: int  # that cells are shared by
+    bytes_available: int  # for one cell
     flops_per_second: float  # of the machine, in a large matrix product
 
     @property
     def most_seconds(self) -> float:
         """From the FLOPs, as if steps ran at `EFFICIENCY` of a large matrix product's rate."""
-        return sum(p.most_flops for p in self.groups) / (self.flops_per_second * EFFICIENCY)
+        return sum(p.most_flops for p in self.cells) / (self.flops_per_second * EFFICIENCY)
 
 
 def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
     """What `scan` would do in a folder, on this machine; trains nothing, packs the text if it wasn't yet.
 
     Raises:
-      UserError: if a group takes more memory than there is.
+      UserError: if a cell takes more memory than there is.
     """
     on_cpu = jax.default_backend() == "cpu"
     workers = min(len(available_cores()), MOST_WORKERS) if on_cpu else 1
     available = _cpu_bytes() // workers - PROCESS_BYTES if on_cpu else _accelerator_bytes()
-    waiting = [group for group in experiment.groups if finished(experiment, group, workdir) is None]
+    waiting = [cell for cell in experiment.cells if finished_runs(experiment, cell, workdir) is None]
     plans = []
-    for group in waiting:
-        corpus = prepare(experiment.text, group.subject.model.context, experiment.tokenizer)
-        seats = len(experiment.seeds) * group.subject.learning_rates.together
+    for cell in waiting:
+        subject = experiment.subject(cell.model)
+        corpus = prepare(experiment.text, subject.model.context, experiment.tokenizer)
+        seats = len(experiment.seeds) * subject.learning_rates.together
         together = 1 if on_cpu else math.ceil(seats / jax.local_device_count())
         resident = corpus.train_RxT1.nbytes if is_resident(corpus) else 0
-        plans.append(plan_group(experiment, group, resident, together))
+        plans.append(plan_cell(experiment, cell, resident, together))
     if plans:
         refuse_what_cannot_fit(plans, available)
-    done = len(experiment.groups) - len(waiting)
+    done = len(experiment.cells) - len(waiting)
     return ScanPlan(tuple(plans), done, workers, available, matmul_flops_per_second())
 
 

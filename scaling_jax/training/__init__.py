@@ -1,13 +1,13 @@
 """One run: its configuration, its compiled step, its loop and its records."""
 
-from scaling_jax.training.attempt import Interrupted, run_folder
+from scaling_jax.training.attempt import Interrupted
 from scaling_jax.training.journal import Progress
 from scaling_jax.training.loop import train
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.population import train_many
 from scaling_jax.training.ramp import LiveRamp, Stage
-from scaling_jax.training.records import RunResult, read_metrics, read_result
-from scaling_jax.training.run import Deadline, Run, next_evaluation
+from scaling_jax.training.records import RunResult, read_metrics, read_result, run_folder
+from scaling_jax.training.run import Deadline, Recipe, Run, next_evaluation
 
 __all__ = [
     "Deadline",
@@ -15,6 +15,7 @@ __all__ = [
     "LiveRamp",
     "OptimizerConfig",
     "Progress",
+    "Recipe",
     "Run",
     "RunResult",
     "Stage",

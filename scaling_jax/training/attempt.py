@@ -3,24 +3,26 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from scaling_jax.config import from_dict, to_dict
 from scaling_jax.data import Corpus
 from scaling_jax.errors import UserError
+from scaling_jax.io.config import from_dict, to_dict
+from scaling_jax.io.locks import locked
+from scaling_jax.io.stores import address, claim, in_bucket, publish
 from scaling_jax.parallel import agree, from_first, is_first, together
-from scaling_jax.training.buckets import address, claim, in_bucket, publish
 from scaling_jax.training.journal import Journal, Progress
-from scaling_jax.training.locks import locked
 from scaling_jax.training.program import TrainState
 from scaling_jax.training.records import (
     RunResult,
     Status,
-    keep_metrics_until,
+    jsonable,
     read_metrics,
     read_result,
-    write_json,
+    run_folder,
     write_metrics,
     write_result,
+    write_run_config,
 )
 from scaling_jax.training.run import Run
 
@@ -29,26 +31,31 @@ class Interrupted(Exception):
     """Training stopped when asked to, with its state saved; the same call continues it."""
 
 
-def run_folder(workdir: str | Path, run: Run) -> Path:
-    """Where a results folder keeps a run."""
-    return Path(workdir) / "runs" / run.run_id
+class Place(NamedTuple):
+    """A run in a results folder, the same for all processes that train it."""
+
+    folder: Path
+    done: RunResult | None  # None if the run isn't
 
 
-def finished_result(run: Run, workdir: str | Path, corpus: Corpus) -> RunResult | None:
-    """The result of a run that is done, as the first process sees it; None if it isn't.
+def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
+    """Where a run is kept, and its result if it is done, as the first process sees it.
 
     Raises:
       UserError: if the run was on other text, or the text doesn't fit the model.
     """
     _check_corpus(run, corpus)
-    folder = run_folder(workdir, run)
+    folder, result = Path(workdir) / "runs", None
     with together():
-        written = read_result(folder) if is_first() else None
-    values = from_first(None if written is None else to_dict(written))
+        if is_first():
+            folder = run_folder(workdir, run)
+            result = read_result(folder)
+    name, values = from_first([folder.name, None if result is None else to_dict(result)])
+    folder = Path(workdir) / "runs" / name
     done = None if values is None else from_dict(RunResult, values)
     if done is not None and done.corpus_sha256 != corpus.manifest["sha256"]:
         raise UserError(f"{folder} holds a run on other text ({run.text} has changed since): use another folder")
-    return done
+    return Place(folder, done)
 
 
 class Attempt:
@@ -58,6 +65,7 @@ class Attempt:
     folder until `close`.
 
     Args:
+      folder: of the run, see `find_place`.
       state: the run's first one.
       branch_of: a finished run with the same steps up to a snapshot that it kept; the last such is started from
         instead of `state`.
@@ -69,7 +77,7 @@ class Attempt:
     def __init__(
         self,
         run: Run,
-        workdir: str | Path,
+        folder: Path,
         corpus: Corpus,
         state: TrainState,
         on_progress: Callable[[Progress], None] = lambda _: None,
@@ -77,25 +85,26 @@ class Attempt:
     ):
         from scaling_jax.training.checkpoints import Checkpoints  # Orbax takes seconds to import
 
-        self.run, self.folder, self._corpus = run, run_folder(workdir, run), corpus
+        self.run, self.folder, self._corpus = run, folder, corpus
         with contextlib.ExitStack() as lock:
             with together():
                 if is_first():
-                    lock.enter_context(locked(self.folder / ".lock", f"run {run.run_id} in {workdir}"))
+                    lock.enter_context(locked(self.folder / ".lock", f"run {folder.name} in {folder.parents[1]}"))
                     claim(self.folder)
-                    write_json(self.folder / "config.json", {"run": to_dict(run), "corpus": corpus.manifest})
+                    write_run_config(self.folder, run, corpus.manifest)
             self._checkpoints = Checkpoints(address(self.folder / "checkpoints"))
             snapshots = address(self.folder / "snapshots")
             self._snapshots = Checkpoints(snapshots, keep=None) if run.snapshot_tokens else None
             saved = self._checkpoints.restore(state)
             if saved is not None:
                 self.state = saved
-                _keep_metrics_until(self.folder, int(saved.step))
+                _keep_until(self.folder, int(saved.step))
             elif branch_of is not None:
-                self.state = _snapshot(run, branch_of, run_folder(workdir, branch_of), self.folder, state)
+                parent = run_folder(folder.parents[1], branch_of)
+                self.state = _snapshot(run, parent, self.folder, state)
             else:
                 self.state = state
-                _keep_metrics_until(self.folder, 0)
+                _keep_until(self.folder, 0)
             self.journal = Journal(run, self.folder, corpus, on_progress)
             self._lock = lock.pop_all()
 
@@ -115,11 +124,11 @@ class Attempt:
         agree(False)  # all have written theirs
         last = self.journal.lines[-1]
         result = RunResult(
-            run_id=self.run.run_id,
+            run_id=self.folder.name,
             status=status,
-            steps=last["step"],
-            tokens=last["tokens"],
-            test_loss=last["test_loss"],
+            steps=last.step,
+            tokens=last.tokens,
+            test_loss=jsonable(last.test_loss),
             corpus_sha256=self._corpus.manifest["sha256"],
         )
         if is_first():
@@ -149,28 +158,29 @@ class Attempt:
                 checkpoints.close()
 
 
-def _snapshot(run: Run, parent: Run, parent_folder: Path, folder: Path, like: TrainState) -> TrainState:
+def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainState:
     from scaling_jax.training.checkpoints import Checkpoints
 
     branch_tokens = run.ramp[0].tokens if run.ramp else 0
-    lines = [line for line in read_metrics(parent_folder) if line["tokens"] <= branch_tokens]
-    there = address(parent_folder / "snapshots")
-    kept = from_first([line["step"] for line in lines if (there / str(line["step"])).exists()])
+    lines = [line for line in read_metrics(parent) if line.tokens <= branch_tokens]
+    there = address(parent / "snapshots")
+    kept = from_first([line.step for line in lines if (there / str(line.step)).exists()])
     if not kept:
-        raise UserError(f"{parent_folder} kept no state up to {branch_tokens:,} tokens: see Run.snapshot_tokens")
+        raise UserError(f"{parent} kept no state up to {branch_tokens:,} tokens: see Run.snapshot_tokens")
     snapshots = Checkpoints(there, keep=None)
     try:
         state = snapshots.restore_step(kept[-1], like)
     finally:
         snapshots.close()
     if is_first():
-        write_metrics(folder, [line for line in lines if line["step"] <= kept[-1]])
+        write_metrics(folder, [line for line in lines if line.step <= kept[-1]])
     return state
 
 
-def _keep_metrics_until(folder: Path, step: int) -> None:
+def _keep_until(folder: Path, step: int) -> None:
+    """Drops metrics after `step`: a run resumed from there writes them again."""
     if is_first():
-        keep_metrics_until(folder, step)
+        write_metrics(folder, [line for line in read_metrics(folder) if line.step <= step])
 
 
 def _check_corpus(run: Run, corpus: Corpus) -> None:

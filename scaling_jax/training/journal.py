@@ -1,24 +1,115 @@
-"""A run's metrics.jsonl while it trains: every call of the compiled program leaves a line."""
+"""A run's course: where it stands, what it does next, how it ends, and the line that each call leaves in its metrics.
 
+All decisions are functions of the run and its lines so far, so that a resumed run makes the same calls as an
+undisturbed one.
+"""
+
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from scaling_jax.data import Corpus, bits_per_byte
+from scaling_jax.data.feeding import Span
 from scaling_jax.parallel import from_first, is_first
-from scaling_jax.training.course import Call, Position, ending, position, steps_left
+from scaling_jax.training.live_ramp import next_stage
 from scaling_jax.training.program import StepMetrics
-from scaling_jax.training.records import Status, append_clock, append_metrics, jsonable, read_metrics
-from scaling_jax.training.run import Run
+from scaling_jax.training.ramp import next_boundary
+from scaling_jax.training.records import MetricsLine, Status, append_clock, append_metrics, jsonable, read_metrics
+from scaling_jax.training.run import Run, next_evaluation
+
+EVALUATIONS_BELOW_TARGET = 2  # in a row: one could be luck
 
 
-class Progress(NamedTuple):
-    """Where a run stands after an evaluation."""
+class Position(NamedTuple):
+    """After some steps of a run."""
 
+    step: int
+    tokens: int
+    now: Run  # as it is in the stage of its ramp that the next step is in
+
+    def after(self, num_steps: int) -> "Position":
+        """Further on in the same stage."""
+        return Position(self.step + num_steps, self.tokens + num_steps * self.now.batch_tokens, self.now)
+
+
+class Call(NamedTuple):
+    """Steps taken in one go, with a metrics line at their end."""
+
+    num_steps: int
+    evaluate: bool
+    snapshot: bool
+
+
+def position(run: Run, lines: Sequence[MetricsLine]) -> Position:
+    step, tokens = (lines[-1].step, lines[-1].tokens) if lines else (0, 0)
+    return Position(
+        step, tokens, run.at(next_stage(run.batch_tokens, run.ramp, run.live_ramp, lines, run.steps_of_warmup))
+    )
+
+
+def next_call(run: Run, here: Position) -> Call:
+    """The next call of the compiled program.
+
+    It ends at the first of: an evaluation, a snapshot, a stage's end, a look at the noise scale, the run's end,
+    `steps_per_call`.
+    """
+
+    def until(tokens: int | None) -> float:
+        return math.inf if tokens is None else math.ceil((tokens - here.tokens) / here.now.batch_tokens)
+
+    evaluation: float = next_evaluation(here.step, run.eval_growth) - here.step
+    if run.eval_every_tokens is not None:
+        evaluation = min(evaluation, until((here.tokens // run.eval_every_tokens + 1) * run.eval_every_tokens))
+    snapshot = until(min((t for t in run.snapshot_tokens if t > here.tokens), default=None))
+    ends = [
+        run.steps_per_call,
+        steps_left(run, here),
+        evaluation,
+        snapshot,
+        until(next_boundary(run.ramp, here.tokens)),
+    ]
+    if run.live_ramp is not None:
+        ends.append(run.live_ramp.every_steps - here.step % run.live_ramp.every_steps)
+    num_steps = int(min(ends))
+    return Call(num_steps, num_steps == evaluation, num_steps == snapshot)
+
+
+def span(here: Position, call: Call) -> Span:
+    """What the call's steps train on."""
+    return Span(here.tokens // here.now.model.context, call.num_steps, here.now.batch_sequences)
+
+
+def steps_left(run: Run, here: Position) -> int:
+    return run.steps_left(here.step, here.tokens, here.now.batch_tokens)
+
+
+def ending(run: Run, lines: Sequence[MetricsLine]) -> Status | None:
+    """How the run ended with its last line; None if it goes on."""
+    last = lines[-1]
+    if not np.all(np.isfinite(last.train_loss)) or (last.evaluated and not math.isfinite(last.test_loss)):
+        return "diverged"
+    if last.evaluated:
+        losses = [line.test_loss for line in lines if line.evaluated][-EVALUATIONS_BELOW_TARGET:]
+        if run.target_loss is not None and len(losses) == EVALUATIONS_BELOW_TARGET and max(losses) < run.target_loss:
+            return "reached"
+        if any(losses[-1] > late.loss for late in run.deadlines if last.step > late.step):
+            return "given up"
+    return "exhausted" if steps_left(run, position(run, lines)) < 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands after an evaluation; says itself which run it is."""
+
+    model: str
+    batch_tokens: int  # the run's first
+    learning_rate: float
+    seed: int
     run_id: str
     step: int
     last_step: int
@@ -32,7 +123,9 @@ class Journal:
     """A run's lines so far and the run's place in them; `folder` holds those of an earlier attempt."""
 
     def __init__(self, run: Run, folder: Path, corpus: Corpus, on_progress: Callable[[Progress], None]):
-        self.run, self.folder, self.lines = run, folder, from_first(read_metrics(folder))
+        self.run, self.folder = run, folder
+        found = from_first([line.json() for line in read_metrics(folder)] if is_first() else [])
+        self.lines = [MetricsLine.read(values) for values in found]
         self.here: Position = position(run, self.lines)
         self._corpus, self._on_progress = corpus, on_progress
         self._last_evaluation = self.here.tokens, time.monotonic()
@@ -56,7 +149,7 @@ class Journal:
         """
         run, now, context = self.run, self.here.now, self.run.model.context
         reached = self.here.after(call.num_steps)
-        line = {
+        values: dict[str, Any] = {
             "step": reached.step,
             "tokens": reached.tokens,
             "epoch": round(reached.tokens / (len(self._corpus.train_RxT1) * context), 6),
@@ -69,31 +162,36 @@ class Journal:
             "big_sq_norm_by_layer": _mean_over_steps(series.big_sq_norm_by_layer),
             **extra,
         }
-        self.lines.append(line)
+        last = steps_left(run, position(run, [*self.lines, MetricsLine.read(values)])) < 1
+        evaluated = call.evaluate or last or not np.all(np.isfinite(series.loss))
+        if evaluated:
+            loss = values["test_loss"] = from_first(jsonable(evaluate()))  # how long the run is depends on it
+            if loss is not None and (bits := bits_per_byte(loss, self._corpus.manifest)):
+                values["test_bits_per_byte"] = jsonable(bits)
+        self.lines.append(MetricsLine.read(values))  # as a resumed run reads it
         self.here = position(run, self.lines)
-        left = steps_left(run, self.here)
-        if call.evaluate or left < 1 or not np.all(np.isfinite(series.loss)):
-            line["test_loss"] = from_first(jsonable(evaluate()))  # how long the run is depends on it
-            if line["test_loss"] is not None and (bits := bits_per_byte(line["test_loss"], self._corpus.manifest)):
-                line["test_bits_per_byte"] = jsonable(bits)
-            if is_first():
-                self._report(left, noise_scale() * context)
-                append_clock(self.folder, line["step"])
         if is_first():
-            append_metrics(self.folder, line)
+            if evaluated:
+                self._report(steps_left(run, self.here), noise_scale() * context)
+                append_clock(self.folder, reached.step)
+            append_metrics(self.folder, self.lines[-1])
         return ending(run, self.lines)
 
     def _report(self, left: int, noise_scale_tokens: float) -> None:
-        line, (tokens, at), now = self.lines[-1], self._last_evaluation, time.monotonic()
-        self._last_evaluation = line["tokens"], now
+        run, line, (tokens, at), now = self.run, self.lines[-1], self._last_evaluation, time.monotonic()
+        self._last_evaluation = line.tokens, now
         self._on_progress(
             Progress(
-                run_id=self.run.run_id,
-                step=line["step"],
-                last_step=line["step"] + left,
-                tokens=line["tokens"],
-                test_loss=math.nan if line["test_loss"] is None else line["test_loss"],
-                tokens_per_second=(line["tokens"] - tokens) / max(now - at, 1e-9),
+                model=run.model.name,
+                batch_tokens=run.batch_tokens,
+                learning_rate=run.learning_rate,
+                seed=run.seed,
+                run_id=self.folder.name,
+                step=line.step,
+                last_step=line.step + left,
+                tokens=line.tokens,
+                test_loss=line.test_loss,
+                tokens_per_second=(line.tokens - tokens) / max(now - at, 1e-9),
                 noise_scale_tokens=noise_scale_tokens,
             )
         )

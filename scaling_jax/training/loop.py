@@ -11,13 +11,12 @@ import jax
 from scaling_jax.data import Corpus, example_order, prepare
 from scaling_jax.data.feeding import Feeder
 from scaling_jax.errors import UserError
-from scaling_jax.parallel import Backend, agree, from_first, leave_if_one_is_gone, replicate, together
-from scaling_jax.training.attempt import Attempt, Interrupted, finished_result
-from scaling_jax.training.buckets import working_copy
-from scaling_jax.training.course import next_call, span
-from scaling_jax.training.evaluation import evaluator, held_out_rows
-from scaling_jax.training.journal import Progress
-from scaling_jax.training.live_metrics import measure
+from scaling_jax.io.stores import working_copy
+from scaling_jax.parallel import Backend, agree, from_first, is_first, leave_if_one_is_gone, replicate, together
+from scaling_jax.tasks import evaluator, held_out_rows
+from scaling_jax.training.attempt import Attempt, Interrupted, find_place
+from scaling_jax.training.journal import Progress, next_call, span
+from scaling_jax.training.live_ramp import measure
 from scaling_jax.training.program import Program, TrainState, noise_scale_so_far, program_for
 from scaling_jax.training.records import RunResult, Status, jsonable
 from scaling_jax.training.run import Run
@@ -62,12 +61,12 @@ def train(
     with leave_if_one_is_gone():
         _check_processes(run, corpus, num_devices, backend)
         with together():
-            workdir = working_copy(workdir)
-        done = finished_result(run, workdir, corpus)
+            workdir = working_copy(workdir, is_first())
+        folder, done = find_place(run, workdir, corpus)
         if done is not None:
             return done
         state = replicate(programs(run).init(run.seed), own_devices)
-        attempt = Attempt(run, workdir, corpus, state, on_progress, branch_of)
+        attempt = Attempt(run, folder, corpus, state, on_progress, branch_of)
     saved_at = time.monotonic()
 
     def between_calls(state: TrainState) -> None:

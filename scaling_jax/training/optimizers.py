@@ -1,7 +1,7 @@
 """Optimizers by name, from Optax; the learning rate is applied outside, so that it can be a traced value."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import optax
@@ -9,6 +9,8 @@ from optax import contrib
 
 from scaling_jax.errors import UserError
 
+Name = Literal["adam", "adamw", "sgd", "signum", "muon", "adafactor"]
+NAMES: tuple[Name, ...] = get_args(Name)
 _ALIKE_RMS = 0.2  # of Muon's update, so that Adam's learning rates suit it (Liu et al. 2025, arXiv 2502.16982)
 
 
@@ -20,7 +22,7 @@ class OptimizerConfig:
     2025, arXiv 2507.07101). Weight decay is decoupled, times the learning rate, on matrices alone.
     """
 
-    name: Literal["adam", "adamw", "sgd", "signum", "muon", "adafactor"] = "adam"
+    name: Name = "adam"
     beta1: float = 0.9  # momentum of adam, adamw, signum and muon
     beta2: float = 0.98  # second moment of adam, adamw and, for all but matrices, muon
     beta1_half_life_tokens: float | None = None
@@ -29,6 +31,8 @@ class OptimizerConfig:
     clip_norm: float | None = None  # applied after the noise scale is measured
 
     def __post_init__(self):
+        if self.name not in NAMES:
+            raise UserError(f"optimizer.name = {self.name!r}: choose from {', '.join(NAMES)}")
         for beta in ("beta1", "beta2"):
             if not 0 <= getattr(self, beta) < 1:
                 raise UserError(f"optimizer.{beta} = {getattr(self, beta)} must be at least 0 and below 1")

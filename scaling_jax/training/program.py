@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from scaling_jax.models import ModelConfig, Transformer, is_stacked, part_names, part_of
 from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
 from scaling_jax.parallel import AXIS, Backend, spmd
+from scaling_jax.tasks import ModelConfig, Transformer, batch_loss, is_stacked, part_names, part_of
 from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
 from scaling_jax.training.run import Run, split_batch
 
@@ -117,17 +117,6 @@ def noise_scale_so_far(noise: TrackerState) -> float:
     """The smoothed noise scale in examples; NaN where |G|² isn't positive."""
     grad_sq_norm, trace_cov = map(float, _TRACKER.read(jax.tree.map(np.asarray, noise)))
     return trace_cov / grad_sq_norm if grad_sq_norm > 0 else math.nan
-
-
-def batch_loss(model: ModelConfig):
-    """`(params, tokens [B, T + 1]) -> nats per token`."""
-    transformer = Transformer(model)
-
-    def loss(params, tokens_BxT1):
-        tokens_BxT1 = tokens_BxT1.astype(jnp.int32)
-        return transformer.apply({"params": params}, tokens_BxT1[:, :-1], tokens_BxT1[:, 1:])
-
-    return loss
 
 
 @functools.cache

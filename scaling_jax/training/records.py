@@ -1,19 +1,45 @@
-"""A run's folder: config.json, metrics.jsonl (a line an evaluation), result.json (last, so its presence means done)."""
+"""A run's folder: config.json, metrics.jsonl (a line a call), result.json (last, so its presence means done).
+
+Each of them is a dataclass here, with one writer and one reader. `SCHEMA` counts their versions and stands in
+config.json; folders of older schemas stay readable for good:
+
+1: config.json held no schema, and a run's id hashed all of its values.
+2: its id hashes what differs from the defaults.
+"""
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
-import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from scaling_jax.config import read_config, to_dict
+import numpy as np
+
 from scaling_jax.errors import UserError
+from scaling_jax.io.config import from_dict, read_config, to_dict
+from scaling_jax.io.files import write_json
+from scaling_jax.io.json_lines import append_line, read_lines, write_lines
+from scaling_jax.training.run import Run
 
+SCHEMA = 2
 Status = Literal["reached", "exhausted", "given up", "diverged"]
-_DAMAGE = (ValueError, TypeError, KeyError, RecursionError)  # what reading something else raises
+
+_NORMS = ("small_sq_norm", "big_sq_norm")
+_NORMS_BY_PART = ("small_sq_norm_by_layer", "big_sq_norm_by_layer")
+_DAMAGE = (ValueError, TypeError, KeyError, RecursionError, OverflowError)  # what reading something else raises
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A run's config.json: what is trained, on which text."""
+
+    run: Run
+    corpus: dict[str, Any]  # the manifest of its text
+    schema: int = SCHEMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,39 +54,158 @@ class RunResult:
     corpus_sha256: str
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Either the old file or all of the new one, whatever happens in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+@dataclasses.dataclass(frozen=True, eq=False)
+class MetricsLine:
+    """A call of the compiled program: some steps of one batch size, then perhaps an evaluation.
+
+    Losses are in nats per token, NaN where they weren't finite; batches in tokens. Norms are of the gradient before
+    clipping; those by part of the model (`tasks.part_names`) are means over the line's steps.
+    """
+
+    step: int  # the line's last
+    tokens: int  # processed by then
+    epoch: float
+    batch_tokens: int
+    small_batch_tokens: int
+    train_loss: np.ndarray  # [steps]
+    small_sq_norm: np.ndarray  # [steps]
+    big_sq_norm: np.ndarray  # [steps]
+    small_sq_norm_by_part: np.ndarray | None  # [parts]; None in lines that measured none
+    big_sq_norm_by_part: np.ndarray | None
+    live: np.ndarray | None  # what a live ramp's metric measured, see `live_metrics.measure`
+    evaluated: bool
+    test_loss: float  # NaN also where it wasn't evaluated
+    test_bits_per_byte: float | None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.train_loss)
+
+    @classmethod
+    def read(cls, values: Any) -> "MetricsLine":
+        """From JSON values.
+
+        Raises:
+          ValueError, TypeError, KeyError: if they are none.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        counts = [_count(values, name) for name in ("step", "tokens", "batch_tokens", "small_batch_tokens")]
+        train_loss = _numbers(values, "train_loss")
+        norms = [_numbers(values, name) for name in _NORMS]
+        if any(len(norm) != len(train_loss) for norm in norms):
+            raise ValueError("train_loss, small_sq_norm and big_sq_norm differ in length")
+        loss = values.get("test_loss")
+        if loss is not None and (isinstance(loss, bool) or not isinstance(loss, float | int) or not loss > 0):
+            raise ValueError(f"test_loss = {loss!r} isn't a positive number")
+        bits = values.get("test_bits_per_byte")
+        return cls(
+            counts[0],
+            counts[1],
+            float(values.get("epoch") or math.nan),
+            counts[2],
+            counts[3],
+            train_loss,
+            *norms,
+            *(_numbers(values, name) if name in values else None for name in (*_NORMS_BY_PART, "live")),
+            evaluated="test_loss" in values,
+            test_loss=math.nan if loss is None else float(loss),
+            test_bits_per_byte=None if bits is None else float(bits),
+        )
+
+    def json(self) -> dict[str, Any]:
+        """As `read` takes it; JSON has no NaN."""
+        values: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "epoch": jsonable(self.epoch),
+            "batch_tokens": self.batch_tokens,
+            "small_batch_tokens": self.small_batch_tokens,
+            "train_loss": _nulls(self.train_loss),
+        }
+        arrays = (self.small_sq_norm, self.big_sq_norm, self.small_sq_norm_by_part, self.big_sq_norm_by_part, self.live)
+        for name, array in zip((*_NORMS, *_NORMS_BY_PART, "live"), arrays, strict=True):
+            if array is not None:
+                values[name] = _nulls(array)
+        if self.evaluated:
+            values["test_loss"] = None if math.isnan(self.test_loss) else self.test_loss
+        if self.test_bits_per_byte is not None:
+            values["test_bits_per_byte"] = self.test_bits_per_byte
+        return values
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+class Course(NamedTuple):
+    """A whole run's metrics in columns: by step, by line, by evaluation."""
+
+    batch_tokens: np.ndarray  # [steps]
+    small_batch_tokens: np.ndarray  # [steps]
+    small_sq_norm: np.ndarray  # [steps]
+    big_sq_norm: np.ndarray  # [steps]
+    line_steps: np.ndarray  # [lines], how many steps each took
+    line_batch_tokens: np.ndarray  # [lines]
+    line_small_batch_tokens: np.ndarray  # [lines]
+    small_sq_norm_by_part: np.ndarray | None  # [lines, parts]; None unless all lines measured them
+    big_sq_norm_by_part: np.ndarray | None
+    eval_steps: np.ndarray  # [evaluations] with a finite loss
+    eval_tokens: np.ndarray
+    eval_losses: np.ndarray
 
 
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """A run's config.json: {"run": its values, "corpus": the manifest of its text}.
+def course(lines: Sequence[MetricsLine]) -> Course:
+    """A run's lines in columns; every step with its own line's batch sizes."""
+    steps = np.array([line.num_steps for line in lines], int)
+    sizes = [
+        np.array([getattr(line, name) for line in lines], float) for name in ("batch_tokens", "small_batch_tokens")
+    ]
+    by_part = [[getattr(line, f"{size}_sq_norm_by_part") for line in lines] for size in ("small", "big")]
+    complete = bool(lines) and all(norms is not None for of_size in by_part for norms in of_size)
+    evaluations = [line for line in lines if line.evaluated and math.isfinite(line.test_loss)]
+    return Course(
+        *(np.repeat(size, steps) for size in sizes),
+        *(np.concatenate([getattr(line, name) for line in lines] or [np.zeros(0)]) for name in _NORMS),
+        steps,
+        *sizes,
+        *(np.array(of_size) if complete else None for of_size in by_part),
+        np.array([line.step for line in evaluations], int),
+        np.array([line.tokens for line in evaluations], int),
+        np.array([line.test_loss for line in evaluations], float),
+    )
+
+
+def run_folder(workdir: str | Path, run: Run) -> Path:
+    """Where a results folder keeps a run: in the folder whose config.json holds it, else in a new one."""
+    runs = Path(workdir) / "runs"
+    own = runs / run.run_id
+    if (own / "config.json").exists():
+        return own
+    for folder in sorted(runs.glob(f"{glob.escape(run.label)}-*")):  # of another schema, or with other defaults
+        with contextlib.suppress(UserError):
+            if read_run_config(folder).run == run:
+                return folder
+    return own
+
+
+def write_run_config(folder: Path, run: Run, corpus: dict[str, Any]) -> None:
+    write_json(folder / "config.json", {"schema": SCHEMA, "run": to_dict(run), "corpus": corpus})
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """A run's config.json, whatever its folder is called. Values that it lacks take their defaults.
 
     Raises:
-      UserError: if it isn't there or is damaged.
+      UserError: if it isn't there, is damaged or of a later version.
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-        if not (isinstance(config["run"], dict) and isinstance(config["corpus"], dict)):
-            raise ValueError("no run or corpus")
-    except (OSError, *_DAMAGE) as error:
+        values = json.loads(path.read_bytes())
+        schema = values.get("schema", 1)
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ValueError(f"schema {schema} is of a later version than this one, {SCHEMA}")
+        if not isinstance(values["corpus"], dict):
+            raise ValueError("no corpus")
+        return RunConfig(from_dict(Run, values["run"]), values["corpus"], schema)
+    except (OSError, AttributeError, *_DAMAGE) as error:  # UserError is a ValueError
         raise UserError(f"{path} is damaged ({error}): {_train_again(folder)}") from None
-    return config
 
 
 def read_result(folder: Path) -> RunResult | None:
@@ -77,69 +222,78 @@ def write_result(folder: Path, result: RunResult) -> None:
     write_json(folder / "result.json", to_dict(result))
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Evaluations in order; a last line that was cut off by a crash is not one.
+def read_metrics(folder: Path, result: RunResult | None = None) -> list[MetricsLine]:
+    """A run's lines in order; a last line that was cut off by a crash is not one.
+
+    Args:
+      result: of a run that is done, whose last step must be the lines' last.
 
     Raises:
-      UserError: naming a line before it that isn't what a run writes.
+      UserError: naming a line that isn't what a run writes, or a run whose lines and result disagree.
     """
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    lines: list[MetricsLine] = []
+    for number, text in read_lines(path):
         try:
-            lines.append(_checked(json.loads(text)))
+            line = MetricsLine.read(json.loads(text))
+            if line.step - line.num_steps != (lines[-1].step if lines else 0):
+                raise ValueError(f"{line.num_steps} steps up to step {line.step} don't follow the line before")
         except _DAMAGE as error:
             raise UserError(f"{path} line {number} is damaged ({error}): {_train_again(folder)}") from None
+        lines.append(line)
+    last = lines[-1].step if lines else 0
+    if result is not None and last != result.steps:
+        raise UserError(f"{path} ends at step {last:,}, the run at {result.steps:,}: {_train_again(folder)}")
     return lines
 
 
-def _checked(line: Any) -> dict[str, Any]:
-    loss = line.get("test_loss") if isinstance(line, dict) else None
-    if not isinstance(line, dict) or not isinstance(line["step"], int) or not isinstance(loss, float | int | None):
-        raise ValueError("not an evaluation")
-    for name in ("small_sq_norm", "big_sq_norm"):
-        if not all(isinstance(x, float | int | None) for x in line.get(name, ())):
-            raise ValueError(f"{name} isn't a list of numbers")
-    return line
+def append_metrics(folder: Path, line: MetricsLine) -> None:
+    append_line(folder / "metrics.jsonl", line.json())
 
 
-def _train_again(folder: Path) -> str:
-    return f"remove {folder}, and the same scan or training command trains it again"
-
-
-def keep_metrics_until(folder: Path, step: int) -> None:
-    """Drops evaluations after `step`: a run resumed from there writes them again."""
-    write_metrics(folder, [line for line in read_metrics(folder) if line["step"] <= step])
-
-
-def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
-    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+def write_metrics(folder: Path, lines: Sequence[MetricsLine]) -> None:
+    write_lines(folder / "metrics.jsonl", [line.json() for line in lines])
 
 
 def append_clock(folder: Path, step: int) -> None:
     """When a step was evaluated; apart from the metrics, which are the same whenever a run is trained."""
-    with (folder / "clock.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "time": round(time.time(), 3)}) + "\n")
+    append_line(folder / "clock.jsonl", {"step": step, "time": round(time.time(), 3)})
 
 
-def read_timed_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Like `read_metrics`, with "time" (seconds since 1970) in the lines of which it is known."""
-    path = folder / "clock.jsonl"
+def read_clock(folder: Path) -> dict[int, float]:
+    """Seconds since 1970 by step, of evaluations; only displays need it, so a damaged line is none."""
     times = {}
-    for text in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-        with contextlib.suppress(*_DAMAGE):  # only displays need it: a damaged line is none
+    for _, text in read_lines(folder / "clock.jsonl"):
+        try:
             entry = json.loads(text)
-            times[entry["step"]] = {"time": float(entry["time"])}
-    return [line | times.get(line["step"], {}) for line in read_metrics(folder)]
-
-
-def append_metrics(folder: Path, line: dict[str, Any]) -> None:
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+            times[int(entry["step"])] = float(entry["time"])
+        except _DAMAGE:
+            continue
+    return times
 
 
 def jsonable(value: float) -> float | None:
     """Eight digits hold a float32; JSON has no NaN."""
     return float(f"{value:.8g}") if math.isfinite(value) else None
+
+
+def _count(values: dict[str, Any], name: str) -> int:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
+        raise ValueError(f"{name} = {value!r} isn't a positive whole number")
+    return value
+
+
+def _numbers(values: dict[str, Any], name: str) -> np.ndarray:
+    listed = values[name]
+    if not isinstance(listed, list) or not all(x is None or type(x) in (int, float) for x in listed):
+        raise ValueError(f"{name} isn't a list of numbers")
+    return np.array([math.nan if x is None else x for x in listed], float)
+
+
+def _nulls(array: np.ndarray) -> list[float | None]:
+    return [x if math.isfinite(x) else None for x in array.tolist()]
+
+
+def _train_again(folder: Path) -> str:
+    return f"remove {folder}, and the same scan or training command trains it again"

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
-from scaling_jax.config import config_hash
 from scaling_jax.errors import UserError
-from scaling_jax.models import ModelConfig
+from scaling_jax.io.config import config_hash
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.ramp import LiveRamp, Stage, check_stages
 
@@ -20,8 +20,48 @@ class Deadline:
     step: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is trained whatever its size, batch size and learning rate: what all runs of an experiment share.
+
+    Whoever adds a field gives it the default that means what was before: then runs made earlier are still found.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warmup_steps: int | None = 10
+    warmup_tokens: int | None = None  # instead of warmup_steps
+    average_half_life_tokens: float | None = None  # evaluate an exponential average of the weights (Zhang et al. 2024)
+    text: str = "python"
+    tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
+    microbatch_tokens: int = 1024  # the noise scale's small batch at most; at least two make a step
+    eval_tokens: int = 16_384
+    eval_growth: float = 1.07  # evaluations lie at steps in this ratio
+    eval_every_tokens: int | None = None  # and at the first step past each multiple of this, where given
+    steps_per_call: int = 64
+
+    def __post_init__(self):
+        for field in ("microbatch_tokens", "eval_tokens", "steps_per_call"):
+            check_positive(field, getattr(self, field))
+        for field in ("average_half_life_tokens", "eval_every_tokens"):
+            if getattr(self, field) is not None:
+                check_positive(field, getattr(self, field))
+        for field in ("warmup_steps", "warmup_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise UserError(f"{field} = {value} must be 0 or more")
+        if (self.warmup_steps is None) == (self.warmup_tokens is None):
+            raise UserError("give exactly one of warmup_steps and warmup_tokens, None for the other")
+        if self.eval_growth <= 1:
+            raise UserError(f"eval_growth = {self.eval_growth} must be above 1: it is the ratio of evaluation steps")
+
+    @property
+    def recipe(self) -> "Recipe":
+        """This part alone of a run or an experiment."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+
+
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Recipe):
     """A run at constant learning rate after a linear warm-up, so that one run serves every target loss above its last.
 
     The batch size may grow, by `ramp` or `live_ramp`; `batch_tokens` and `learning_rate` are the first step's. The run
@@ -32,50 +72,30 @@ class Run:
     model: ModelConfig
     batch_tokens: int
     learning_rate: float
-    optimizer: OptimizerConfig = OptimizerConfig()
+    seed: int = 0
     ramp: tuple[Stage, ...] = ()
     live_ramp: LiveRamp | None = None
-    warmup_steps: int | None = 10
-    warmup_tokens: int | None = None  # instead of warmup_steps
-    average_half_life_tokens: float | None = None  # evaluate an exponential average of the weights (Zhang et al. 2024)
-    seed: int = 0
-    text: str = "python"
-    tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
     target_loss: float | None = None  # nats per token
     max_steps: int | None = None
     max_tokens: int | None = None
     deadlines: tuple[Deadline, ...] = ()
     snapshot_tokens: tuple[int, ...] = ()  # states to keep, at the first step that has processed so many
-    microbatch_tokens: int = 1024  # the noise scale's small batch at most; at least two make a step
-    eval_tokens: int = 16_384
-    eval_growth: float = 1.07  # evaluations lie at steps in this ratio
-    eval_every_tokens: int | None = None  # and at the first step past each multiple of this, where given
-    steps_per_call: int = 64
 
     def __post_init__(self):
-        for field in ("batch_tokens", "learning_rate", "microbatch_tokens", "eval_tokens", "steps_per_call"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise UserError(f"{field} = {getattr(self, field)!r} must be positive and finite")
-        for field in ("max_steps", "max_tokens", "target_loss", "average_half_life_tokens", "eval_every_tokens"):
-            value = getattr(self, field)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{field} = {value} must be positive and finite")
-        for field in ("warmup_steps", "warmup_tokens"):
-            value = getattr(self, field)
-            if value is not None and value < 0:
-                raise UserError(f"{field} = {value} must be 0 or more")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed = {self.seed} must be from 0 to {2**32 - 1:,}")
+        super().__post_init__()
+        for field in ("batch_tokens", "learning_rate"):
+            check_positive(field, getattr(self, field))
+        for field in ("max_steps", "max_tokens", "target_loss"):
+            if getattr(self, field) is not None:
+                check_positive(field, getattr(self, field))
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed = {self.seed} must be from 0 to {2**31 - 1:,}")
         if self.batch_tokens > _MOST_BATCH_TOKENS:
             raise UserError(
                 f"batch_tokens = {self.batch_tokens:,} is more than {_MOST_BATCH_TOKENS:,}: tokens per step"
             )
         if (self.max_steps is None) == (self.max_tokens is None):
             raise UserError("give exactly one of max_steps and max_tokens")
-        if (self.warmup_steps is None) == (self.warmup_tokens is None):
-            raise UserError("give exactly one of warmup_steps and warmup_tokens, None for the other")
-        if self.eval_growth <= 1:
-            raise UserError(f"eval_growth = {self.eval_growth} must be above 1: it is the ratio of evaluation steps")
         if self.ramp and self.live_ramp:
             raise UserError("give a ramp or a live_ramp, not both")
         check_stages(self.batch_tokens, self.ramp)
@@ -120,11 +140,29 @@ class Run:
         )
 
     @property
+    def label(self) -> str:
+        """For people: how its run_id begins."""
+        rate = f"{self.learning_rate:.2e}".replace("e-0", "e-")
+        return f"{self.model.name}-b{self.batch_tokens}-lr{rate}-s{self.seed}"
+
+    @property
     def run_id(self) -> str:
-        """Readable, and different whenever any value differs."""
-        return (
-            f"{self.model.name}-b{self.batch_tokens}-lr{self.learning_rate:.2e}-s{self.seed}-{config_hash(self)}"
-        ).replace("e-0", "e-")
+        """The name of a new run's folder; different whenever a value differs, whatever the defaults are.
+
+        Nobody reads it: what a run is stands in its config.json.
+        """
+        return f"{self.label}-{config_hash(self)}"
+
+    @property
+    def without_limits(self) -> "Run":
+        """What makes its curve: runs that differ in where they end are the same as far as they go."""
+        return dataclasses.replace(self, target_loss=None, max_steps=1, max_tokens=None, deadlines=())
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises UserError unless a value is positive and finite."""
+    if not 0 < value < math.inf:
+        raise UserError(f"{name} = {value!r} must be positive and finite")
 
 
 def _check_whole_sequences(batch_tokens: int, context: int) -> None:

@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from scaling_jax.analysis.branches import measure_branches
 from scaling_jax.errors import UserError
-from scaling_jax.models import ModelConfig
+from scaling_jax.results.branches import measure_branches
 from scaling_jax.scanning.branches import EVALUATIONS, BranchPlan, run_branches
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run
 from scaling_jax.training.records import append_metrics
 

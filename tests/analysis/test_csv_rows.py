@@ -1,7 +1,7 @@
 import math
 from typing import NamedTuple
 
-from scaling_jax.analysis.csv_rows import write_rows
+from scaling_jax.io.files import write_rows
 
 
 class Row(NamedTuple):

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from scaling_jax.analysis import analyse
 from scaling_jax.errors import UserError
+from scaling_jax.results import analyse
 from tests.made_up_scan import EXPONENT, b_crit
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from scaling_jax.analysis.numbers import duration, short
+from scaling_jax.report.words import duration, short
 
 
 @pytest.mark.parametrize(

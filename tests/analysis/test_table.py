@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from scaling_jax.analysis.table import read_table
-from scaling_jax.analysis.table_fit import fit_table, write_fit
 from scaling_jax.errors import UserError
+from scaling_jax.results.table import fit_table, read_table, write_fit
 from tests.fitting.planted import Planted
 
 HEADER = "model,batch_tokens,target_loss,steps"

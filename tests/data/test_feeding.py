@@ -7,7 +7,7 @@ import pytest
 
 from scaling_jax.data import Corpus, feeding, rows_of
 from scaling_jax.data.feeding import Feeder, Span
-from scaling_jax.models import ModelConfig
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run, read_metrics, train
 
 

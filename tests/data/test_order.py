@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling_jax.data import example_order, order
-from scaling_jax.data.order import share_of
+from scaling_jax.data.feeding import share_of
 
 
 @pytest.fixture(params=["table", "index by index"], autouse=True, scope="module")

@@ -5,8 +5,7 @@ import pytest
 from scipy import optimize, special
 
 from scaling_jax.fitting import compare_forms, fit_joint, fit_scan, fit_tradeoff
-from scaling_jax.fitting.bounds import deviance_with_bounds, fit_bounded
-from scaling_jax.fitting.tradeoff import fit_tradeoffs
+from scaling_jax.fitting.tradeoff import deviance_with_bounds, fit_bounded, fit_tradeoffs
 from tests.fitting.planted import Planted
 
 BATCHES = 256.0 * 2.0 ** np.arange(7)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.fitting import fit_loss_law, fit_scan, fit_tradeoff
-from scaling_jax.fitting.joint import fit_joint_rows
-from scaling_jax.fitting.joint_errors import joint_errors
+from scaling_jax.fitting.joint import fit_joint_rows, joint_errors
 from scaling_jax.fitting.resampling import law_errors
 from scaling_jax.fitting.scan_table import scan_table
 from tests.fitting.planted import Planted

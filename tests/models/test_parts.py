@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 
-from scaling_jax.models import ModelConfig, Transformer, is_stacked, part_names, part_of
+from scaling_jax.tasks import ModelConfig, Transformer, is_stacked, part_names, part_of
 
 
 def test_every_parameter_is_in_one_part_and_every_part_has_some():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.errors import UserError
-from scaling_jax.models import MODELS, ModelConfig, Transformer, model_config, next_token_loss, transformer
+from scaling_jax.tasks import MODELS, ModelConfig, Transformer, model_config, next_token_loss, transformer
 
 SMALL = ModelConfig(n_layer=2, d_model=16, n_head=2, context=8, vocab_size=11)
 

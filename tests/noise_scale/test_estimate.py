@@ -10,7 +10,7 @@ from scipy.signal import lfilter
 from scipy.stats import t as student_t
 
 from scaling_jax.noise_scale import ema, estimate, windows
-from scaling_jax.noise_scale.interval import autocorrelation_time, fieller, long_run_covariance
+from scaling_jax.noise_scale.estimate import autocorrelation_time, fieller, long_run_covariance
 
 STEPS, NOISE_SCALE = 400, 50.0
 

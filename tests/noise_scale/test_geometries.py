@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import noisy_quadratic as quadratic
 from scaling_jax.noise_scale import every, geometries
-from scaling_jax.noise_scale.newton_schulz import nuclear_norm, polar_factor, trace_sqrt
+from scaling_jax.noise_scale.geometries import nuclear_norm, polar_factor, trace_sqrt
 from tests.noise_scale.agreement import assert_mean
 
 DRAWS = 2_000

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from scaling_jax.compile.ahead_of_time import Collective, collectives
 from scaling_jax.parallel import AXIS, data_mesh
-from scaling_jax.parallel.collectives import Collective, collectives
 
 HLO = """
   %add.1 = f32[8]{0} add(%a, %b)

@@ -2,8 +2,8 @@ import importlib.util
 
 import pytest
 
+from scaling_jax.compile.topologies import topology
 from scaling_jax.errors import UserError
-from scaling_jax.parallel.topologies import topology
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu isn't installed")
 

@@ -1,7 +1,7 @@
 import pytest
 
-from scaling_jax.analysis import analyse
 from scaling_jax.report.runs import read_runs
+from scaling_jax.results import analyse
 
 
 @pytest.fixture(scope="session")

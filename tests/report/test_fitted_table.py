@@ -2,8 +2,8 @@ import io
 
 from rich.console import Console
 
-from scaling_jax.analysis.table_fit import fit_table
-from scaling_jax.report.fitted_table import print_fit
+from scaling_jax.console.tables import print_fit
+from scaling_jax.results.table import fit_table
 from tests.analysis.test_table import planted
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from scaling_jax.analysis import analyse
-from scaling_jax.analysis.branches import read_branches
 from scaling_jax.errors import UserError
 from scaling_jax.report import write_report
 from scaling_jax.report.chart import draw
@@ -16,6 +14,8 @@ from scaling_jax.report.page import charts, page, table
 from scaling_jax.report.provenance import command, without_home
 from scaling_jax.report.sections import sections
 from scaling_jax.report.tradeoffs import tradeoffs_chart
+from scaling_jax.results import analyse
+from scaling_jax.results.branches import read_branches
 from scaling_jax.scanning.demo import DEMO, QUICK
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

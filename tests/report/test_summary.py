@@ -3,8 +3,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scaling_jax.analysis import analyse
-from scaling_jax.report.summary import summary
+from scaling_jax.console.tables import summary
+from scaling_jax.results import analyse
 
 
 def test_the_table_shows_three_losses_a_model_and_the_law(made_up):

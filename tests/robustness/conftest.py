@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import pytest
 
-from scaling_jax.analysis.csv_rows import write_rows
-from scaling_jax.analysis.measurements import Measurement, measure
 from scaling_jax.cli import main
+from scaling_jax.io.files import write_rows
+from scaling_jax.results.measurements import Measurement, measure
 
 
 class Done(NamedTuple):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scaling_jax.config import to_dict
+from scaling_jax.io.config import to_dict
 from scaling_jax.scanning.demo import QUICK
 from tests.robustness.conftest import contents
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from scaling_jax.analysis import read_experiment
-from scaling_jax.analysis.branches import read_branches
 from scaling_jax.errors import UserError
+from scaling_jax.results import read_experiment
+from scaling_jax.results.branches import read_branches
 from scaling_jax.scanning.search import best_of, finished
 from scaling_jax.training.records import read_metrics, read_result, read_run_config, read_timed_metrics
 from tests.robustness.conftest import replaced

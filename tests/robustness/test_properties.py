@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from scaling_jax.config import config_hash, from_dict, to_dict, with_overrides
 from scaling_jax.fitting import fit_loss_law, fit_scan, fit_tradeoff
-from scaling_jax.models import ModelConfig
+from scaling_jax.io.config import config_hash, from_dict, to_dict, with_overrides
 from scaling_jax.noise_scale import Moments, estimate, unbiased
 from scaling_jax.scanning import Experiment, LearningRates, Subject
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig
 from tests.fitting.planted import Planted
 

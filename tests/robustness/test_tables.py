@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling_jax.analysis.table import read_table
-from scaling_jax.analysis.table_fit import fit_table
 from scaling_jax.errors import UserError
+from scaling_jax.results.table import fit_table, read_table
 from tests.robustness.conftest import contents
 
 HEADER = "model,batch_tokens,target_loss,steps,steps_tried,params,seed,passed_early"

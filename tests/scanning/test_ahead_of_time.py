@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from scaling_jax.errors import UserError
-from scaling_jax.models import model_config
-from scaling_jax.noise_scale import value_and_grad
-from scaling_jax.parallel.topologies import topology
-from scaling_jax.report.compile_table import print_compiled
-from scaling_jax.scanning import Experiment, LearningRates, Subject
-from scaling_jax.scanning.ahead_of_time import (
+from scaling_jax.compile.ahead_of_time import (
     compile_runs,
     compile_steps,
     plain_value_and_grad,
     planned_runs,
 )
+from scaling_jax.compile.topologies import topology
+from scaling_jax.console.tables import print_compiled
+from scaling_jax.errors import UserError
+from scaling_jax.noise_scale import value_and_grad
+from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.scanning.files import load_plan
+from scaling_jax.tasks import model_config
 from scaling_jax.training import LiveRamp, Run, Stage
 from scaling_jax.training.program import program_for
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from scaling_jax.config import to_dict
 from scaling_jax.errors import UserError
-from scaling_jax.models import model_config
+from scaling_jax.io.config import to_dict
 from scaling_jax.scanning import Experiment, LearningRates, Subject, executors
 from scaling_jax.scanning.pool import run_groups
+from scaling_jax.tasks import model_config
 from scaling_jax.training.records import write_json
 
 

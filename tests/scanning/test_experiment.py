@@ -3,12 +3,12 @@ import json
 
 import pytest
 
-from scaling_jax.config import from_dict, to_dict
 from scaling_jax.errors import UserError
-from scaling_jax.models import model_config
+from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, relative_cost
 from scaling_jax.scanning.demo import DEMO, QUICK
 from scaling_jax.scanning.files import load_experiment
+from scaling_jax.tasks import model_config
 
 
 @pytest.mark.parametrize("experiment", [DEMO, QUICK])

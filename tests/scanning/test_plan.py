@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from scaling_jax.errors import UserError
-from scaling_jax.models import model_config
 from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.scanning.plan import flops_per_token, plan_group, refuse_what_cannot_fit
+from scaling_jax.tasks import model_config
 from scaling_jax.training.program import batch_loss, program_for
 
 MODEL = model_config("2x64")

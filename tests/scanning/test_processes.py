@@ -10,17 +10,17 @@ import time
 import numpy as np
 import pytest
 
+from scaling_jax.io.locks import locked
+from scaling_jax.io.stores import working_copy
 from scaling_jax.scanning import groups
 from scaling_jax.scanning.files import load_experiment
 from scaling_jax.scanning.search import finished
 from scaling_jax.training import read_metrics, run_folder
-from scaling_jax.training.buckets import working_copy
-from scaling_jax.training.locks import locked
 from tests.training.test_processes import SECONDS, free_port
 
 EXPERIMENT = """
 from scaling_jax import Experiment, LearningRates, Subject
-from scaling_jax.models import ModelConfig
+from scaling_jax.tasks import ModelConfig
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
 EXPERIMENT = Experiment(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from scaling_jax.scanning.refinement import next_between
+from scaling_jax.scanning.search import next_between
 
 PLACE = math.log(2) / 16
 

@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from scaling_jax.models import model_config
 from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.scanning.search import best_at, best_of, finished, is_tuned, search
+from scaling_jax.tasks import model_config
 from scaling_jax.training import RunResult
 from scaling_jax.training.records import append_metrics, write_result
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from scaling_jax.data import Corpus
-from scaling_jax.models import ModelConfig
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run
 
 RUN = Run(

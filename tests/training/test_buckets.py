@@ -6,9 +6,9 @@ import gcsfs
 import pytest
 
 from scaling_jax.errors import UserError
+from scaling_jax.io.locks import locked
+from scaling_jax.io.stores import address, claim, publish, working_copy
 from scaling_jax.training import Interrupted, buckets, read_metrics, run_folder, train
-from scaling_jax.training.buckets import address, claim, publish, working_copy
-from scaling_jax.training.locks import locked
 from tests.training.counting import CORPUS, RUN
 from tests.training.test_processes import Processes, assert_same_training, trained
 

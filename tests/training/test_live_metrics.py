@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from scaling_jax.errors import UserError
-from scaling_jax.models import ModelConfig
 from scaling_jax.noise_scale import Moments, geometries, unbiased, value_and_grad
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig
 from scaling_jax.training.live_metrics import METRICS, measure
 from scaling_jax.training.program import Program, batch_loss

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from scaling_jax.errors import UserError
+from scaling_jax.io.locks import locked
 from scaling_jax.training import run_folder, train
-from scaling_jax.training.locks import locked
 from tests.training.counting import CORPUS, RUN
 
 fcntl = pytest.importorskip("fcntl")
@@ -36,7 +36,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
 def test_what_a_holder_that_has_ended_left_behind_is_waited_for(tmp_path):
     """A scan that was killed, whose workers still save: they hold what they inherited."""
     script = (
-        "import subprocess, sys; from pathlib import Path; from scaling_jax.training.locks import locked\n"
+        "import subprocess, sys; from pathlib import Path; from scaling_jax.io.locks import locked\n"
         "with locked(Path(sys.argv[1]), 'it') as lock: subprocess.Popen(['sleep', '2'], pass_fds=(lock,))"
     )
     subprocess.run([sys.executable, "-c", script, tmp_path / "lock"], check=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.errors import UserError
-from scaling_jax.models import ModelConfig
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, OptimizerConfig, Run, Stage, read_metrics, read_result, train
 
 RUN = Run(

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from scaling_jax.errors import UserError
-from scaling_jax.models import ModelConfig
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, read_metrics, train
 from scaling_jax.training.optimizers import make_optimizer
 from scaling_jax.training.program import _compile, program_for

@@ -5,10 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_jax.models import ModelConfig
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, OptimizerConfig, Run, population, read_metrics, train
-from scaling_jax.training.population import train_many
-from scaling_jax.training.slots import Slots
+from scaling_jax.training.population import Slots, train_many
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
 RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, target_loss=5.2, max_steps=40, eval_tokens=512, steps_per_call=8)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from scaling_jax.errors import UserError
-from scaling_jax.models import ModelConfig
 from scaling_jax.parallel import replicate
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run
 from scaling_jax.training.program import Program, program_for
 from scaling_jax.training.run import split_batch

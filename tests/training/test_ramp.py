@@ -6,7 +6,7 @@ import pytest
 
 from scaling_jax.data import example_order, feeding
 from scaling_jax.errors import UserError
-from scaling_jax.models import ModelConfig
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, LiveRamp, Run, Stage, read_metrics, train
 from scaling_jax.training.ramp import next_stage, read_stages, stage_at
 

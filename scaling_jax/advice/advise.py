@@ -1,0 +1,122 @@
+"""Everything that is advised for one loss: batch sizes side by side, and a ramp, which may be written to a file."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from scaling_jax.advice.choices import Choice, Hardware, choices, fastest, largest_within, powers_around
+from scaling_jax.advice.goal import Goal, goal
+from scaling_jax.advice.ramp import Cost, Stage, cost, descent, ramp
+from scaling_jax.errors import UserError
+from scaling_jax.io.files import write_json
+from scaling_jax.results.table import fit_table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Advice:
+    """Everything that `scaling-jax advise` says."""
+
+    to: Goal
+    rows: tuple[Choice, ...]
+    within_budget: float | None  # largest batch, tokens
+    hardware: Hardware | None
+    fastest: float | None
+    stages: tuple[Stage, ...]  # of the ramp; empty where the goal is extrapolated
+    schedules: dict[str, Cost]  # the ramp and the constant batches that it lies between
+    notes: tuple[str, ...]
+
+
+def advise(
+    results: Path,
+    target_loss: float,
+    *,
+    model: str | None = None,
+    budget_tokens: float | None = None,
+    hardware: Hardware | None = None,
+    start_batch_tokens: int | None = None,
+    max_batch_tokens: int | None = None,
+    fraction: float = 1.0,
+    extrapolate: bool = False,
+) -> Advice:
+    """Fits a results folder's measurements.csv, or a CSV, and advises on one loss.
+
+    Raises:
+      UserError: where the data can't answer; the message says what would.
+    """
+    asked = {
+        "budget_tokens": budget_tokens,
+        "start_batch_tokens": start_batch_tokens,
+        "max_batch_tokens": max_batch_tokens,
+        "ramp_fraction": fraction,
+    }
+    for name, value in asked.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} = {value} must be positive and finite")
+    path = results / "measurements.csv" if results.is_dir() else results
+    if not path.exists():
+        raise UserError(f"no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")
+    found = fit_table(path, laws=False)
+    budget = math.inf if budget_tokens is None else budget_tokens
+    to = goal(found.fit, target_loss, model, extrapolate=extrapolate)
+    stages: tuple[Stage, ...] = ()
+    schedules = {}
+    if not to.extrapolated:
+        way = descent(found.fit, target_loss, to.model)
+        start = start_batch_tokens or _start(to, fraction * float(way.b_crit[0]))
+        stages = ramp(
+            found.fit,
+            target_loss,
+            start_batch_tokens=start,
+            max_batch_tokens=max_batch_tokens,
+            model=to.model,
+            fraction=fraction,
+        )
+        for batch in dict.fromkeys((start, stages[-1].batch_tokens)):
+            schedules[f"constant {batch:,}"] = cost(way, (Stage(0, batch, 1.0),))
+        schedules["ramp"] = cost(way, stages)
+    return Advice(
+        to=to,
+        rows=choices(to, powers_around(to), hardware, budget),
+        within_budget=None if budget_tokens is None else largest_within(to, budget),
+        hardware=hardware,
+        fastest=None if hardware is None else fastest(to, hardware, budget),
+        stages=stages,
+        schedules=schedules,
+        notes=_notes(to),
+    )
+
+
+def write_stages(path: Path, stages: tuple[Stage, ...]) -> None:
+    """The ramp as a JSON list of stages.
+
+    Raises:
+      UserError: if there is none, or it can't be written.
+    """
+    if not stages:
+        raise UserError("no ramp to an extrapolated loss: choose a loss inside the range measured")
+    try:
+        write_json(path, [dataclasses.asdict(stage) for stage in stages])
+    except (OSError, ValueError) as error:  # the latter for a path without a name
+        raise UserError(f"can't write {path}: {error}") from error
+
+
+def _start(to: Goal, b_crit: float) -> int:
+    """The largest doubling of the smallest batch tested that isn't above B_crit at the highest loss."""
+    smallest = to.batch_range[0]
+    return round(smallest * 2 ** max(0, math.floor(math.log2(b_crit / smallest))))
+
+
+def _notes(to: Goal) -> tuple[str, ...]:
+    notes = []
+    if to.extrapolated:
+        notes.append(
+            f"EXTRAPOLATED: loss {to.loss:g} was not measured; S_min goes on along a straight line, B_crit along the "
+            "law, and no interval covers what may happen there"
+        )
+    elif to.law_b_crit is not None and to.law_interval is not None:
+        low, high = to.b_crit_interval
+        if to.law_interval[0] > high or to.law_interval[1] < low:
+            notes.append(
+                "the law's B_crit and this model's lie outside of each other's intervals: trust the model's own"
+            )
+    return tuple(notes)

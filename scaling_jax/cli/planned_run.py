@@ -1,0 +1,92 @@
+"""The run that `train` is asked for: of a file, of flags, of overrides, the later ones of these first."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scaling_jax.errors import UserError
+from scaling_jax.io.config import with_overrides
+from scaling_jax.scanning.files import load_run
+from scaling_jax.tasks import model_config
+from scaling_jax.training import Run
+from scaling_jax.training.ramp import read_stages
+
+_EITHER = (("max_tokens", "max_steps"), ("warmup_tokens", "warmup_steps"))
+
+
+def planned_run(
+    flags: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    run_file: Path | None = None,
+    name: str | None = None,
+    ramp: Path | None = None,
+    model: str | None = None,
+    context: int | None = None,
+) -> Run:
+    """A run, checked.
+
+    Args:
+      flags: values of `Run` that were given.
+      overrides: `key=value`, of any of its values.
+      run_file: what flags and overrides change; see `load_run`. Without it they must say batch size, learning rate and
+        where the run ends.
+
+    Raises:
+      UserError: naming what is missing, or doesn't fit.
+    """
+    given = dict(flags)
+    factor = 1.0
+    if ramp is not None:
+        if "batch_tokens" in given:
+            raise UserError("give --batch-tokens or --ramp, not both")
+        first, *later = read_stages(ramp)
+        given |= {"batch_tokens": first.batch_tokens, "ramp": tuple(later)}
+        factor = first.learning_rate_factor
+    for end, other in (("max_tokens", "max_steps"), ("max_steps", "max_tokens")):
+        if end in given:
+            given.setdefault(other, None)
+    if run_file is not None:
+        run = load_run(run_file, name)
+        run = dataclasses.replace(run, model=_changed(run, model, context), **given)
+    else:
+        run = _from_flags(given, overrides, model, context)
+    run = with_overrides(run, with_other_halves(overrides))
+    return run if factor == 1.0 else dataclasses.replace(run, learning_rate=run.learning_rate * factor)
+
+
+def with_vocabulary(run: Run, vocab_size: int, overrides: Sequence[str]) -> Run:
+    """The run with its tokenizer's vocabulary, unless an override says another."""
+    if any(override.startswith("model.vocab_size=") for override in overrides):
+        return run
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=vocab_size))
+
+
+def with_other_halves(overrides: Sequence[str]) -> list[str]:
+    """Of values that exclude each other, the one that isn't set is taken away."""
+    keys = {override.partition("=")[0] for override in overrides}
+    both = [pair for a, b in _EITHER for pair in ((a, b), (b, a))]
+    return [*overrides, *(f"{b}=null" for a, b in both if a in keys and b not in keys)]
+
+
+def _changed(run: Run, model: str | None, context: int | None):
+    size = run.model if model is None else model_config(model, vocab_size=run.model.vocab_size)
+    return dataclasses.replace(size, context=context or run.model.context)
+
+
+def _from_flags(given: dict[str, Any], overrides: Sequence[str], model: str | None, context: int | None) -> Run:
+    said = given.keys() | {override.partition("=")[0] for override in overrides}
+    for keys, flag in (
+        (("batch_tokens",), "--batch-tokens or --ramp"),
+        (("learning_rate",), "--learning-rate"),
+        (("max_tokens", "max_steps"), "--max-tokens or --max-steps"),
+    ):
+        if not said.intersection(keys):
+            raise UserError(f"give {flag}, or a file that defines RUN = Run(…)")
+    size = model_config(model or "2x64", context=context or 64)
+    # What an override says takes the place of these.
+    values: dict[str, Any] = {"batch_tokens": 2 * size.context, "learning_rate": 1.0}
+    if not given.keys() & {"max_tokens", "max_steps"}:
+        values["max_steps"] = 1
+    return Run(**(values | {"model": size} | given))

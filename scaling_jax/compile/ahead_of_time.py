@@ -1,0 +1,280 @@
+"""An experiment's training steps compiled for a TPU slice that isn't there: what they need, compute and send."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from scaling_jax.compile.topologies import Topology
+from scaling_jax.data.feeding import RESIDENT_BYTES
+from scaling_jax.noise_scale import Moments, accumulate, value_and_grad
+from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
+from scaling_jax.parallel import AXIS, data_mesh, spmd
+from scaling_jax.scanning.experiment import Experiment
+from scaling_jax.scanning.plan import flops_per_token
+from scaling_jax.tasks import ModelConfig, Transformer, batch_loss, evaluator, held_out_rows
+from scaling_jax.training import Run
+from scaling_jax.training.program import Program, many_steps, program_for
+from scaling_jax.training.ramp import Stage
+
+_SPLIT = (False, False, True, False)  # of the steps' arguments, the order of rows alone is dealt out to chips
+
+
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# `-done` ends an operation that `-start` began: one operation in two instructions.
+_INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (?P<shape>.+?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """One operation of a program; `num_bytes` is the size of its result on one device."""
+
+    kind: str
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Executable:
+    """A compiled program; bytes and FLOPs are of one chip."""
+
+    memory_bytes: int | None  # None: libtpu says that it needs too much, not how much
+    fits: bool
+    flops: float  # by XLA, which counts a loop's body once; NaN if it doesn't fit
+    collectives: tuple[Collective, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledBatch:
+    """What a run of one model and batch size asks of a slice."""
+
+    program: Program
+    slice_name: str  # whose chips share the batch
+    nearest_batches: tuple[int, ...]  # that all chips asked for could share, tokens; empty where they share this one
+    step: Executable
+    plain_step: Executable  # without the noise scale
+    evaluation: Executable  # beside the training state
+    step_flops: float  # of all chips, by formula: `plan.flops_per_token`
+    counted_flops: float  # of all chips, by XLA: `counted_flops_per_token`
+
+    @property
+    def fits(self) -> bool:
+        return self.step.fits and self.evaluation.fits
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.program.batch_sequences * self.program.model.context
+
+
+def planned_runs(plan: Experiment | Mapping[str, Run]) -> tuple[Run, ...]:
+    """A run for each model and batch size of an experiment, or of runs by name, in which ramps may grow the batch."""
+    if isinstance(plan, Experiment):
+        return tuple(plan.run(cell, 0) for cell in plan.cells if cell.seed == plan.seeds[0])
+    runs = {(run.model, batch): run.at(Stage(0, batch)) for run in plan.values() for batch in _batches_of(run)}
+    return tuple(runs[key] for key in sorted(runs, key=lambda key: (key[0].num_params, key[1])))
+
+
+def compile_runs(runs: Sequence[Run], slice_: Topology) -> Iterator[CompiledBatch]:
+    """The runs' programs, largest batch first, for a slice or the next smaller one whose chips can share the batch.
+
+    Batches that leave each chip the same sequences are compiled once, for the most chips: less the number of chips that
+    add up their gradients, they are one program.
+    """
+    shares: dict[Any, tuple[Executable, Executable]] = {}
+    for run in sorted(map(_without_choices, runs), key=lambda run: -run.batch_tokens):
+        own = slice_
+        while run.batch_sequences % len(own.devices):
+            own = own.halved()
+        program = program_for(run, len(own.devices), "shard_map")
+        share = (run.model, program.small_batch_sequences, program.num_microbatches)
+        if share not in shares:
+            with ThreadPoolExecutor() as pool:  # a compilation keeps one core busy
+                methods = (value_and_grad, plain_value_and_grad)
+                with_noise, without = pool.map(functools.partial(compile_steps, program, own), methods)
+            shares[share] = with_noise, without
+        step, plain_step = shares[share]
+        one_chip = _one_chip(own)
+        yield CompiledBatch(
+            program=program,
+            slice_name=own.name,
+            nearest_batches=() if own == slice_ else _nearest(run, len(slice_.devices)),
+            step=step,
+            plain_step=plain_step,
+            evaluation=compile_evaluation(program, run.eval_tokens, one_chip),
+            step_flops=flops_per_token(program) * run.batch_tokens,
+            counted_flops=counted_flops_per_token(run.model, one_chip) * run.batch_tokens,
+        )
+
+
+def compile_steps(program: Program, slice_: Topology, differentiate: Callable = value_and_grad) -> Executable:
+    """The program that `Program.steps` calls, for chips that aren't there."""
+    return _compile(lower_steps(program, slice_, differentiate), slice_)
+
+
+def compile_evaluation(program: Program, eval_tokens: int, one_chip: Topology) -> Executable:
+    """The held-out loss, which every chip computes for itself, with what training keeps there counted in."""
+    alone = _evaluation_alone(program.model, eval_tokens, one_chip)
+    state, rows, *_ = _arguments(program)
+    if alone.memory_bytes is None:
+        return alone
+    memory_bytes = alone.memory_bytes + _num_bytes((state, rows)) - _num_bytes(state.params)
+    return dataclasses.replace(alone, memory_bytes=memory_bytes, fits=memory_bytes <= one_chip.chip.memory_bytes)
+
+
+def lower_steps(program: Program, slice_: Topology, differentiate: Callable = value_and_grad):
+    """The same per-device body as in training, over a mesh of the slice's chips."""
+    steps: Any = spmd(
+        many_steps(program, differentiate),
+        split=_SPLIT,
+        num_devices=program.num_devices,
+        backend="shard_map",
+        donate_argnums=(0,),
+        devices=slice_.devices,
+    )
+    return steps.lower(*(_placed(slice_.devices, *pair) for pair in zip(_SPLIT, _arguments(program), strict=True)))
+
+
+def plain_value_and_grad(
+    loss_fn: Callable, *, num_microbatches: int, axis_name: str | None, groups=None, stacked=lambda name: False
+):
+    """`noise_scale.value_and_grad` less the norms: the same sums over microbatches and devices, made-up moments."""
+
+    def wrapped(params, batch):
+        split = accumulate.split(params, batch, num_microbatches, axis_name)
+        loss, grads = accumulate.mean(lambda part: jax.value_and_grad(loss_fn)(split.params, part), split)
+        nothing = add_up(leaf_sq_norms(jax.tree.map(jnp.zeros_like, params), stacked), groups)
+        return (loss, Moments(nothing, nothing, small_batch=1.0, big_batch=2.0)), grads
+
+    return wrapped
+
+
+@functools.cache
+def counted_flops_per_token(model: ModelConfig, one_chip: Topology) -> float:
+    """`plan.flops_per_token` by XLA's count of what it made of one sequence's gradient.
+
+    XLA counts a loop's body once, and layers and logits may be looped over. So models of one and two layers and small
+    vocabularies are compiled, which aren't; FLOPs are linear in both. What a loop computes twice to save memory, as
+    models/transformer.py does with logits, counts once.
+    """
+
+    def count(n_layer: int, vocab_size: int) -> float:
+        return _gradient_flops(dataclasses.replace(model, n_layer=n_layer, vocab_size=vocab_size), one_chip)
+
+    least = count(1, 1_024)
+    a_layer, a_thousand_tokens = count(2, 1_024) - least, count(1, 2_048) - least
+    all_layers = least + (model.n_layer - 1) * a_layer
+    return (all_layers + (model.vocab_size / 1_024 - 1) * a_thousand_tokens) / model.context
+
+
+def _gradient_flops(model: ModelConfig, one_chip: Topology) -> float:
+    tokens_BxT1 = jax.ShapeDtypeStruct((1, model.context + 1), jnp.int32)
+    arguments = _placed(one_chip.devices, False, (_abstract_params(model), tokens_BxT1))
+    return _compile(jax.jit(jax.value_and_grad(batch_loss(model))).lower(*arguments), one_chip).flops
+
+
+@functools.cache
+def _evaluation_alone(model: ModelConfig, eval_tokens: int, one_chip: Topology) -> Executable:
+    rows = held_out_rows(np.zeros((max(1, eval_tokens // model.context), model.context + 1), np.uint16), eval_tokens)
+    there = functools.partial(_placed, one_chip.devices, False)
+    return _compile(evaluator(model).lower(there(_abstract_params(model)), there(rows)), one_chip)
+
+
+def _compile(lowered, slice_: Topology) -> Executable:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Executable(_bytes_wanted(str(error)), False, math.nan, ())
+    memory = compiled.memory_analysis()
+    memory_bytes = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Executable(
+        memory_bytes=memory_bytes,
+        fits=memory_bytes <= slice_.chip.memory_bytes,
+        flops=compiled.cost_analysis()["flops"],
+        collectives=tuple(collectives(compiled.as_text())),
+    )
+
+
+def _without_choices(run: Run) -> Run:
+    """What a model leaves to the machine that it is compiled on is settled for TPUs."""
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, attention="xla"))
+
+
+def _one_chip(slice_: Topology) -> Topology:
+    return slice_ if len(slice_.devices) == 1 else _one_chip(slice_.halved())
+
+
+def _placed(devices, split: bool, argument):
+    sharding = NamedSharding(data_mesh(devices), PartitionSpec(AXIS) if split else PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), argument)
+
+
+def _abstract_params(model: ModelConfig):
+    tokens_BxT = jnp.zeros((1, model.context), jnp.int32)
+    return jax.eval_shape(Transformer(model).init, jax.random.key(0), tokens_BxT)["params"]
+
+
+def _arguments(program: Program) -> tuple[Any, ...]:
+    """Shapes of the steps' arguments, with as many rows as a chip holds at most; a larger corpus passes through."""
+    num_rows = RESIDENT_BYTES // (2 * (program.model.context + 1))
+    order_DxCxB = (program.num_devices, program.steps_per_call, program.batch_sequences // program.num_devices)
+    return (
+        jax.eval_shape(program.init, 0),
+        jax.ShapeDtypeStruct((num_rows, program.model.context + 1), jnp.uint16),
+        jax.ShapeDtypeStruct(order_DxCxB, jnp.int32),
+        tuple(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32)),
+    )
+
+
+def _num_bytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _batches_of(run: Run) -> tuple[int, ...]:
+    doublings = range(int(math.log2(run.live_ramp.max_batch_tokens / run.batch_tokens)) + 1 if run.live_ramp else 1)
+    return *(run.batch_tokens * 2**k for k in doublings), *(stage.batch_tokens for stage in run.ramp)
+
+
+def _nearest(run: Run, num_chips: int) -> tuple[int, ...]:
+    below = run.batch_sequences // num_chips * num_chips
+    return tuple(n * run.model.context for n in (below, below + num_chips) if n)
+
+
+def _bytes_wanted(message: str) -> int | None:
+    match = re.search(r"[Uu]sed ([\d.]+)([KMG])|\(([\d.]+)([KMG])\)", message)
+    if match is None:
+        return None
+    number, unit = (group for group in match.groups() if group is not None)
+    return round(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collective operations in optimized HLO (`compiled.as_text()`), each once, loops or not."""
+    found = []
+    for line in hlo.splitlines():
+        if match := _INSTRUCTION.match(line):
+            arrays = [_array_bytes(*array) for array in _ARRAY.findall(match["shape"])]
+            with_operand = match["start"] and match["kind"] != "all-reduce"  # its shape is (operand, result, …)
+            found.append(Collective(match["kind"], max(arrays) if with_operand else sum(arrays)))
+    return found
+
+
+def _array_bytes(element: str, bits: str, dimensions: str) -> int:
+    count = 1
+    for size in filter(None, dimensions.split(",")):
+        count *= int(size)
+    return count * (1 if element == "pred" else -(-int(bits) // 8))

@@ -1,0 +1,211 @@
+"""Training with what it does on the console: a scan, one run, branches. Signals save first, then end the command."""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from scaling_jax.console.dashboards import Follower, Writer
+from scaling_jax.console.live import ScanDisplay
+from scaling_jax.data import Corpus
+from scaling_jax.errors import UserError
+from scaling_jax.parallel import is_first, together
+from scaling_jax.parallel.cpus import keep_compiled_programs
+from scaling_jax.parallel.stopping import stop_on_signals
+from scaling_jax.report.words import short
+from scaling_jax.results import Results, read_results
+from scaling_jax.results.branches import check_tolerance, measure_branches, write_branches
+from scaling_jax.results.noise import last_noise_scale
+from scaling_jax.scanning import Cell, Event, Experiment, scan
+from scaling_jax.scanning.branches import BranchPlan, plan_branches, train_branches
+from scaling_jax.scanning.cells import finished_runs
+from scaling_jax.training import Interrupted, Progress, Run, read_metrics, run_folder, train
+from scaling_jax.training.records import course
+
+
+def scan_on_console(
+    experiment: Experiment, results: Path, writers: Iterable[Callable[[Path], Writer]] = (), **options: Any
+) -> None:
+    """A scan with what it does on the console, and in the dashboards that `writers` open (`trackers`).
+
+    Args:
+      options: see `scan`.
+
+    Raises:
+      UserError, KeyboardInterrupt: see `scan`.
+      SystemExit: with code 0, after SIGTERM stopped it, here or in another of its processes.
+    """
+    console = Console(quiet=not is_first())
+    console.print(f"{experiment.name}: results in {results}", highlight=False, markup=False, soft_wrap=True)
+    done: list[Cell] = []
+    followers: list[Follower] = []
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first():
+                done = [c for c in experiment.cells if finished_runs(experiment, c, results) is not None]
+                followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
+        display = stack.enter_context(ScanDisplay(experiment, console, done))
+
+        def on_event(event: Event) -> None:
+            display.on_event(event)
+            for follower in followers:
+                follower.look()
+
+        terminated = stack.enter_context(_sigterm_interrupts())
+        try:
+            scan(experiment, results, on_event=on_event, **options)
+        except (KeyboardInterrupt, Interrupted) as stopped:
+            _leave(console, by_hand=isinstance(stopped, KeyboardInterrupt) and not terminated())
+
+
+def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[Callable[[Path], Writer]] = ()) -> None:
+    """Trains a run with a line an evaluation; Ctrl-C and SIGTERM save it first.
+
+    Raises:
+      KeyboardInterrupt: after a run that Ctrl-C stopped has been saved.
+      SystemExit: with code 0, after one has been that SIGTERM stopped, here or in another process of the run.
+    """
+    console = Console()
+
+    def report(p: Progress):
+        noise = "·" if math.isnan(p.noise_scale_tokens) else short(p.noise_scale_tokens)
+        console.print(
+            f"step {p.step:,} of {p.last_step:,}  {short(p.tokens)} tokens  test loss {p.test_loss:.4f}  "
+            f"{short(p.tokens_per_second)} tokens/s  noise scale {noise} tokens",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for follower in followers:
+            follower.look()
+
+    def should_stop() -> bool:
+        if asked():
+            console.print(f"{asked.why or 'stopping'}: the run is being saved …")
+        return asked()
+
+    keep_compiled_programs()
+    with contextlib.ExitStack() as stack:
+        followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
+        asked = stack.enter_context(stop_on_signals())
+        try:
+            result = train(run, results, corpus=corpus, should_stop=should_stop, on_progress=report)
+        except Interrupted:
+            _leave(console, asked.by_hand)
+    if not is_first():
+        return
+    loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
+    folder = run_folder(results, run)
+    for line in (
+        f"{_ending(run, result.status)} after {result.steps:,} steps, {short(result.tokens)} tokens: test loss {loss}",
+        _noise_scale_line(folder),
+        f"records: {folder}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _ending(run: Run, status: str) -> str:
+    """How a run ended, in words."""
+    if status == "exhausted":
+        limit = "max_tokens" if run.max_steps is None else "max_steps"
+        return f"finished: reached {limit} ({run.max_tokens if run.max_steps is None else run.max_steps:,})"
+    return f"finished: reached the target loss ({run.target_loss:g})" if status == "reached" else status
+
+
+def _noise_scale_line(folder: Path) -> str:
+    found = last_noise_scale(course(read_metrics(folder)))
+    if found is None:
+        return "noise scale: too few steps for an interval"
+    if not found.resolved:
+        return (
+            f"noise scale over the last {found.steps:,} steps: unresolved, at least {short(max(found.low, 0.0))} tokens"
+        )
+    return (
+        f"noise scale over the last {found.steps:,} steps: {short(found.value)} tokens "
+        f"[{short(found.low)}, {short(found.high)}] (95 % interval)"
+    )
+
+
+def branch_on_console(
+    results: Results, models: Sequence[str], batch_tokens: int, tolerance: float, **options: Any
+) -> None:
+    """Branches of a scan's best runs with a line an evaluation of each, and `branches.csv`.
+
+    Args:
+      batch_tokens: of the runs that are branched; well below B_crit.
+      tolerance: nats per token by which a branch may fall behind.
+      options: see `plan_branches`.
+
+    Raises:
+      UserError: if the scan isn't finished, or has no such model or batch size; of the tolerance; see `train`.
+      KeyboardInterrupt: after a run that Ctrl-C stopped has been saved.
+      SystemExit: with code 0, after one has been that SIGTERM stopped.
+    """
+    console = Console()
+
+    def report(p: Progress) -> None:
+        console.print(
+            f"{p.run_id}  step {p.step:,} of {p.last_step:,}  test loss {p.test_loss:.4f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    check_tolerance(tolerance)
+    plans = _branch_plans(results, models, batch_tokens, **options)
+    keep_compiled_programs()
+    with stop_on_signals() as asked:
+        try:
+            train_branches(plans, results.folder, on_progress=report, should_stop=asked)
+        except Interrupted:
+            _leave(console, asked.by_hand)
+    trained = {record.run: record for record in read_results(results.folder).runs}
+    write_branches(results.folder, measure_branches(plans, trained, tolerance))
+
+
+def _branch_plans(results: Results, models: Sequence[str], batch_tokens: int, **options: Any) -> list[BranchPlan]:
+    plans = []
+    for model in models:
+        cells = [cell for cell in results.cells if (cell.model, cell.batch_tokens) == (model, batch_tokens)]
+        if not cells:
+            raise UserError(f"{results.folder} has no runs of {model} at {batch_tokens:,} tokens")
+        plans += [plan_branches(cell.best, **options) for cell in cells]
+    return plans
+
+
+def _leave(console: Console, by_hand: bool) -> NoReturn:
+    """Ends a command whose runs have been saved: as Ctrl-C does, or with code 0 where SIGTERM or a notice asked for it.
+
+    Who restarts commands and must tell one that was saved from one that is done names a file in SCALING_JAX_SAVED.
+    """
+    if by_hand:
+        raise KeyboardInterrupt from None
+    if marker := os.environ.get("SCALING_JAX_SAVED"):
+        Path(marker).touch()
+    console.print("saved; the same command continues where it was")
+    raise SystemExit(0) from None
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
+    """SIGTERM interrupts as Ctrl-C does, once; yields what tells whether it has."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield came.is_set
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt(*_):
+        came.set()
+        signal.signal(signal.SIGTERM, before)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

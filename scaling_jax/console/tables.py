@@ -1,0 +1,215 @@
+"""Results as tables on a terminal: a fit, a scan's summary, a plan, what was compiled."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group as Rows
+from rich.table import Table
+from rich.text import Text
+
+from scaling_jax.compile.ahead_of_time import CompiledBatch, Executable
+from scaling_jax.compile.topologies import Topology
+from scaling_jax.report.words import clock, duration, law_lines, short
+from scaling_jax.results import Analysis
+from scaling_jax.results.status import Status
+from scaling_jax.results.table import TableFit
+from scaling_jax.scanning.plan import EFFICIENCY, ScanPlan
+
+
+def print_fit(found: TableFit, written: Path) -> Rows:
+    """Every trade-off, the laws through them, what was left out."""
+    table = Table(title="S_min in steps; E_min, B_crit, CBS20 in tokens", title_justify="left", title_style="bold")
+    for column in ("model", "loss", "S_min", "E_min", "B_crit", "95 % interval", "CBS20", "flags"):
+        table.add_column(column, justify="left" if column in ("model", "flags") else "right", no_wrap=column != "model")
+    for point in found.fit.points:
+        t = point.tradeoff
+        s_min, e_min, b_crit, cbs20 = (
+            "–" if t.one_sided else short(value) for value in (t.s_min, t.e_min, t.b_crit, t.cbs20)
+        )
+        flags = ["one-sided"] * t.one_sided + [f"{point.not_reached} missed"] * bool(point.not_reached)
+        interval = "–".join(short(end) for end in t.b_crit_interval)
+        table.add_row(point.model, f"{point.loss:.4g}", s_min, e_min, b_crit, interval, cbs20, ", ".join(flags))
+    lines = [
+        *law_lines(found.fit, found.joint, found.forms),
+        *(f"note: {note}" for note in found.notes),
+        f"fit: {written}",
+    ]
+    return Rows(table, *(Text(line) for line in lines))
+
+
+def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
+    """B_crit and noise scale at three losses of each model, the law, what was flagged, where the figures are."""
+    table = Table(title="Critical batch size, tokens", title_justify="left", title_style="bold")
+    for column in ("model", "loss", "B_crit", "95 % interval", "noise scale", "its middle half"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for model in dict.fromkeys(p.model for p in analysis.fit.points):
+        points = [p for p in analysis.fit.points if p.model == model and p.in_law]
+        for point in _spread(points, 3):
+            low, high = point.tradeoff.b_crit_interval
+            middle, half = _noise_near(analysis, model, point.loss)
+            table.add_row(
+                model,
+                f"{point.loss:.2f}",
+                short(point.tradeoff.b_crit),
+                f"{short(low)} – {short(high)}",
+                middle,
+                half,
+            )
+    lines = _summary_sentences(analysis)
+    if figures:
+        lines.append(f"figures in {figures[0].parent}: {', '.join(path.name for path in figures)}")
+    return Rows(table, *(Text(line) for line in lines))
+
+
+def _summary_sentences(analysis: Analysis) -> list[str]:
+    lines = law_lines(analysis.fit, analysis.joint, analysis.forms)
+    if math.isfinite(analysis.noise_ratio):
+        lines.append(f"noise scale / B_crit, median over that range: {analysis.noise_ratio:.2f}")
+    return lines + [f"note: {note}" for note in analysis.notes]
+
+
+def _spread(points: list, count: int) -> list:
+    if len(points) <= count:
+        return points
+    return [points[round(k * (len(points) - 1) / (count - 1))] for k in range(count)]
+
+
+def _noise_near(analysis: Analysis, model: str, loss: float) -> tuple[str, str]:
+    near = [n for n in analysis.noise if n.model == model and abs(math.log(n.loss / loss)) < 0.03]
+    values = [n.b_simple if n.resolved else math.inf for n in near]
+    if not values:
+        return "", ""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), method="nearest")
+    return short(float(middle)), f"{short(float(low))} – {short(float(high))}"
+
+
+def plan_table(plan: ScanPlan) -> Rows:
+    """A line for each batch size that isn't done, and the sums."""
+    table = Table(title="At most, for each batch size", title_justify="left", title_style="bold")
+    for column in ("model · batch", "runs", "tokens", "FLOPs", "memory, GiB"):
+        table.add_column(column, justify="left" if column.startswith("model") else "right")
+    for p in plan.cells:
+        runs = f"{p.least_runs}–{p.most_runs}"
+        table.add_row(p.cell.name, runs, short(p.most_tokens), f"{p.most_flops:.2g}", f"{p.bytes_needed / 2**30:.2f}")
+    cells = plan.cells
+    lines = [
+        f"{len(cells)} batch sizes to train, {plan.cells_done} done; {sum(p.least_runs for p in cells)} to "
+        f"{sum(p.most_runs for p in cells)} runs, {plan.workers} at a time",
+        f"at most {short(sum(p.most_tokens for p in cells))} tokens, {sum(p.most_flops for p in cells):.2g} FLOPs, "
+        f"{duration(plan.most_seconds)} at {EFFICIENCY:.0%} of the {plan.flops_per_second / 1e9:,.0f} GFLOP/s that a "
+        "large matrix product reaches here",
+        "that is if every rate ran to max_tokens; runs end at their targets: the demo takes a thirtieth of its bound",
+        f"each run that trains at a time may take {plan.bytes_available / 2**30:.1f} GiB of memory",
+    ]
+    return Rows(table, *(Text(line) for line in lines))
+
+
+_GIB = 2**30
+
+
+def print_compiled(batches: Sequence[CompiledBatch], slice_: Topology) -> Rows:
+    """Memory, FLOPs and collective operations of each batch size, then what doesn't divide and what doesn't fit."""
+    return Rows(
+        Text(
+            f"{slice_.name}: {len(slice_.devices)} chips of {slice_.chip.memory_bytes / _GIB:.4g} GiB, "
+            f"{slice_.num_hosts} hosts. Compiled, not run."
+        ),
+        *(_compiled_table(model_batches) for model_batches in _by_model(batches)),
+        *(Text(line) for line in _compiled_sentences(batches, slice_)),
+    )
+
+
+def _compiled_table(batches: list[CompiledBatch]) -> Table:
+    table = Table(title=batches[0].program.model.name, title_justify="left", title_style="bold")
+    for column in (
+        "batch",
+        "chips",
+        "small\nbatch",
+        "GiB\na chip",
+        "FLOPs\na step",
+        "XLA's\ncount",
+        "all-\nreduces",
+        "MiB",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for batch in batches:
+        program = batch.program
+        table.add_row(
+            short(batch.batch_tokens),
+            str(program.num_devices),
+            f"{program.num_microbatches} × {program.small_batch_sequences}",
+            f"{_gib(batch.step)} ({_gib(batch.plain_step)})",
+            f"{batch.step_flops:.3g}",
+            f"× {batch.counted_flops / batch.step_flops:.2f}",
+            f"{len(batch.step.collectives)} ({len(batch.plain_step.collectives)})",
+            f"{_bytes_reduced(batch.step) / 2**20:.1f}",
+            style=None if batch.fits else "red",
+        )
+    return table
+
+
+def _compiled_sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> list[str]:
+    lines = [
+        "small batch: microbatches a chip × sequences in each; in parentheses: without the noise scale; XLA's: its "
+        "count of FLOPs over the formula's; MiB: what the all-reduces sum"
+    ]
+    compared = [b for b in batches if b.step.fits and b.plain_step.fits]
+    if compared:
+        operations = max(len(b.step.collectives) - len(b.plain_step.collectives) for b in compared)
+        num_bytes = max(_bytes_reduced(b.step) - _bytes_reduced(b.plain_step) for b in compared)
+        lines.append(f"the noise scale adds {operations} collective operations and {num_bytes} bytes to them, at most")
+    for model_batches in _by_model(batches):
+        lines.append(f"evaluation of {model_batches[0].program.model.name}: {_gib(model_batches[0].evaluation)} GiB")
+    for batch in batches:
+        if batch.nearest_batches:
+            near = " or ".join(f"{tokens:,}" for tokens in batch.nearest_batches)
+            lines.append(
+                f"batch of {batch.batch_tokens:,} tokens is {batch.program.batch_sequences} sequences, which "
+                f"{len(slice_.devices)} chips can't share: {batch.slice_name} can; nearest that they can: "
+                f"{near} tokens"
+            )
+    lines += [f"DOESN'T FIT: {b.program.model.name}, batch of {b.batch_tokens:,} tokens" for b in batches if not b.fits]
+    return list(dict.fromkeys(lines))  # models of one context say the same of a batch
+
+
+def _by_model(batches: Sequence[CompiledBatch]) -> list[list[CompiledBatch]]:
+    batches = sorted(batches, key=lambda batch: batch.batch_tokens)
+    models = dict.fromkeys(batch.program.model for batch in sorted(batches, key=lambda b: b.program.model.num_params))
+    return [[batch for batch in batches if batch.program.model == model] for model in models]
+
+
+def _gib(executable: Executable) -> str:
+    return "too large" if executable.memory_bytes is None else f"{executable.memory_bytes / _GIB:.3g}"
+
+
+def _bytes_reduced(executable: Executable) -> int:
+    return sum(collective.num_bytes for collective in executable.collectives)
+
+
+def status_table(status: Status) -> Rows:
+    """A line that sums up, and a row for each cell or run."""
+    count = {state: sum(g.state == state for g in status.parts) for state in ("done", "running", "not begun")}
+    head = f"{status.name}: {count['done']} of {len(status.parts)} {status.what} done"
+    if count["done"] < len(status.parts):
+        others = len(status.parts) - sum(count.values())
+        head += f", {count['running']} running" * bool(status.running) + f", {others} interrupted" * bool(others)
+        head += f", {count['not begun']} not begun · {100 * status.fraction:.0f} % of the work"
+        if status.seconds_left is not None:
+            head += f" · about {clock(status.seconds_left)} left"
+        if status.running is False:
+            head += "\nIt isn't running: the same command continues it."
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("model · batch", "", "rates", "learning rate", "step", "test loss", "tokens/s", "ago"):
+        table.add_column(column, justify="left" if column in ("model · batch", "") else "right", no_wrap=True)
+    for g in status.parts:
+        newest = (
+            "" if g.learning_rate is None else f"{g.learning_rate:.3g}",
+            "" if g.step is None else f"{g.step:,}",
+            "" if g.test_loss is None else f"{g.test_loss:.3f}",
+            "" if g.tokens_per_second is None else short(g.tokens_per_second),
+            "" if g.seconds_ago is None else clock(g.seconds_ago),
+        )
+        table.add_row(g.name, g.state, str(g.rates_tried or ""), *(() if g.state == "done" else newest))
+    return Rows(Text(head), table)

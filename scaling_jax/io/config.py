@@ -1,0 +1,190 @@
+"""Frozen dataclasses to JSON and back: exact, with unknown keys refused; values replaced by `key=value`."""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scaling_jax.errors import UserError
+
+C = TypeVar("C")
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_SIZE = re.compile(
+    r"(?P<number>[\d_,]*\.?\d+(?:[eE][+-]?\d+)?)(?:(?:\^|\*\*)(?P<power>\d+))?(?P<unit>k|M|G|T|Ki|Mi|Gi)?"
+)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dataclasses as plain JSON values; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
+    """The inverse of `to_dict`.
+
+    Raises:
+      UserError: naming the key that is unknown, missing or of the wrong type, and what was expected.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where.rstrip('.') or cls.__name__} = {values!r}: expected an object of keys and values")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(fields)}"
+            raise UserError(f"unknown key {where + key!r} for {cls.__name__}: {hint}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"missing key {where + name!r} for {cls.__name__}")
+    return cls(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def read_config(cls: type[C], path: Path, remedy: str) -> C:
+    """A config from a JSON file that this package wrote.
+
+    Raises:
+      UserError: naming the file, what is wrong with it and the remedy.
+    """
+    try:
+        return from_dict(cls, json.loads(path.read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"{path} is of another version or damaged ({error}): {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"can't read {path} ({error}): {remedy}") from None
+
+
+def differing(config: Any) -> dict[str, Any]:
+    """The values that differ from their defaults, and those that have none, as plain JSON values.
+
+    A field that a later version adds, with a default that means what was before, changes nothing here.
+    """
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if default is dataclasses.MISSING or value != default:
+            values[field.name] = _differing(value)
+    return values
+
+
+def config_hash(config: Any) -> str:
+    """Twelve hex digits of what differs from the defaults."""
+    return hashlib.sha256(json.dumps(differing(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def with_overrides(config: C, overrides: Sequence[str]) -> C:
+    """A config with some values replaced.
+
+    Args:
+      overrides: such as "max_tokens=2e6", "seeds=[0,1]", "optimizer.beta2=0.95", "subjects.0.learning_rates.peak=1e-2".
+        Numbers may be sizes: see `size`.
+
+    Raises:
+      UserError: naming the key that isn't there, with the closest one, or the value that doesn't fit.
+    """
+    values = to_dict(config)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: write it as key=value")
+        *parents, last = path.split(".")
+        inner: Any = values
+        for key in parents:
+            place = _place(inner, key, override)
+            if inner[place] is None:  # an optional part that isn't there yet
+                inner[place] = {}
+            inner = inner[place]
+        inner[_place(inner, last, override) if inner else last] = _parse(text)
+    return from_dict(type(config), values)
+
+
+def size(text: str) -> float:
+    """A number such as 4096, 1e6, 2^18, 2k (2,000), 64Ki (65,536), 1.5M or 10G.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no number such as 4096, 1e6, 2^18, 2k or 64Ki")
+    number = float(match["number"].replace("_", "").replace(",", ""))
+    return number ** float(match["power"] or 1) * _UNITS[match["unit"] or ""]
+
+
+def _place(values: Any, key: str, override: str) -> Any:
+    """The key, or the index, by which a dict or list of values holds what is to change."""
+    if not isinstance(values, (dict, list)):
+        raise UserError(f"--set {override}: what comes before {key!r} is a value and has no parts")
+    known = list(values) if isinstance(values, dict) else [str(k) for k in range(len(values))]
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+        raise UserError(f"--set {override}: there is no {key!r}; {hint}")
+    return key if isinstance(values, dict) else int(key)
+
+
+class _Typed(str):
+    """Text that somebody typed where a number may be meant; which it is, the field's type tells."""
+
+
+def _parse(text: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return _typed(json.loads(text))
+    if text.startswith("[") and text.endswith("]"):
+        return [_parse(item.strip()) for item in text[1:-1].split(",") if item.strip()]
+    return _Typed(text)
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _differing(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return differing(value)
+    return [_differing(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(hint, value, where + ".")  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise UserError(f"{where} = {value!r}: choose from {', '.join(map(str, args))}")
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if isinstance(value, _Typed) and hint in (int, float):
+        value = _number(value, where)
+        value = int(value) if hint is int and value.is_integer() else value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} = {value}: expected a finite number")
+    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    raise UserError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}")
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return size(text)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{where} = {text}: {error}") from None

@@ -1,0 +1,83 @@
+"""Files that are written whole or not at all: text, JSON, CSV, and anything that a library writes by path."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of `path` once it is complete and on disk; after an error it is gone.
+
+    Its own name while it is written is `.<name>.<process>.unfinished`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    file = unfinished.open("wb")
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
+            file.close()
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Either the old file or all of the new one, whatever happens in between; text in UTF-8."""
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON; refuses NaN and infinity, which JSON lacks."""
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, kind: type[NamedTuple], rows: Sequence[NamedTuple]) -> None:
+    """CSV: a line for each row of a kind of tuple under its fields' names; ten digits, and nothing for NaN."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(kind._fields)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    write_whole(path, text.getvalue())
+
+
+def as_json(value: Any) -> str:
+    """Named tuples and dataclasses as objects; NaN and infinity, which JSON lacks, as null."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.10g}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

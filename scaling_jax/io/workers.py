@@ -1,0 +1,198 @@
+"""Worker processes that take jobs, a JSON line each, on standard input, and answer in JSON lines on standard output.
+
+The end of the input, because whoever started them stops or died, asks a worker to leave.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaling_jax.errors import UserError
+
+Message = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """How a worker is started: `python -P <arguments>`."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] | None = None  # the parent's unless given
+    core: int | None = None  # to which the process is pinned
+    log: Path | None = None  # of its standard error; removed if nothing was written
+    lock: int | None = None  # a file descriptor that it keeps open as long as it may write
+
+
+def available_cores() -> Sequence[int | None]:
+    """Cores that this process may use; None where the system can't pin processes."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return [None] * (os.cpu_count() or 1)
+
+
+def run_jobs(
+    jobs: Sequence[Any],
+    commands: Sequence[Command],
+    *,
+    on_done: Callable[[Any], None],
+    on_message: Callable[[Message], None] = lambda _: None,
+    on_interrupt: Callable[[], None] = lambda: None,
+) -> None:
+    """Gives each job to the next worker that is free, in order; returns when all are done.
+
+    Args:
+      on_done: called with each job that is done.
+      on_message: called with what workers say meanwhile.
+      on_interrupt: called at once on Ctrl-C, before workers are waited for.
+
+    Raises:
+      UserError: what a worker refused, or that it died, why, and where its log is.
+      OSError: if a worker couldn't write.
+      KeyboardInterrupt: after the workers have left.
+    """
+    waiting = list(jobs)
+    messages: queue.Queue[tuple[_Worker, Message | None]] = queue.Queue()
+    workers = [_Worker(command, messages) for command in commands[: len(waiting)]]
+    try:
+        for worker in workers:
+            worker.give(waiting.pop(0))
+        busy = len(workers)
+        while busy:
+            worker, message = messages.get()
+            if message is None:
+                raise UserError(worker.last_words())
+            if "refused" in message:
+                raise UserError(message["refused"])
+            if "errno" in message:
+                raise OSError(message["errno"], message["error"], message["filename"])
+            if "done" not in message:
+                on_message(message)
+                continue
+            on_done(worker.job)
+            if waiting:
+                worker.give(waiting.pop(0))
+            else:
+                busy -= 1
+    except KeyboardInterrupt:
+        on_interrupt()
+        raise
+    finally:
+        for worker in workers:
+            worker.dismiss()
+        for worker in workers:
+            worker.join()
+
+
+class _Worker:
+    def __init__(self, command: Command, messages: queue.Queue):
+        self._command = command
+        self.job: Any = None
+        with contextlib.ExitStack() as files:
+            log = None
+            if command.log is not None:
+                command.log.parent.mkdir(parents=True, exist_ok=True)
+                log = files.enter_context(command.log.open("w"))
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", *command.arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=_with_package(os.environ if command.environment is None else command.environment),
+                pass_fds=() if command.lock is None else (command.lock,),
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which then dismisses the workers
+            )
+        if command.core is not None:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(self.process.pid, {command.core})
+        self._listener = threading.Thread(target=self._listen, args=(messages,), daemon=True)
+        self._listener.start()
+
+    def give(self, job: Any) -> None:
+        self.job = job
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed by its output's end
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+
+    def dismiss(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def join(self) -> None:
+        self.process.wait()
+        self._listener.join()
+        log = self._command.log
+        if log is not None and log.exists() and log.stat().st_size == 0:
+            log.unlink()
+
+    def last_words(self) -> str:
+        died = f"a worker died (exit code {self.process.wait()})"
+        log = self._command.log
+        if log is None:
+            return f"{died}: the same command continues"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{died}{': ' + lines[-1].strip() if lines else ''}; its log: {log}"
+
+    def _listen(self, messages: queue.Queue) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):  # not ours: some library printed
+                    message = json.loads(line)
+                    if isinstance(message, dict):
+                        messages.put((self, message))
+        messages.put((self, None))
+
+
+def serve(work: Callable[[Any, Callable[[Message], None]], bool], on_end: Callable[[], None]) -> None:
+    """A worker's life: does each job that comes in, says that it is done, until the input ends.
+
+    Args:
+      work: `(job, send) -> whether the job is done`; one that isn't ends the worker. What it sends reaches
+        `on_message`; a UserError or OSError that it raises ends the worker and reaches whoever started it.
+      on_end: called from another thread as soon as the input ends, while a job may be going on.
+    """
+    jobs: queue.Queue[str | None] = queue.Queue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            jobs.put(line)
+        on_end()
+        jobs.put(None)
+
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries that print don't garble the answers
+
+    def send(message: Message) -> None:
+        with contextlib.suppress(BrokenPipeError):  # whoever started this process died: the input ends as well
+            print(json.dumps(message), file=answers, flush=True)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        while (line := jobs.get()) is not None:
+            if not work(json.loads(line), send):
+                return
+            send({"done": True})
+    except UserError as error:
+        send({"refused": str(error)})
+    except OSError as error:  # no space left, for one
+        said = error.strerror or str(error)
+        send({"errno": error.errno or errno.EIO, "error": said, "filename": error.filename})
+
+
+def _with_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """Workers run this very package, wherever it was imported from."""
+    package_root = str(Path(__file__).parents[2])
+    return dict(environment) | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+    }

@@ -1,0 +1,144 @@
+"""Figures 8 and 9: the noise scale as runs went on, of whole models and by part; the loss of single runs."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from scaling_jax.report.chart import COLOURS, MODEL_COLOURS, Chart, batch_bar, count_axis, new_figure, plain
+from scaling_jax.report.critical_batch import whiskers
+from scaling_jax.report.words import short as tokens
+from scaling_jax.results import Analysis, CellRuns, RunRecord
+from scaling_jax.results.noise import NoiseWindow, PartNoise
+
+
+class SingleRun(NamedTuple):
+    """A run that belongs to no scan, as charts of runs take it."""
+
+    record: RunRecord
+
+    @property
+    def name(self) -> str:
+        return self.record.run.label
+
+    @property
+    def model(self) -> str:
+        return self.record.run.model.name
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.record.run.batch_tokens
+
+
+def loss_chart(runs: Sequence[SingleRun], models: list[str]) -> Chart:
+    """A panel a model; x = tokens processed, y = test loss, coloured by the run's first batch size."""
+    figure, axes = new_figure(len(models))
+    chart = Chart("loss", "Test loss against tokens processed, for every run.", figure)
+    norm = batch_bar(figure, axes, [r.batch_tokens for r in runs])
+    for axis, model in zip(axes, models, strict=False):
+        for run in (r for r in runs if r.model == model):
+            at, losses = run.record.course.eval_tokens, run.record.course.eval_losses
+            axis.plot(at, losses, "o-", color=COLOURS(norm(run.batch_tokens)), ms=3, lw=0.8)
+            texts = [f"{run.name}\nby {tokens(n)} tokens: loss {x:.4f}" for n, x in zip(at, losses, strict=True)]
+            chart.mark(axis, at, losses, texts)
+        count_axis(axis.xaxis)
+        axis.set_xlabel("tokens processed")
+        axis.set_title(plain(model), loc="left")
+    axes[0].set_ylabel("test loss, nats per token")
+    return chart
+
+
+def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Chart:
+    """A panel a model; x = tokens processed, y = noise scale in tokens with its interval, coloured by batch size."""
+    figure, axes = new_figure(len(models))
+    chart = Chart(
+        "noise_scale_over_training",
+        "Noise scale against tokens processed, for the best run of every batch size.",
+        figure,
+    )
+    norm = batch_bar(figure, axes, [r.batch_tokens for r in runs])
+    values = []
+    for axis, model in zip(axes, models, strict=False):
+        for run in (r for r in runs if r.model == model):
+            colour = COLOURS(norm(run.batch_tokens))
+            resolved = [w for w in run.record.noise if w.noise.resolved and w.noise.value > 0]
+            at, value = [w.tokens for w in resolved], np.array([w.noise.value for w in resolved])
+            ends = np.array([(w.noise.low, w.noise.high) for w in resolved]).reshape(-1, 2)
+            axis.errorbar(at, value, whiskers(value, ends), color=colour, elinewidth=0.7, alpha=0.4, fmt="none")
+            axis.plot(at, value, "o-", color=colour, ms=3, lw=0.8)
+            chart.mark(axis, at, value, [_window_text(run, w) for w in resolved])
+            bounds = [w for w in run.record.noise if not w.noise.resolved and w.noise.low > 0]
+            at, low = [w.tokens for w in bounds], [w.noise.low for w in bounds]
+            axis.plot(at, low, "^", color="none", mec=colour, ms=4)
+            chart.mark(axis, at, low, [_window_text(run, w) for w in bounds])
+            values += list(value)
+        count_axis(axis.xaxis)
+        axis.set_xlabel("tokens processed")
+        axis.set_title(plain(model), loc="left")
+    if values:
+        axes[0].set_ylim(np.percentile(values, 2) / 3, np.percentile(values, 98) * 3)
+    count_axis(axes[0].yaxis)
+    axes[0].set_ylabel("noise scale tr(Σ)/|G|², tokens")
+    axes[0].plot([], [], "^", color="none", mec="0.4", ms=4, label="unresolved: at least")
+    axes[0].legend(loc="lower right", fontsize=8.5)
+    return chart
+
+
+def _window_text(run: CellRuns | SingleRun, window: NoiseWindow) -> str:
+    found = window.noise
+    said = f"at least {tokens(found.low)}"
+    if found.resolved:
+        said = f"{tokens(found.value)} [{tokens(found.low)}, {tokens(found.high)}]"
+    return f"{run.name}\nby {tokens(window.tokens)} tokens: noise scale {said}"
+
+
+MOST_NAMED = 6  # layers in the legend; of more only the first and the last
+_ENDS = {"embedding": ("s", MODEL_COLOURS[1]), "unembedding": ("D", MODEL_COLOURS[2])}
+
+
+def run_near_b_crit(analysis: Analysis, model: str) -> CellRuns | None:
+    """Of the runs whose parts were measured the one at the batch size next to the model's median B_crit."""
+    runs = analysis.results.cells
+    b_crit = [p.tradeoff.b_crit for p in analysis.fit.points if p.model == model]
+    middle = math.log(np.median(b_crit or [r.batch_tokens for r in runs]))
+    measured = [r for r in runs if r.model == model and any(r.record.noise_by_part.values())]
+    return min(measured, key=lambda r: abs(math.log(r.batch_tokens) - middle), default=None)
+
+
+def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
+    """A panel a run; x = tokens processed, y = noise scale of each part, tokens, where it is resolved."""
+    figure, axes = new_figure(len(runs))
+    chart = Chart(
+        "noise_scale_by_layer",
+        "Noise scale of the embedding, of each layer and of the unembedding against tokens processed.",
+        figure,
+    )
+    values = []
+    for axis, run in zip(axes, runs, strict=True):
+        num_layers = len(run.record.noise_by_part) - 2
+        for k, (part, windows) in enumerate(run.record.noise_by_part.items()):
+            at, value = [w.tokens for w in windows], [w.value for w in windows]
+            marker, colour = _ENDS.get(part, ("o", COLOURS(0.85 * (k - 1) / max(num_layers - 1, 1))))
+            named = part in _ENDS or num_layers <= MOST_NAMED or k in (1, num_layers)
+            axis.plot(at, value, f"{marker}-", color=colour, ms=4, lw=1.1, label=part if named else None)
+            chart.mark(axis, at, value, [_part_text(run, part, w) for w in windows])
+            values += value
+        whole = [w for w in run.record.noise if w.noise.resolved and w.noise.value > 0]
+        at, value = [w.tokens for w in whole], [w.noise.value for w in whole]
+        axis.plot(at, value, "--", color="0.25", lw=1, label="whole model", zorder=1)
+        values += value
+        count_axis(axis.xaxis)
+        axis.set_xlabel("tokens processed")
+        axis.set_title(plain(run.name), loc="left")
+        axis.legend(fontsize=8.5)
+    if values:
+        axes[0].set_ylim(min(values) / 1.5, max(values) * 1.5)
+    count_axis(axes[0].yaxis)
+    axes[0].set_ylabel("noise scale tr(Σ)/|G|², tokens")
+    return chart
+
+
+def _part_text(run: CellRuns, part: str, window: PartNoise) -> str:
+    said = f"{tokens(window.value)} [{tokens(window.low)}, {tokens(window.high)}]"
+    return f"{run.name}, {part}\nby {tokens(window.tokens)} tokens: noise scale {said}"

@@ -1,0 +1,191 @@
+"""Figure 2: the batch size scan, tokens against steps along every run, coloured by loss."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from scaling_jax.fitting import Tradeoff
+from scaling_jax.report.chart import (
+    COLOURS,
+    LAW_COLOUR,
+    MODEL_COLOURS,
+    Chart,
+    batch_bar,
+    count_axis,
+    loss_bar,
+    new_figure,
+    plain,
+)
+from scaling_jax.report.words import short as tokens
+from scaling_jax.results import Analysis, CellRuns
+
+
+def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
+    """A panel a model, x = steps, y = tokens, both log.
+
+    Constant-loss fits are (S/S_min − 1)(E/E_min − 1) = 1 (McCandlish et al. 2018, eq. 2.11).
+    """
+    subjects = [s for s in analysis.experiment.subjects if s.model.name in models]
+    figure, axes = new_figure(len(subjects), height=4.6)
+    chart = Chart(
+        "batch_size_scan",
+        "Tokens processed against optimizer steps along the best run of every batch size, coloured by test loss.",
+        figure,
+    )
+    norm = loss_bar(figure, axes, [loss for s in analysis.experiment.subjects for loss in s.target_losses])
+    for axis, subject in zip(axes, subjects, strict=True):
+        for run in (r for r in analysis.results.cells if r.subject == subject):
+            shown = run.best.losses <= max(subject.target_losses) * 1.1
+            steps, losses = run.best.steps[shown], run.best.losses[shown]
+            processed = steps * run.batch_tokens
+            axis.plot(steps, processed, "--", color="0.8", lw=0.8, zorder=1)
+            axis.scatter(steps, processed, c=losses, cmap=COLOURS, norm=norm, s=11, zorder=2, linewidths=0)
+            texts = [
+                f"{subject.model.name}, batch of {run.batch_tokens:,} tokens\n"
+                f"step {step:,.0f}, {tokens(e)} tokens: loss {loss:.3f}"
+                for step, e, loss in zip(steps, processed, losses, strict=True)
+            ]
+            chart.mark(axis, steps, processed, texts)
+        for point in (p for p in analysis.fit.points if p.model == subject.model.name and p.in_law):
+            _draw_tradeoff(axis, point.tradeoff, COLOURS(norm(point.loss)))
+        count_axis(axis.xaxis)
+        axis.set_xlabel("optimizer steps")
+        axis.set_title(plain(f"{subject.model.name}, {subject.model.num_params:,} parameters"), loc="left")
+    count_axis(axes[0].yaxis)
+    axes[0].set_ylabel("tokens processed")
+    axes[0].plot([], [], "--o", color="0.8", mfc="0.4", mec="none", ms=3.5, label="a run, one batch size")
+    axes[0].plot([], [], color="0.3", lw=1, label="fit at constant loss")
+    axes[0].legend(loc="upper left", fontsize=8.5)
+    return chart
+
+
+def _draw_tradeoff(axis: Axes, fit: Tradeoff, colour) -> None:
+    batch = np.geomspace(min(fit.batch_tokens) / 1.5, max(fit.batch_tokens) * 1.5, 40)
+    steps = fit.steps_at(batch)
+    axis.plot(steps, steps * batch, color=colour, lw=1, zorder=3)
+
+
+_FLAG = MODEL_COLOURS[1]
+
+
+class Best(NamedTuple):
+    """The rate that got to a target first."""
+
+    learning_rate: float
+    steps: float
+    at_edge: bool  # of the rates tried: a better one may lie beyond
+
+
+def best_rate(cell: CellRuns, target: int) -> Best | None:
+    """The best rate for target loss number `target`; None if no rate got there."""
+    reached = [t for t in cell.tried if math.isfinite(t.steps_to_target[target])]
+    if not reached:
+        return None
+    best = min(reached, key=lambda t: t.steps_to_target[target])
+    at_edge = best is cell.tried[0] or best is cell.tried[-1]
+    return Best(best.run.learning_rate, float(best.steps_to_target[target]), at_edge)
+
+
+def rate_search_chart(runs: Sequence[CellRuns], models: list[str]) -> Chart:
+    """A panel a model; x = learning rate, y = steps to the middle one of its target losses, both log.
+
+    The lowest target is no use here: a rate that can't be the best any more isn't trained to it.
+    """
+    figure, axes = new_figure(len(models))
+    chart = Chart(
+        "learning_rate_search",
+        "Optimizer steps to a loss against learning rate, a line a batch size, with the best rate marked.",
+        figure,
+    )
+    norm = batch_bar(figure, axes, [r.batch_tokens for r in runs])
+    for axis, model in zip(axes, models, strict=False):
+        cells = [r for r in runs if r.model == model]
+        targets = cells[0].subject.target_losses
+        target = len(targets) // 2
+        for cell in cells:
+            _draw_cell(chart, axis, cell, target, COLOURS(norm(cell.batch_tokens)))
+        count_axis(axis.xaxis)
+        axis.set_xlabel("learning rate")
+        axis.set_title(plain(f"{model}, to a loss of {targets[target]:.3g} nats per token"), loc="left", fontsize=10)
+    count_axis(axes[0].yaxis)
+    axes[0].set_ylabel("optimizer steps to the loss")
+    handles = [
+        Line2D([], [], ls="none", marker="o", color="0.4", ms=9, mfc="none", label="best of those tried"),
+        Line2D([], [], ls="none", marker="s", color=_FLAG, ms=10, mfc="none", label="best, but at an edge: not tuned"),
+        Line2D([], [], ls="none", marker="^", color="0.4", ms=5, mfc="none", label="not there yet when it was ended"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", fontsize=8.5, ncols=2)
+    return chart
+
+
+def _draw_cell(chart: Chart, axis: Axes, cell: CellRuns, target: int, colour) -> None:
+    loss = cell.subject.target_losses[target]
+    line: tuple[list, list] = ([], [])
+    for tried in cell.tried:
+        rate, steps = tried.run.learning_rate, tried.steps_to_target[target]
+        outcome = f"{steps:,.0f} steps"
+        if math.isfinite(steps):
+            line[0].append(rate)
+            line[1].append(steps)
+        else:
+            steps = tried.result.steps
+            outcome = f"not in {steps:,} steps ({tried.result.status})"
+            axis.plot([rate], [steps], "^", color=colour, mfc="none", ms=5)
+        text = f"{cell.name}, learning rate {rate:g}\nto loss {loss:.3g}: {outcome}"
+        chart.mark(axis, [rate], [steps], [text])
+    axis.plot(*line, "o-", color=colour, ms=4, lw=0.8)
+    best = best_rate(cell, target)
+    if best is not None:
+        ring = {"marker": "s", "color": _FLAG, "ms": 10} if best.at_edge else {"marker": "o", "color": "0.4", "ms": 9}
+        axis.plot([best.learning_rate], [best.steps], mfc="none", mew=1.2, ls="none", **ring)  # type: ignore[arg-type]
+
+
+_MARKERS = "os^Dv"
+
+
+def pareto_chart(analysis: Analysis) -> Chart:
+    """Log-log; x = steps over S_min (time), y = tokens over E_min (compute); runs of all models and losses."""
+    figure, (axis,) = new_figure(width=6.0, height=4.8)
+    chart = Chart(
+        "time_and_compute",
+        "Steps over the fewest possible against tokens over the fewest possible, for every run and loss.",
+        figure,
+    )
+    points = [p for p in analysis.fit.points if p.in_law]
+    norm = loss_bar(figure, [axis], [p.loss for p in points])
+    ratio = np.geomspace(1 / 64, 64, 120)  # of B to B_crit
+    axis.plot(1 + 1 / ratio, 1 + ratio, color=LAW_COLOUR, lw=1.2, label="$(S/S_{min} - 1)(E/E_{min} - 1) = 1$")
+    for k, model in enumerate(dict.fromkeys(p.model for p in points)):
+        marker = _MARKERS[k % len(_MARKERS)]
+        axis.plot([], [], marker, color="0.4", ms=4, label=plain(f"{model}: steps and tokens to a loss"))
+        for point in (p for p in points if p.model == model):
+            fit = point.tradeoff
+            steps, tokens = fit.steps / fit.s_min, fit.steps * fit.batch_tokens / fit.e_min
+            axis.plot(steps, tokens, marker, color=COLOURS(norm(point.loss)), ms=3.5, alpha=0.7, mec="none")
+            texts = [
+                f"{model}, loss {point.loss:.3f}, batch of {b:,.0f} tokens\n"
+                f"{s:.2f} × fewest steps, {e:.2f} × fewest tokens"
+                for b, s, e in zip(fit.batch_tokens, steps, tokens, strict=True)
+            ]
+            chart.mark(axis, steps, tokens, texts)
+    for multiple in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
+        name = f"{multiple:g}" if multiple >= 1 else f"1/{1 / multiple:g}"
+        at = (1 + 1 / multiple, 1 + multiple)
+        axis.plot(*at, "+", color=MODEL_COLOURS[1], ms=9)
+        label = "B = $B_{crit}$" if multiple == 1 else f"B = {name} $B_{{crit}}$"
+        axis.annotate(label, at, xytext=(7, 4), textcoords="offset points", fontsize=7.5)
+        text = f"{name} × B_crit\n{at[0]:.3g} × fewest steps, {at[1]:.3g} × fewest tokens"
+        chart.mark(axis, at[:1], at[1:], [text])
+    axis.set_xlim(0.75, 80)
+    axis.set_ylim(0.75, 80)
+    count_axis(axis.xaxis)
+    count_axis(axis.yaxis)
+    axis.set_xlabel("time: steps / fewest steps")
+    axis.set_ylabel("compute: tokens / fewest tokens")
+    axis.set_title("What a batch size costs", loc="left")
+    axis.legend(loc="upper right", fontsize=8.5)
+    return chart

@@ -1,0 +1,193 @@
+"""What the cells of a scan measure: measurements.csv, noise_scale.csv, seeds.csv.
+
+Steps to each target loss at the best learning rate; the noise scale while the loss fell; how far seeds lie apart.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling_jax.noise_scale import estimate
+from scaling_jax.results.noise import moments_by_step
+from scaling_jax.results.runs import CellRuns
+from scaling_jax.scanning.search import best_at, is_tuned
+
+MEANINGLESS = 0.25  # standard deviation of log steps between seeds from which a crossing says little
+
+
+class Measurement(NamedTuple):
+    """One model, batch size, seed and target loss."""
+
+    model: str
+    batch_tokens: int
+    seed: int
+    target_loss: float  # nats per token
+    steps: float  # NaN: no learning rate got there within `steps_tried`
+    tokens: float
+    learning_rate: float  # of the run that got there first; NaN if none did
+    tuned: bool  # False: a better rate may lie beyond the grid
+    steps_tried: int  # the longest run
+    passed_early: bool = False  # some rate was below the target when first evaluated: its steps are unknown
+
+
+class NoiseMeasurement(NamedTuple):
+    """B_simple of one run while its loss fell through a window, with its interval; tokens."""
+
+    model: str
+    batch_tokens: int
+    seed: int
+    loss: float  # the window's geometric middle
+    b_simple: float  # NaN where unresolved
+    low: float
+    high: float  # inf where unresolved
+    resolved: bool
+    steps: int
+
+
+class SeedSpread(NamedTuple):
+    """The best run of each seed at one target loss."""
+
+    model: str
+    batch_tokens: int
+    target_loss: float  # nats per token
+    seeds: int  # that reached it
+    steps_spread: float  # standard deviation between seeds of log steps to the target
+    test_loss_std: float  # of the test loss between seeds at their mean (geometric) step; nats per token
+
+
+def measure(cells: Sequence[CellRuns]) -> list[Measurement]:
+    """Every measurement of a scan, in the order of its cells."""
+    return [row for cell in cells for row in _measure_cell(cell)]
+
+
+def early_losses(measurements: Sequence[Measurement]) -> set[tuple[str, float]]:
+    """(model, loss) that some run had passed when it was first evaluated."""
+    return {(m.model, m.target_loss) for m in measurements if m.passed_early}
+
+
+def columns(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """Keyword arguments of `fitting.fit_scan` and its like, without losses that were passed early."""
+    early = early_losses(measurements)
+    used = [m for m in measurements if (m.model, m.target_loss) not in early]
+    return {
+        "model": [m.model for m in used],
+        "batch_tokens": [m.batch_tokens for m in used],
+        "target_loss": [m.target_loss for m in used],
+        "steps": [m.steps for m in used],
+        "run": [m.seed for m in used],
+        "steps_tried": [m.steps_tried for m in used],
+    }
+
+
+def measurement_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
+    """What was left out, untuned or not reached."""
+    early = early_losses(measurements)
+    notes = [
+        f"model {model}: loss {loss:g} is left out, some run was below it when it was first evaluated"
+        for model, loss in sorted(early, reverse=True)
+    ]
+    used = [m for m in measurements if (m.model, m.target_loss) not in early]
+    for model, batch, seed in dict.fromkeys((m.model, m.batch_tokens, m.seed) for m in used):
+        rows = [m for m in used if (m.model, m.batch_tokens, m.seed) == (model, batch, seed)]
+        where = f"model {model} at {batch:,} tokens" + (f", seed {seed}" if seed else "")
+        at_edge = [m for m in rows if math.isfinite(m.steps) and not m.tuned]
+        if at_edge:
+            rates = ", ".join(dict.fromkeys(f"{m.learning_rate:g}" for m in at_edge))
+            notes.append(
+                f"{where}: the best learning rate, {rates}, is at the edge of those tried at {len(at_edge)} of "
+                f"{len(rows)} losses"
+            )
+        missed = [m for m in rows if math.isnan(m.steps)]
+        if missed:
+            highest = max(m.target_loss for m in missed)
+            notes.append(f"{where}: loss {highest:g} and below not reached in {missed[0].steps_tried:,} steps")
+    return tuple(notes)
+
+
+def measure_noise(cells: Sequence[CellRuns]) -> list[NoiseMeasurement]:
+    """One measurement for each cell's best run and each two neighbouring target losses that it passed."""
+    return [row for cell in cells for row in _between_targets(cell)]
+
+
+def measure_spread(cells: Sequence[CellRuns]) -> list[SeedSpread]:
+    """One row for each model, batch size and target loss that two seeds or more reached."""
+    alike = defaultdict(list)
+    for cell in cells:
+        alike[cell.model, cell.batch_tokens].append(cell)
+    rows = []
+    for (model, batch_tokens), seeds in alike.items():
+        for k, target in enumerate(seeds[0].subject.target_losses):
+            best = [t for cell in seeds if (t := best_at(cell.tried, k)) is not None]
+            if len(best) < 2:
+                continue
+            log_steps = np.log([t.steps_to_target[k] for t in best])
+            losses = [np.interp(log_steps.mean(), np.log(t.steps), t.losses) for t in best]
+            spread = float(log_steps.std(ddof=1)), float(np.std(losses, ddof=1))
+            rows.append(SeedSpread(model, batch_tokens, target, len(best), *spread))
+    return rows
+
+
+def seed_notes(spreads: Sequence[SeedSpread]) -> tuple[str, ...]:
+    """Where seeds differ so much that a crossing means little."""
+    notes = []
+    for model, batch in dict.fromkeys((s.model, s.batch_tokens) for s in spreads):
+        wide = [s for s in spreads if (s.model, s.batch_tokens) == (model, batch) and s.steps_spread > MEANINGLESS]
+        if wide:
+            worst = max(wide, key=lambda s: s.steps_spread)
+            notes.append(
+                f"model {model} at {batch:,} tokens: seeds differ by {math.expm1(worst.steps_spread):.0%} in steps "
+                f"(±{worst.test_loss_std:.3f} nats) at loss {worst.target_loss:g}; its crossings at {len(wide)} losses "
+                "mean little"
+            )
+    return tuple(notes)
+
+
+def _measure_cell(cell: CellRuns) -> list[Measurement]:
+    rows = []
+    for k, target in enumerate(cell.subject.target_losses):
+        early = any(bool(t.passed_early[k]) for t in cell.tried)
+        best = None if early else best_at(cell.tried, k)
+        steps = float(best.steps_to_target[k]) if best else math.nan
+        rows.append(
+            Measurement(
+                model=cell.model,
+                batch_tokens=cell.batch_tokens,
+                seed=cell.cell.seed,
+                target_loss=target,
+                steps=steps,
+                tokens=steps * cell.batch_tokens,
+                learning_rate=best.run.learning_rate if best else math.nan,
+                tuned=is_tuned(cell.tried, k),
+                steps_tried=max(t.result.steps for t in cell.tried),
+                passed_early=early,
+            )
+        )
+    return rows
+
+
+def _between_targets(cell: CellRuns) -> list[NoiseMeasurement]:
+    targets, crossings = cell.subject.target_losses, cell.best.steps_to_target
+    grad_sq_norm, trace_cov = moments_by_step(cell.record.course)
+    rows = []
+    for k in range(len(targets) - 1):
+        if not np.all(np.isfinite(crossings[k : k + 2])):
+            continue
+        window = slice(int(crossings[k]), max(int(crossings[k + 1]), int(crossings[k]) + 2))
+        found = estimate(grad_sq_norm[window], trace_cov[window])
+        rows.append(
+            NoiseMeasurement(
+                model=cell.model,
+                batch_tokens=cell.batch_tokens,
+                seed=cell.cell.seed,
+                loss=math.sqrt(targets[k] * targets[k + 1]),
+                b_simple=found.value,
+                low=found.low,
+                high=found.high,
+                resolved=found.resolved,
+                steps=found.steps,
+            )
+        )
+    return rows

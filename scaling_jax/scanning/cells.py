@@ -1,0 +1,211 @@
+"""Training of cells: their learning-rate searches, run by run or many runs at once, with every run that is there."""
+
+import contextlib
+import glob
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from scaling_jax.data import Corpus, prepare
+from scaling_jax.data.feeding import is_resident
+from scaling_jax.errors import UserError
+from scaling_jax.io.config import from_dict, to_dict
+from scaling_jax.parallel import from_first, is_first
+from scaling_jax.scanning.experiment import Cell, Experiment
+from scaling_jax.scanning.records import is_without_searches, read_search, write_search
+from scaling_jax.scanning.search import Outcome, Tried, look_at, next_wave, search
+from scaling_jax.training import Progress, Run, RunResult, read_metrics, read_result, run_folder, train, train_many
+from scaling_jax.training.records import course, read_run_config
+
+
+def train_cell(
+    experiment: Experiment,
+    cell: Cell,
+    workdir: Path,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[Progress], None],
+    num_devices: int = 1,
+) -> None:
+    """Trains what is missing of a cell, a run after the other, and leaves its runs' results in `workdir`.
+
+    Several processes all call this, and take the same decisions.
+
+    Args:
+      should_stop, on_progress: see `train`.
+      num_devices: that share each batch.
+
+    Raises:
+      Interrupted, UserError: see `train`.
+    """
+    corpus = _corpus(experiment, cell)
+
+    def train_one(run: Run) -> Outcome:
+        found = _shared(lambda: find_outcome(run, workdir))
+        if found is None:
+            train(
+                run,
+                workdir,
+                corpus=corpus,
+                num_devices=num_devices,
+                keep_checkpoint=False,
+                should_stop=should_stop,
+                on_progress=on_progress,
+            )
+            found = _shared(lambda: find_outcome(run, workdir))
+        assert found is not None
+        return _on_this_text(found, corpus, workdir)
+
+    tried = search(experiment, cell, train_one)
+    if is_first():
+        write_search(workdir, experiment, cell, [t.result.run_id for t in tried])
+
+
+def train_alike(
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    workdir: Path,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[Progress], None],
+    num_devices: int = 1,
+) -> None:
+    """Like `train_cell` for cells that differ in seed alone: their runs share one program, many at once.
+
+    In a single process only; several train one run after the other (`train_cell`).
+
+    Args:
+      num_devices: over which the runs are spread; each run has one.
+    """
+    searches = {cell: _Search() for cell in cells}
+    owner: dict[Run, tuple[Cell, int]] = {}
+    waiting: deque[Run] = deque()
+    corpus = _corpus(experiment, cells[0])
+
+    def take(cell: Cell, index: int, outcome: Outcome) -> None:
+        targets = experiment.subject(cell.model).target_losses
+        searches[cell].tried[index] = look_at(targets, _on_this_text(outcome, corpus, workdir))
+
+    def plan(cell: Cell) -> None:
+        while not searches[cell].running and (wave := next_wave(experiment, cell, searches[cell].tried)):
+            for index, run in wave.items():
+                if (found := find_outcome(run, workdir)) is not None:
+                    take(cell, index, found)
+                else:
+                    owner[run] = cell, index
+                    searches[cell].running += 1
+                    waiting.append(run)
+
+    def on_result(run: Run, result: RunResult) -> None:
+        cell, index = owner[run]
+        found = find_outcome(run, workdir)
+        assert found is not None
+        take(cell, index, found)
+        searches[cell].running -= 1
+        plan(cell)
+
+    for cell in cells:
+        plan(cell)
+    train_many(
+        lambda: waiting.popleft() if waiting else None,
+        on_result,
+        workdir,
+        corpus,
+        num_slots=len(cells) * experiment.subject(cells[0].model).learning_rates.together,
+        num_devices=num_devices,
+        should_stop=should_stop,
+        on_progress=on_progress,
+    )
+    for cell in cells:
+        write_search(workdir, experiment, cell, [t.result.run_id for t in searches[cell].tried.values()])
+
+
+def can_run_together(experiment: Experiment, cell: Cell) -> bool:
+    """Whether the cell's runs can be spread over one process's devices: several at a time, on text that they hold."""
+    several = len(experiment.seeds) * experiment.subject(cell.model).learning_rates.together > 1
+    return jax.process_count() == 1 and several and is_resident(_corpus(experiment, cell))
+
+
+def finished_runs(
+    experiment: Experiment, cell: Cell, workdir: Path, find: Callable[[Run], Outcome | None] | None = None
+) -> tuple[str, ...] | None:
+    """The run ids of a cell whose search has ended; None if it hasn't, or asked less than the experiment does.
+
+    Args:
+      find: what came of a run; `find_outcome` unless given.
+    """
+    record = read_search(workdir, cell)
+    if record is not None:
+        complete = all((workdir / "runs" / run / "result.json").exists() for run in record.runs)
+        return record.runs if complete and record.answers(experiment) else None
+    if not is_without_searches(workdir):
+        return None
+
+    class Missing(Exception):
+        pass
+
+    def read(run: Run) -> Outcome:
+        found = find(run) if find is not None else find_outcome(run, workdir)
+        if found is None:
+            raise Missing
+        return found
+
+    try:  # its version wrote down no search that has ended: all runs that it would make must be there
+        return tuple(t.result.run_id for t in search(experiment, cell, read))
+    except Missing:
+        return None
+
+
+def find_outcome(run: Run, workdir: Path) -> Outcome | None:
+    """What came of a run, or of one that differs only in where it ends and went as far; None if neither is done."""
+    own = run_folder(workdir, run)
+    if (result := read_result(own)) is not None:
+        return _outcome(own, run, result)
+    for folder in sorted((workdir / "runs").glob(f"{glob.escape(run.label)}-*")):
+        with contextlib.suppress(UserError):  # a folder in which nothing has begun, or a damaged one
+            other, result = read_run_config(folder).run, read_result(folder)
+            if result is not None and other.without_limits == run.without_limits and _went_as_far(other, result, run):
+                return _outcome(folder, other, result)
+    return None
+
+
+def _went_as_far(done: Run, result: RunResult, wanted: Run) -> bool:
+    if result.status == "diverged":
+        return True
+    if result.status == "given up" or (done.target_loss or 0.0) > (wanted.target_loss or 0.0):
+        return False
+    if result.status == "reached" or wanted.max_steps is not None:
+        return result.status == "reached" or result.steps >= (wanted.max_steps or 0)
+    return result.tokens + done.batch_tokens > (wanted.max_tokens or 0)
+
+
+def _outcome(folder: Path, run: Run, result: RunResult) -> Outcome:
+    found = course(read_metrics(folder, result))
+    return Outcome(run, result, found.eval_steps.tolist(), found.eval_losses.tolist())
+
+
+def _shared(find: Callable[[], Outcome | None]) -> Outcome | None:
+    """What the first process finds, in all of them."""
+    found = find() if is_first() else None
+    values = from_first(None if found is None else [to_dict(found.run), to_dict(found.result), *found[2:]])
+    if values is None:
+        return None
+    return Outcome(from_dict(Run, values[0]), from_dict(RunResult, values[1]), *values[2:])
+
+
+def _on_this_text(outcome: Outcome, corpus: Corpus, workdir: Path) -> Outcome:
+    if outcome.result.corpus_sha256 != corpus.manifest["sha256"]:
+        raise UserError(
+            f"{workdir} holds runs on other text ({outcome.run.text} has changed since): use another folder"
+        )
+    return outcome
+
+
+class _Search:
+    def __init__(self) -> None:
+        self.tried: dict[int, Tried] = {}
+        self.running = 0
+
+
+def _corpus(experiment: Experiment, cell: Cell) -> Corpus:
+    return prepare(experiment.text, experiment.subject(cell.model).model.context, experiment.tokenizer)

@@ -1,0 +1,161 @@
+"""A whole scan: trains what is missing in a results folder, continues what was interrupted, adds what is new."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from scaling_jax.data import prepare
+from scaling_jax.errors import UserError
+from scaling_jax.io.config import to_dict
+from scaling_jax.io.locks import locked
+from scaling_jax.io.stores import in_bucket, publish, working_copy
+from scaling_jax.io.workers import available_cores
+from scaling_jax.parallel import from_first, is_first, leave_if_one_is_gone, together
+from scaling_jax.parallel.cpus import keep_compiled_programs
+from scaling_jax.parallel.stopping import stop_on_signals
+from scaling_jax.scanning.cells import can_run_together, finished_runs, train_alike, train_cell
+from scaling_jax.scanning.executors import ENGINES, parse_options
+from scaling_jax.scanning.experiment import Cell, Experiment
+from scaling_jax.scanning.plan import MOST_WORKERS
+from scaling_jax.scanning.records import check_same_recipe, read_search, write_experiment, write_search
+from scaling_jax.scanning.worker import Event, train_in_workers
+from scaling_jax.training import Interrupted, Progress, Run
+from scaling_jax.training.program import program_for
+
+
+def scan(
+    experiment: Experiment,
+    workdir: str | Path,
+    *,
+    on_event: Callable[[Event], None] = lambda _: None,
+    executor: Literal["local", "ray", "slurm"] = "local",
+    executor_options: Sequence[str] = (),
+) -> Path:
+    """Trains every run of an experiment that `workdir` doesn't hold yet; returns `workdir`, or its copy here.
+
+    The folder may hold a smaller scan: of fewer batch sizes, seeds, subjects, learning rates or target losses. Runs
+    that it has are used as they are.
+
+    On CPUs a worker process a core shares the cells. On accelerators this process drives all devices: with many runs
+    at once, spread over them, where the experiment tries several seeds or learning rates together; otherwise with one
+    run after the other, its batch split over all devices, or as many as share it evenly. Several processes
+    (`parallel.connect`) all call this; they train one run after the other on all of their devices, CPUs too, and the
+    first alone writes.
+
+    Args:
+      workdir: a folder that all processes see, or gs://bucket/folder.
+      on_event: called with each `Event` as it comes, in the first process.
+      executor: who trains the cells: this machine, or an engine whose machines share `workdir`; see `executors`.
+      executor_options: the engine's own, as "key=value".
+
+    Raises:
+      UserError: if the folder holds another experiment or text or is in use, a run is refused, or processes differ.
+      KeyboardInterrupt: once all that was trained is saved; the same call continues it.
+      Interrupted: the same on SIGTERM, or because another process was asked to stop.
+    """
+    if executor == "local" and executor_options:
+        raise UserError(f"executor options {' '.join(executor_options)} are for --executor ray or slurm")
+    with leave_if_one_is_gone(), contextlib.ExitStack() as stack:
+        with together():
+            workdir = working_copy(workdir, is_first())
+            if executor != "local" and in_bucket(workdir):
+                raise UserError(f"--executor {executor} needs results on a file system with locks, which buckets lack")
+        lock, missing = None, []
+        given = from_first(to_dict(experiment))
+        with together():
+            if to_dict(experiment) != given:
+                raise UserError("the processes of this scan differ: give all of them the same experiment")
+        with together():
+            if is_first():
+                lock = stack.enter_context(locked(workdir / ".lock", str(workdir)))
+                check_same_recipe(workdir, experiment)
+                missing = _missing(experiment, workdir)
+        missing = [Cell(*values) for values in from_first(missing)]
+        with together():
+            # Once, before workers ask for it together, and before the folder is claimed: a text may be mistyped.
+            for context in {subject.model.context for subject in experiment.subjects} if missing else ():
+                corpus = prepare(experiment.text, context, experiment.tokenizer)
+                if is_first():
+                    _check_same_text(workdir, experiment, corpus.manifest["sha256"])
+            if is_first():
+                write_experiment(workdir, experiment)
+                publish(workdir)
+        if not missing:
+            return workdir
+        if executor != "local":
+            ENGINES[executor](workdir, missing, on_event, parse_options(executor_options))
+        elif jax.default_backend() == "cpu" and jax.process_count() == 1:
+            train_in_workers(workdir, missing, on_event, available_cores()[:MOST_WORKERS], lock)
+        else:
+            _train_here(experiment, workdir, missing, on_event)
+    return workdir
+
+
+def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:
+    """Cells to train, the longest first, which keeps all cores busy."""
+    missing = []
+    for cell in experiment.cells:
+        runs = finished_runs(experiment, cell, workdir)
+        if runs is None:
+            missing.append(cell)
+        elif read_search(workdir, cell) is None:  # of a version that kept no such records
+            write_search(workdir, experiment, cell, runs)
+    return sorted(missing, key=lambda cell: -relative_cost(experiment, cell))
+
+
+def _check_same_text(workdir: Path, experiment: Experiment, sha256: str) -> None:
+    for path in (workdir / "runs").glob("*/result.json"):
+        found = None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged one is refused by its reader
+            found = json.loads(path.read_bytes()).get("corpus_sha256")
+        if found not in (None, sha256):
+            raise UserError(f"{workdir} holds runs on other text ({experiment.text} has changed): use another folder")
+
+
+def relative_cost(experiment: Experiment, cell: Cell) -> float:
+    """Expected FLOPs of a cell up to a constant: tokens to a loss grow as 1 + B/B_crit (McCandlish et al. 2018)."""
+    model = experiment.subject(cell.model).model
+    typical_b_crit = 2_000  # tokens; small models at the losses that they reach
+    per_token = model.num_params + 2 * model.vocab_size * model.d_model
+    return per_token * (1 + cell.batch_tokens / typical_b_crit)
+
+
+def _train_here(
+    experiment: Experiment, workdir: Path, missing: Sequence[Cell], on_event: Callable[[Event], None]
+) -> None:
+    keep_compiled_programs()
+    num_devices = {cell: _devices_for(experiment.run(cell, 0)) for cell in missing}
+    waiting = list(missing)
+    with stop_on_signals() as should_stop:
+        while waiting:
+            alike = [cell for cell in waiting if cell[:2] == waiting[0][:2]]  # all but the seed
+            waiting = [cell for cell in waiting if cell not in alike]
+
+            def report(progress: Progress) -> None:
+                on_event(Event(Cell(progress.model, progress.batch_tokens, progress.seed), progress))
+
+            try:
+                if can_run_together(experiment, alike[0]):
+                    train_alike(experiment, alike, workdir, should_stop, report, jax.device_count())
+                else:
+                    for cell in alike:
+                        train_cell(experiment, cell, workdir, should_stop, report, num_devices[cell])
+            except Interrupted:
+                if should_stop.by_hand:
+                    raise KeyboardInterrupt from None
+                raise
+            if is_first():
+                for cell in alike:
+                    on_event(Event(cell))
+
+
+def _devices_for(run: Run) -> int:
+    """As many as share the run's batch evenly; all of them, or a refusal, where there are several processes."""
+    if jax.process_count() > 1:
+        return program_for(run, jax.device_count()).num_devices
+    return math.gcd(run.batch_sequences, jax.device_count())

@@ -1,0 +1,149 @@
+"""A batch that grows as the noise scale does: which stage is next, and how each metric that it can follow is measured.
+
+tr(Σ)/|G|² comes with every training step; the others are measured at a look, on sequences of their own.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from scaling_jax.errors import UserError
+from scaling_jax.noise_scale import Moments, adam_norms, curvature, estimate, geometries, unbiased, value_and_grad
+from scaling_jax.tasks import ModelConfig, batch_loss
+from scaling_jax.training.program import TrainState
+from scaling_jax.training.ramp import LiveRamp, Metric, Stage, stage_at
+from scaling_jax.training.records import MetricsLine, course
+
+_BOUNDS_IN_A_NORM = ("l1", "spectral")  # measured as `NormBounds`, the others as `Moments`
+_FEWEST_LOOKS = 3
+PARTS = 8  # gradients that a measurement compares
+Measured = geometries.NormBounds | Moments
+
+
+def next_stage(
+    batch_tokens: int,
+    stages: Sequence[Stage],
+    live: LiveRamp | None,
+    lines: Sequence[MetricsLine],
+    warmup_steps: int = 0,
+) -> Stage:
+    """The stage that a run's next step is in: a pure function of its metrics so far, so that resuming repeats it.
+
+    Args:
+      batch_tokens: the run's first.
+      lines: of `metrics.jsonl`; where a metric is measured, `live` holds what `measure` returned.
+      warmup_steps: during which a live ramp doesn't look.
+    """
+    tokens = lines[-1].tokens if lines else 0
+    if live is None:
+        return stage_at(batch_tokens, stages, tokens)
+    batch = lines[-1].batch_tokens if lines else batch_tokens
+    looks = bool(lines) and lines[-1].step % live.every_steps == 0 and lines[-1].step > warmup_steps
+    if looks and 2 * batch <= live.max_batch_tokens and _at_least(live.metric, lines) > live.threshold * 2 * batch:
+        batch *= 2
+    return Stage(tokens, batch, math.sqrt(batch / batch_tokens))
+
+
+def _at_least(metric: Metric, lines: Sequence[MetricsLine]) -> float:
+    """What the noise scale is sure to exceed, in tokens, by what was measured at the last batch size."""
+    since = [line for line in lines if line.batch_tokens == lines[-1].batch_tokens]
+    if metric == "simple":
+        return estimate(*_of_training_steps(since)).low
+    measured = [line.live for line in since if line.live is not None]
+    measured = measured[len(measured) // 2 :]
+    if len(measured) < _FEWEST_LOOKS:
+        return 0.0
+    columns = np.array(measured).T
+    if metric in _BOUNDS_IN_A_NORM:
+        return geometries.bounds(geometries.NormBounds(*columns))[0]
+    return estimate(*unbiased(Moments(*columns))).low
+
+
+def _of_training_steps(lines: Sequence[MetricsLine]) -> tuple[np.ndarray, np.ndarray]:
+    """Unbiased |G|² and tr(Σ), in tokens, of the later half of the steps, so that they follow the loss."""
+    steps = course(lines)
+    later = slice(len(steps.big_sq_norm) // 2, None)
+    small_big = steps.small_sq_norm[later], steps.big_sq_norm[later]
+    return unbiased(Moments(*small_big, steps.small_batch_tokens[later], steps.batch_tokens[later]))
+
+
+def measure(model: ModelConfig, metric: Metric, state: TrainState, tokens_BxT1) -> list[float]:
+    """Bounds in a norm, or moments, whose noise scale counts in tokens.
+
+    Args:
+      metric: any but "simple", which training steps measure.
+      tokens_BxT1: B a multiple of 16; the batch that the next step trains on would bias it.
+
+    Raises:
+      UserError: for one of Adam's metrics if the optimizer keeps no second moments.
+    """
+    found = _compile(model, metric)(state.params, state.opt_state, tokens_BxT1)
+    values, context = [float(x) for x in found], model.context
+    if isinstance(found, geometries.NormBounds):
+        noise, grad_low, grad_high = values
+        return [noise * math.sqrt(context), grad_low, grad_high]
+    small_sq_norm, big_sq_norm, small_batch, big_batch = values
+    return [small_sq_norm, big_sq_norm, small_batch * context, big_batch * context]
+
+
+@functools.cache
+def _compile(model: ModelConfig, metric: Metric):
+    return jax.jit(_MEASURES[metric](batch_loss(model)))
+
+
+def _l1(loss: Callable) -> Callable[..., Measured]:
+    in_l1 = geometries.l1(loss, num_microbatches=PARTS)
+    return lambda params, opt_state, tokens_BxT1: in_l1(params, tokens_BxT1)
+
+
+def _spectral(loss: Callable) -> Callable[..., Measured]:
+    """Of the matrices inside layers, which are those that Muon orthogonalises."""
+
+    def in_layers(name: str) -> bool:
+        return name.startswith("layers/")
+
+    in_spectral = geometries.spectral(loss, num_microbatches=PARTS, stacked=in_layers, select=in_layers)
+    return lambda params, opt_state, tokens_BxT1: in_spectral(params, tokens_BxT1)
+
+
+def _curvature(loss: Callable) -> Callable[..., Measured]:
+    """tr(HΣ)/(GᵀHG): the first half of the sequences makes the gradients, the second the Hessian."""
+
+    def measured(params, opt_state, tokens_BxT1):
+        half = len(tokens_BxT1) // 2
+        norm = curvature(loss, params, tokens_BxT1[half:])
+        return _moments(loss, norm, params, tokens_BxT1[:half])
+
+    return measured
+
+
+def _adam(which: str, loss: Callable) -> Callable[..., Measured]:
+    """In the metric of Adam's second moments; their bias correction is a factor that drops out of the ratio."""
+
+    def measured(params, opt_state, tokens_BxT1):
+        nu = optax.tree_utils.tree_get(opt_state, "nu")
+        if len(jax.tree.leaves(nu)) != len(jax.tree.leaves(params)):
+            raise UserError(f"live_ramp.metric = {which!r} takes second moments of every parameter: train with adam")
+        norms = adam_norms(nu)
+        return _moments(loss, lambda grads: norms(grads)[which], params, tokens_BxT1)
+
+    return measured
+
+
+def _moments(loss: Callable, norm: Callable[[Any], jax.Array], params, tokens_BxT1) -> Moments:
+    (_, moments), _ = value_and_grad(loss, num_microbatches=PARTS, norm=norm)(params, tokens_BxT1)
+    return moments
+
+
+_MEASURES: dict[Metric, Callable[[Callable], Callable[..., Measured]]] = {
+    "l1": _l1,
+    "spectral": _spectral,
+    "curvature": _curvature,
+    "adam_half": functools.partial(_adam, "adam_half"),
+    "adam_full": functools.partial(_adam, "adam_full"),
+}
