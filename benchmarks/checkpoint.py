@@ -18,7 +18,7 @@ import numpy as np
 from scaling_jax.parallel import replicate
 from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
-from scaling_jax.training.checkpoints import Checkpoints
+from scaling_jax.training.attempt import Checkpoints
 from scaling_jax.training.program import program_for
 
 SECONDS_BETWEEN_SAVES = 60.0

@@ -22,7 +22,7 @@ _ONE_BY_ONE = """
 import sys
 from pathlib import Path
 from scaling_jax.scanning.cells import run_group
-from scaling_jax.parallel.cpus import keep_compiled_programs
+from scaling_jax.parallel.devices import keep_compiled_programs
 from benchmarks.scan import experiment
 keep_compiled_programs()
 chosen = experiment(sys.argv[1] == "quick")
@@ -38,7 +38,7 @@ scan(experiment(sys.argv[1] == "quick"), sys.argv[2])
 
 
 def experiment(quick: bool):
-    from scaling_jax.scanning.demo import DEMO, QUICK
+    from scaling_jax.scanning.experiment import DEMO, QUICK
 
     return QUICK if quick else DEMO
 

@@ -17,7 +17,7 @@ FIRST_STEP = """
 import numpy as np
 from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
-from scaling_jax.parallel.cpus import keep_compiled_programs
+from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.training.program import program_for
 keep_compiled_programs()
 program = program_for(Run(model_config("2x64"), 2_048, 1e-3, max_steps=1))
@@ -28,7 +28,7 @@ COMMANDS = {
     "import jax": ["-c", "import jax"],
     "import scaling_jax": ["-c", "import scaling_jax"],
     "import scaling_jax, all names": ["-c", "from scaling_jax import *"],
-    "scaling-jax --help": ["-m", "scaling_jax.cli", "--help"],
+    "scaling-jax --help": ["-m", "scaling_jax.cli.main", "--help"],
     "first step, program cached": ["-c", FIRST_STEP],
 }
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from scaling_jax.advice import ramp
 from scaling_jax.data import prepare
 from scaling_jax.fitting import steps_to_loss
-from scaling_jax.parallel.cpus import keep_compiled_programs
+from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.results.table import fit_table
 from scaling_jax.scanning.search import evaluations
 from scaling_jax.tasks import model_config

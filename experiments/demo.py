@@ -8,6 +8,6 @@ of 2.9 nats per byte to 2.3k at 2.2 (1×32) and 3.4k at 2.0 (2×64), an exponent
 scale of 1 to 3 times B_crit. results/demo holds ours.
 """
 
-from scaling_jax.scanning.demo import DEMO
+from scaling_jax.scanning.experiment import DEMO
 
 EXPERIMENT = DEMO

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling_jax.parallel.cpus import keep_compiled_programs
+from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.results import read_experiment
 from scaling_jax.scanning.search import best_at, finished, look_at
 from scaling_jax.training import train

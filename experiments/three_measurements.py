@@ -17,7 +17,7 @@ from pathlib import Path
 
 from scaling_jax.cli.results import show
 from scaling_jax.console import live
-from scaling_jax.scanning.demo import DEMO
+from scaling_jax.scanning.experiment import DEMO
 
 SEEDS = (0,)
 EXPERIMENT = dataclasses.replace(DEMO, name="three-measurements", seeds=SEEDS)

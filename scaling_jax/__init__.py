@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scaling_jax import advice, data, fitting, noise_scale, tasks
-    from scaling_jax.errors import UserError
+    from scaling_jax.io import UserError
     from scaling_jax.report import write_figures, write_report
     from scaling_jax.results import analyse
     from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, scan
@@ -35,7 +35,7 @@ _HOMES = {
     "read_results": "results",
     "write_figures": "report",
     "write_report": "report",
-    "UserError": "errors",
+    "UserError": "io",
 }
 
 __all__ = [

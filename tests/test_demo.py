@@ -15,7 +15,7 @@ import pytest
 
 def start(results, cache):
     return subprocess.Popen(
-        [sys.executable, "-m", "scaling_jax.cli", "demo", "--quick", "--results", str(results)],
+        [sys.executable, "-m", "scaling_jax.cli.main", "demo", "--quick", "--results", str(results)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

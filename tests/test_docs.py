@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import scaling_jax as sj
 from experiments import noisy_quadratic as quadratic
-from scaling_jax.cli import main
+from scaling_jax.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

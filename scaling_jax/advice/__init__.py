@@ -1,17 +1,20 @@
 """From fitted critical batch sizes to a batch size or a batch ramp, and what each costs in steps, tokens and time."""
 
-from scaling_jax.advice.choices import (
+from scaling_jax.advice.goal import (
     Adjusted,
     Choice,
+    Goal,
     Hardware,
     choices,
     fastest,
     fewest_steps,
+    goal,
     largest_within,
     least_compute,
+    losses_of,
+    models_of,
     powers_around,
 )
-from scaling_jax.advice.goal import Goal, goal, losses_of, models_of
 from scaling_jax.advice.ramp import Cost, Descent, Stage, cost, descent, ramp
 
 __all__ = [

@@ -4,10 +4,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-from scaling_jax.advice.choices import Choice, Hardware, choices, fastest, largest_within, powers_around
-from scaling_jax.advice.goal import Goal, goal
+from scaling_jax.advice.goal import Choice, Goal, Hardware, choices, fastest, goal, largest_within, powers_around
 from scaling_jax.advice.ramp import Cost, Stage, cost, descent, ramp
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.files import write_json
 from scaling_jax.results.table import fit_table
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling_jax.advice.goal import goal, losses_of, models_of
-from scaling_jax.errors import UserError
 from scaling_jax.fitting import ScanFit
-from scaling_jax.training.ramp import Stage
+from scaling_jax.io import UserError
+from scaling_jax.training.run import Stage
 
 GRID = 2_000  # losses between the highest measured one and the target
 

@@ -1,5 +1,49 @@
-"""`scaling-jax …`: parse, call, print."""
+"""`scaling-jax …`: parse, call, print. Here is the register to which each module adds its commands."""
 
-from scaling_jax.cli.main import main
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
-__all__ = ["main"]
+import tyro
+
+from scaling_jax.io.config import size
+
+app = tyro.extras.SubcommandApp()
+
+
+def _whole(words: Sequence[str]) -> int:
+    value = size(words[0])
+    if not value.is_integer():
+        raise ValueError(f"{words[0]} isn't a whole number")
+    return int(value)
+
+
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE")]
+Size = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N",
+        instance_from_str=_whole,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+def joined(arguments: Sequence[str], flag: str = "--set") -> list[str]:
+    """Arguments in which the values of a flag that is given several times stand behind the first."""
+    kept: list[str] = []
+    values: list[str] = []
+    inside = False
+    for argument in arguments:
+        if argument == flag:
+            inside = True
+        elif argument.startswith("-"):
+            inside = False
+        if inside and argument != flag:
+            values.append(argument)
+        elif argument != flag:
+            kept.append(argument)
+    return kept + ([flag, *values] if values or flag in arguments else [])

@@ -2,7 +2,7 @@
 
 import tyro
 
-from scaling_jax.cli.app import app
+from scaling_jax.cli import app
 
 data = tyro.extras.SubcommandApp()
 app.command(data, name="data", help="Pack text into token rows once, and look at them.")
@@ -40,7 +40,7 @@ def prepare_data(
     )
 
     from scaling_jax.data import prepare
-    from scaling_jax.data.inspection import summary
+    from scaling_jax.data.packing import summary
 
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -71,6 +71,6 @@ def inspect_data(source: tyro.conf.Positional[str], tokenizer: str = "bytes", co
       context: tokens per row.
       rows: shown of each split.
     """
-    from scaling_jax.data.inspection import inspect
+    from scaling_jax.data.packing import inspect
 
     print(inspect(source, context, tokenizer, rows))

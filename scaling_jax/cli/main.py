@@ -6,8 +6,8 @@ import sys
 import scaling_jax.cli.data
 import scaling_jax.cli.results
 import scaling_jax.cli.running  # noqa: F401  each registers its commands
-from scaling_jax.cli.app import app, joined
-from scaling_jax.errors import UserError
+from scaling_jax.cli import app, joined
+from scaling_jax.io import UserError
 
 DESCRIPTION = """Measure, fit and plan the critical batch size of language-model training.
 
@@ -58,6 +58,10 @@ def _check_shell(arguments: list[str]) -> None:
     shell = [*arguments, ""][arguments.index(_COMPLETION) + 1]
     if shell not in _SHELLS:
         raise UserError(f"{_COMPLETION} {shell}: completion is for {', '.join(_SHELLS)}")
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":

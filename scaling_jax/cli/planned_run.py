@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.config import with_overrides
-from scaling_jax.scanning.files import load_run
+from scaling_jax.scanning.records import load_run
 from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
-from scaling_jax.training.ramp import read_stages
+from scaling_jax.training.run import read_stages
 
 _EITHER = (("max_tokens", "max_steps"), ("warmup_tokens", "warmup_steps"))
 

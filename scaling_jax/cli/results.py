@@ -4,8 +4,8 @@ from pathlib import Path
 
 import tyro
 
-from scaling_jax.cli.app import Size, app
-from scaling_jax.errors import UserError
+from scaling_jax.cli import Size, app
+from scaling_jax.io import UserError
 
 
 @app.command
@@ -124,8 +124,8 @@ def advise(
     from rich.console import Console
 
     from scaling_jax.advice import advise as advice_on
-    from scaling_jax.advice.choices import Hardware
-    from scaling_jax.console.advice import advice_table
+    from scaling_jax.advice.goal import Hardware
+    from scaling_jax.console.tables import advice_table
     from scaling_jax.io.files import as_json
     from scaling_jax.io.stores import working_copy
 

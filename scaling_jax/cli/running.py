@@ -7,9 +7,9 @@ from typing import Literal
 
 import tyro
 
-from scaling_jax.cli.app import Folder, Overrides, Size, app
+from scaling_jax.cli import Folder, Overrides, Size, app
 from scaling_jax.cli.results import show
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 
 @app.command
@@ -40,7 +40,7 @@ def demo(
     if not dry_run:
         connect()  # before JAX looks for devices
 
-    from scaling_jax.scanning.demo import DEMO, QUICK
+    from scaling_jax.scanning.experiment import DEMO, QUICK
 
     experiment = dataclasses.replace(QUICK if quick else DEMO, text=text)
     _scan(experiment, results, dry_run, tensorboard, wandb)
@@ -87,7 +87,7 @@ def scan(
 
     from scaling_jax.cli.planned_run import with_other_halves
     from scaling_jax.io.config import with_overrides
-    from scaling_jax.scanning.files import load_experiment
+    from scaling_jax.scanning.records import load_experiment
 
     loaded = with_overrides(load_experiment(experiment), with_other_halves(overrides))
     _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
@@ -177,7 +177,7 @@ def train(
     from scaling_jax.console.dashboards import asked_for
     from scaling_jax.data import prepare
     from scaling_jax.io.stores import working_copy
-    from scaling_jax.parallel.cpus import share_cores
+    from scaling_jax.parallel.devices import share_cores
 
     corpus = prepare(run.text, run.model.context, run.tokenizer)
     if run_file is None:
@@ -256,7 +256,7 @@ def compile_ahead(experiment: tyro.conf.Positional[Path], topology: str = "v5e:1
     from scaling_jax.compile.ahead_of_time import compile_runs, planned_runs
     from scaling_jax.compile.topologies import topology as find_topology
     from scaling_jax.console.tables import print_compiled
-    from scaling_jax.scanning.files import load_plan
+    from scaling_jax.scanning.records import load_plan
 
     runs, slice_, console = planned_runs(load_plan(experiment)), find_topology(topology), Console()
     with console.status(f"compiling for {slice_.name}") as status:

@@ -16,14 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scaling_jax.compile.topologies import Topology
 from scaling_jax.data.feeding import RESIDENT_BYTES
 from scaling_jax.noise_scale import Moments, accumulate, value_and_grad
-from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
+from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
 from scaling_jax.parallel import AXIS, data_mesh, spmd
 from scaling_jax.scanning.experiment import Experiment
 from scaling_jax.scanning.plan import flops_per_token
 from scaling_jax.tasks import ModelConfig, Transformer, batch_loss, evaluator, held_out_rows
 from scaling_jax.training import Run
 from scaling_jax.training.program import Program, many_steps, program_for
-from scaling_jax.training.ramp import Stage
+from scaling_jax.training.run import Stage
 
 _SPLIT = (False, False, True, False)  # of the steps' arguments, the order of rows alone is dealt out to chips
 

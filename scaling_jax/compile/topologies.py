@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 
 class Chip(NamedTuple):

@@ -5,24 +5,29 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from scaling_jax.console.dashboards import Follower, Writer
-from scaling_jax.console.live import ScanDisplay
 from scaling_jax.data import Corpus
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.parallel import is_first, together
-from scaling_jax.parallel.cpus import keep_compiled_programs
-from scaling_jax.parallel.stopping import stop_on_signals
-from scaling_jax.report.words import short
+from scaling_jax.parallel.devices import keep_compiled_programs
+from scaling_jax.parallel.processes import stop_on_signals
+from scaling_jax.report.words import clock, short
 from scaling_jax.results import Results, read_results
 from scaling_jax.results.branches import check_tolerance, measure_branches, write_branches
-from scaling_jax.results.noise import last_noise_scale
-from scaling_jax.scanning import Cell, Event, Experiment, scan
+from scaling_jax.results.runs import last_noise_scale
+from scaling_jax.results.status import part_done
+from scaling_jax.scanning import Cell, Event, Experiment, relative_cost, scan
 from scaling_jax.scanning.branches import BranchPlan, plan_branches, train_branches
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.training import Interrupted, Progress, Run, read_metrics, run_folder, train
@@ -209,3 +214,105 @@ def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+LOG_SECONDS = 60.0  # between lines where there is no terminal
+
+
+class ScanDisplay:
+    """A context manager whose `on_event` takes a scan's events.
+
+    Args:
+      done: cells that were done before.
+    """
+
+    def __init__(self, experiment: Experiment, console: Console, done: Collection[Cell] = ()):
+        self._experiment = experiment
+        self._console = console
+        self._latest: dict[Cell, Progress] = {}  # of running cells
+        self._runs: dict[Cell, dict[str, float]] = {}  # the last loss of each, by run id
+        self._cost = {cell: relative_cost(experiment, cell) for cell in experiment.cells}
+        self._done = set(done)
+        self._fraction_before = self._fraction()
+        self._started = self._printed = time.monotonic()
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "ScanDisplay":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_):
+        self._live.stop()
+
+    def on_event(self, event: Event) -> None:
+        cell = event.cell
+        if cell is None:
+            self._print("stopping: runs are being saved …")
+        elif event.progress is not None:
+            self._latest[cell] = event.progress
+            self._runs.setdefault(cell, {})[event.progress.run_id] = event.progress.test_loss
+            if time.monotonic() - self._printed > LOG_SECONDS:
+                self._log(f"running: {'; '.join(self._running())}")
+        else:
+            self._done.add(cell)
+            self._latest.pop(cell, None)
+            losses = self._runs.get(cell, {})
+            loss = f", lowest loss {min(losses.values()):.3f}" if losses else ""
+            self._log(f"done: {cell.name}, {len(losses)} learning rates{loss}")
+
+    def _log(self, what: str) -> None:
+        """A line for a log; a terminal shows the same live."""
+        if not self._console.is_terminal:
+            count = f"{len(self._done)} of {len(self._cost)} done"
+            self._print(f"{self._clock()}  {count}, about {self._time_left()} left  {what}")
+            self._printed = time.monotonic()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _running(self) -> list[str]:
+        return [
+            f"{cell.name} at step {p.step:,}, loss {p.test_loss:.3f}, {short(p.tokens_per_second)} tokens/s"
+            for cell, p in sorted(self._latest.items())
+        ]
+
+    def _fraction(self) -> float:
+        """Of the expected cost."""
+        spent = sum(self._cost[cell] for cell in self._done)
+        for cell, p in self._latest.items():
+            within = p.step / p.last_step if len(self._runs[cell]) > 1 else 0.5
+            spent += self._cost[cell] * part_done(len(self._runs[cell]) - 1 + within)
+        return spent / sum(self._cost.values())
+
+    def _time_left(self) -> str:
+        gained = self._fraction() - self._fraction_before
+        if gained < 0.02:
+            return "…"
+        return clock((time.monotonic() - self._started) * (1 - self._fraction()) / gained)
+
+    def _clock(self) -> str:
+        return clock(time.monotonic() - self._started)
+
+    def _render(self) -> Group:
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for column in ("model · batch", "learning rate", "step", "test loss", "tokens/s", "noise scale"):
+            table.add_column(
+                column, justify="left" if column.startswith("model") else "right", min_width=9, no_wrap=True
+            )
+        for cell, p in sorted(self._latest.items()):
+            table.add_row(
+                cell.name,
+                f"{p.learning_rate:.3g}",
+                f"{p.step:,}",
+                f"{p.test_loss:.3f}",
+                short(p.tokens_per_second),
+                "·" if math.isnan(p.noise_scale_tokens) else short(p.noise_scale_tokens),
+            )
+        head = Text(
+            f"{self._experiment.name}: {len(self._done)} of {len(self._cost)} batch sizes done · {self._clock()} · "
+            f"about {self._time_left()} left"
+        )
+        bar = Table.grid()  # alone, a progress bar doesn't end its line
+        bar.add_row(ProgressBar(total=1.0, completed=self._fraction(), width=60))
+        return Group(head, bar, table)

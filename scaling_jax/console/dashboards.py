@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.config import to_dict
-from scaling_jax.io.json_lines import Tail
+from scaling_jax.io.files import Tail
 from scaling_jax.noise_scale import Moments, MovingAverage, unbiased
 from scaling_jax.training.records import MetricsLine, read_run_config
 

@@ -1,15 +1,23 @@
-"""A packed corpus on disk: two memory-mapped token streams, viewed as rows, and a manifest that vouches for them."""
+"""A corpus: the text that it is made of, where it is kept once packed, and what vouches that it is whole.
 
+Packed, it is two memory-mapped token streams, viewed as rows, and a manifest.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
 
+from scaling_jax.data.sources import Document, Fingerprint, Source, file_shards, find_documents, fingerprint
 from scaling_jax.data.tokenizers import Tokenizer, load_tokenizer
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
+from scaling_jax.io.files import write_whole
+from scaling_jax.io.stores import cache_folder
 
 FORMAT = 2
 SPLITS = ("train", "test")
@@ -37,6 +45,35 @@ def rows_of(stream: np.ndarray, context: int) -> np.ndarray:
     if len(stream) <= context:
         return np.zeros((0, context + 1), stream.dtype)
     return np.lib.stride_tricks.sliding_window_view(stream, context + 1, subok=True)[::context]
+
+
+def look_up(source: str) -> Source:
+    """What a source is now; files are read only if they changed since they were read last.
+
+    Raises:
+      UserError: see `prepare`.
+    """
+    if source.startswith("tfds:"):
+        from scaling_jax.data.tfds_text import find_data_set  # seconds to import
+
+        return find_data_set(source)
+    documents = find_documents(source)
+    try:
+        text, shards = _known_fingerprint(source, documents), file_shards(source, documents)
+    except OSError as error:
+        raise UserError(f"--text {source}: can't read {error.filename} ({error.strerror})") from None
+    if any(part.kind == "text" for shard in shards for part in shard):
+        rule = "one file in ten, by the hash of its name"
+    else:
+        rule = "one line in ten, by the hash of its text"
+    return Source(text, rule, shards)
+
+
+def corpus_folder(text: Fingerprint, tokenizer: str) -> Path:
+    """Where the corpus of a text is, once it is packed; a field of the source names another one."""
+    field = text.source.rpartition("#")[2] if "#" in text.source else ""
+    parts = [text.sha256[:16], tokenizer.replace(":", ""), *([field.replace("/", "_")] if field else [])]
+    return cache_folder() / "rows" / "-".join(parts)
 
 
 def open_corpus(folder: Path, context: int, check: bool = False) -> Corpus:
@@ -96,3 +133,23 @@ def corpus_tokenizer(folder: Path, manifest: dict) -> Tokenizer:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
+    """`fingerprint`, remembered by the files' names, sizes and times of change."""
+    digest, newest = hashlib.sha256(), 0
+    for document in documents:
+        stat = document.path.stat()
+        digest.update(
+            f"{document.path}\0{document.name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\0".encode()
+        )
+        newest = max(newest, stat.st_ctime_ns)
+    path = cache_folder() / "fingerprints" / f"{digest.hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Fingerprint(source, *json.loads(path.read_text()))
+    text = fingerprint(source, documents)
+    # A file that changed this very moment may change again within its clock's tick, unseen.
+    if time.time_ns() - newest > 2e9:
+        with contextlib.suppress(OSError):
+            write_whole(path, json.dumps(text[1:]))
+    return text

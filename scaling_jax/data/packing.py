@@ -1,27 +1,24 @@
 """A source packed into a corpus once, in the cache folder: shard by shard, by all cores, resumable at any moment."""
 
-import contextlib
 import errno
 import hashlib
 import itertools
-import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from scaling_jax.data.corpus import FORMAT, SPLITS, Corpus, open_corpus
-from scaling_jax.data.pack_workers import pack_in_workers, train_in_worker
-from scaling_jax.data.shards import pack_shard, shard_counts, token_dtype
-from scaling_jax.data.sources import Document, Fingerprint, Source, file_shards, find_documents, fingerprint
+import numpy as np
+
+from scaling_jax.data.corpus import FORMAT, SPLITS, Corpus, corpus_folder, corpus_tokenizer, look_up, open_corpus
+from scaling_jax.data.shards import pack_in_workers, pack_shard, shard_counts, token_dtype, train_in_worker
+from scaling_jax.data.sources import Source
 from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer
-from scaling_jax.errors import UserError
-from scaling_jax.io.files import whole_file, write_json, write_whole
+from scaling_jax.io import UserError
+from scaling_jax.io.files import whole_file, write_json
 from scaling_jax.io.locks import locked
-from scaling_jax.io.stores import cache_folder
 from scaling_jax.io.workers import available_cores
 
 
@@ -71,55 +68,6 @@ def prepare(
         except OSError as error:
             raise UserError(_what_stopped(error, folder)) from None
     return open_corpus(folder, context, check)
-
-
-def look_up(source: str) -> Source:
-    """What a source is now; files are read only if they changed since they were read last.
-
-    Raises:
-      UserError: see `prepare`.
-    """
-    if source.startswith("tfds:"):
-        from scaling_jax.data.tfds_text import find_data_set  # seconds to import
-
-        return find_data_set(source)
-    documents = find_documents(source)
-    try:
-        text, shards = _known_fingerprint(source, documents), file_shards(source, documents)
-    except OSError as error:
-        raise UserError(f"--text {source}: can't read {error.filename} ({error.strerror})") from None
-    if any(part.kind == "text" for shard in shards for part in shard):
-        rule = "one file in ten, by the hash of its name"
-    else:
-        rule = "one line in ten, by the hash of its text"
-    return Source(text, rule, shards)
-
-
-def corpus_folder(text: Fingerprint, tokenizer: str) -> Path:
-    """Where the corpus of a text is, once it is packed; a field of the source names another one."""
-    field = text.source.rpartition("#")[2] if "#" in text.source else ""
-    parts = [text.sha256[:16], tokenizer.replace(":", ""), *([field.replace("/", "_")] if field else [])]
-    return cache_folder() / "rows" / "-".join(parts)
-
-
-def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
-    """`fingerprint`, remembered by the files' names, sizes and times of change."""
-    digest, newest = hashlib.sha256(), 0
-    for document in documents:
-        stat = document.path.stat()
-        digest.update(
-            f"{document.path}\0{document.name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\0".encode()
-        )
-        newest = max(newest, stat.st_ctime_ns)
-    path = cache_folder() / "fingerprints" / f"{digest.hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Fingerprint(source, *json.loads(path.read_text()))
-    text = fingerprint(source, documents)
-    # A file that changed this very moment may change again within its clock's tick, unseen.
-    if time.time_ns() - newest > 2e9:
-        with contextlib.suppress(OSError):
-            write_whole(path, json.dumps(text[1:]))
-    return text
 
 
 def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progress: OnProgress) -> None:
@@ -246,3 +194,44 @@ def _what_stopped(error: OSError, folder: Path) -> str:
             "the same command continues"
         )
     return f"can't pack text in {folder.parent} ({error}): set SCALING_JAX_CACHE to a folder that can be written"
+
+
+def inspect(source: str, context: int, tokenizer: str = "bytes", rows: int = 3) -> str:
+    """Counts of a packed corpus, all of its checksums compared, and `rows` rows of each split, from all over it.
+
+    Raises:
+      UserError: if it isn't packed yet, or was cut or altered.
+    """
+    bpe_vocabulary(tokenizer)
+    for name, value in (("context", context), ("rows", rows)):
+        if value < 1:
+            raise UserError(f"{name} = {value} must be positive")
+    folder = corpus_folder(look_up(source).text, tokenizer)
+    if not (folder / "manifest.json").exists():
+        raise UserError(
+            f"{source} isn't packed as {tokenizer} yet: scaling-jax data prepare '{source}' --tokenizer {tokenizer}"
+        )
+    corpus = open_corpus(folder, context, check=True)
+    lines = [f"{folder}: all checksums match", *summary(corpus)]
+    packed_by = corpus_tokenizer(folder, corpus.manifest)
+    for split, rows_RxT1 in zip(SPLITS, (corpus.train_RxT1, corpus.test_RxT1), strict=True):
+        for number in np.linspace(0, len(rows_RxT1) - 1, min(rows, len(rows_RxT1))).astype(int):
+            lines.append(f"{split} row {number:,}: {packed_by.decode(rows_RxT1[number])!r}")
+    return "\n".join(lines)
+
+
+def summary(corpus: Corpus) -> list[str]:
+    """What was packed, a line each."""
+    m = corpus.manifest
+    lines = [
+        f"{m['source']}: {m['files']:,} files, {m['bytes']:,} bytes, sha256 {m['sha256'][:16]}",
+        f"tokenizer {m['tokenizer']}: {m['vocab_size']:,} ids, sha256 {m['tokenizer_sha256'][:16]}, "
+        f"{m['test_bytes_per_token']:.3f} bytes per test token",
+        f"held out: {m['held_out']}",
+    ]
+    for split, rows_RxT1 in zip(SPLITS, (corpus.train_RxT1, corpus.test_RxT1), strict=True):
+        lines.append(
+            f"{split}: {m['documents'][split]:,} documents, {m['text_bytes'][split]:,} bytes, "
+            f"{m['tokens'][split]:,} tokens, {len(rows_RxT1):,} rows of {m['context']}"
+        )
+    return lines

@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 # Test suites are left out because distributions disagree on whether they ship them.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

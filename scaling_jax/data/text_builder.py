@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from scaling_jax.data.packing import corpus_folder, look_up
+from scaling_jax.data.corpus import corpus_folder, look_up
 from scaling_jax.data.shards import read
 from scaling_jax.data.sources import Shard, find_documents
 from scaling_jax.data.tfds_text import quiet, split_parts

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from scaling_jax.data.sources import Part, is_test
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 _PIECE = 1 << 20  # characters
 

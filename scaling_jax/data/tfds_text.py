@@ -14,7 +14,7 @@ import numpy as np
 
 from scaling_jax.data.sources import MOST_SHARDS, SHARD_BYTES, Fingerprint, Part, Source, is_test
 from scaling_jax.data.text_files import Piece
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 _BYTES_AT_ONCE, _RECORDS_AT_ONCE = 4 << 20, 8192  # each reading costs as much as hundreds of short records
 

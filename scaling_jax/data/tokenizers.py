@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 _GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 C = TypeVar("C")
 

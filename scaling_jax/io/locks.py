@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 
 @contextlib.contextmanager

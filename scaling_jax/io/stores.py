@@ -24,7 +24,7 @@ from typing import Any
 
 from etils import epath
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.files import write_whole
 from scaling_jax.io.locks import lock_state
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 Message = dict[str, Any]
 

@@ -5,9 +5,8 @@ from scaling_jax.noise_scale.accumulate import check_mean_loss, fixed_denominato
 from scaling_jax.noise_scale.estimate import Estimate, estimate
 from scaling_jax.noise_scale.geometries import every
 from scaling_jax.noise_scale.moments import Moments, unbiased, value_and_grad
-from scaling_jax.noise_scale.norms import sq_norm
 from scaling_jax.noise_scale.per_example import check_taps
-from scaling_jax.noise_scale.quadratic_forms import adam_norms, curvature
+from scaling_jax.noise_scale.quadratic_forms import adam_norms, curvature, sq_norm
 from scaling_jax.noise_scale.tracker import MovingAverage, Tracker, TrackerState, ema, tracker, windows
 
 __all__ = [

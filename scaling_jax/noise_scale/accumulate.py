@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_jax.noise_scale.norms import path_name
+
+def path_name(path) -> str:
+    """A parameter's path as text: `layers/0/attention/query`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 class Split(NamedTuple):

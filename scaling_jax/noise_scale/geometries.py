@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_jax.noise_scale import accumulate
-from scaling_jax.noise_scale.norms import path_name
+from scaling_jax.noise_scale.accumulate import path_name
 
 RIDGE = 3e-7  # of the trace of the raw second moment; a few roundings in float32
 

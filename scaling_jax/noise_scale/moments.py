@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from scaling_jax.noise_scale import accumulate, per_example
-from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
+from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
 
 
 class Moments(NamedTuple):
@@ -21,8 +21,8 @@ class Moments(NamedTuple):
 
     small_sq_norm: Any  # mean over small batches of |g_small|², never |mean|²
     big_sq_norm: Any  # |g_big|² of the whole batch
-    small_batch: jax.Array | float
-    big_batch: jax.Array | float
+    small_batch: Any  # a number, or one for each step of a series
+    big_batch: Any
 
 
 def unbiased(m: Moments) -> tuple[Any, Any]:

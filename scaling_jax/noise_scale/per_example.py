@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from scaling_jax.noise_scale.accumulate import mark_varying, varying
-from scaling_jax.noise_scale.norms import leaf_sq_norms, path_name
+from scaling_jax.noise_scale.accumulate import mark_varying, path_name, varying
+from scaling_jax.noise_scale.quadratic_forms import leaf_sq_norms
 from scaling_jax.noise_scale.taps import Tapped
 
 

@@ -1,7 +1,7 @@
 """Devices and processes into one SPMD program."""
 
+from scaling_jax.parallel.devices import AXIS, Backend, data_mesh, deal_out, replicate, spmd, spmd_of_runs
 from scaling_jax.parallel.processes import agree, connect, from_first, is_first, leave_if_one_is_gone, together
-from scaling_jax.parallel.spmd import AXIS, Backend, data_mesh, deal_out, replicate, spmd, spmd_of_runs
 
 __all__ = [
     "AXIS",

@@ -54,8 +54,13 @@ def write_runs_report(results: Results) -> Path:
 def _charts(analysis: Analysis) -> "Iterator[Chart]":
     from scaling_jax.report.critical_batch import critical_batch_chart, three_measurements_chart
     from scaling_jax.report.noise_charts import noise_by_layer_chart, noise_chart, run_near_b_crit
-    from scaling_jax.report.scan_charts import batch_scan_chart, pareto_chart, rate_search_chart
-    from scaling_jax.report.tradeoffs import residuals_chart, tradeoffs_chart
+    from scaling_jax.report.scan_charts import (
+        batch_scan_chart,
+        pareto_chart,
+        rate_search_chart,
+        residuals_chart,
+        tradeoffs_chart,
+    )
 
     models = [subject.model.name for subject in analysis.experiment.subjects]
     yield critical_batch_chart(analysis)

@@ -10,7 +10,7 @@ from scaling_jax.report.chart import COLOURS, MODEL_COLOURS, Chart, batch_bar, c
 from scaling_jax.report.critical_batch import whiskers
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, RunRecord
-from scaling_jax.results.noise import NoiseWindow, PartNoise
+from scaling_jax.results.runs import NoiseWindow, PartNoise
 
 
 class SingleRun(NamedTuple):

@@ -2,12 +2,13 @@
 
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
 from scaling_jax.report.chart import Drawn
-from scaling_jax.report.provenance import without_home
 
 
 class Section(NamedTuple):
@@ -21,6 +22,14 @@ def page(title: str, sections: Iterable[Section]) -> str:
     """A whole document."""
     body = "\n".join(f"<section>\n<h2>{text(s.title)}</h2>\n{s.content}\n</section>" for s in sections)
     return _PAGE.substitute(title=text(title), style=_STYLE, body=body, script=_SCRIPT)
+
+
+def without_home(text: str) -> str:
+    """Home folders as ~, this user's and those of whoever made the results: reports get passed on."""
+    home = str(Path.home())
+    if home != "/":
+        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
+    return re.sub(r"(/home|/Users|[A-Za-z]:\\Users)[/\\][^/\\\s\"'<>|&]+", "~", text)
 
 
 def text(value: Any) -> str:

@@ -1,7 +1,11 @@
 """What the report says, section by section."""
 
+import dataclasses
+import importlib.metadata
 import json
 import math
+import platform
+import shlex
 from collections.abc import Sequence
 
 from scaling_jax.io.config import to_dict
@@ -9,15 +13,23 @@ from scaling_jax.report.chart import Chart, draw
 from scaling_jax.report.critical_batch import critical_batch_chart, three_measurements_chart
 from scaling_jax.report.noise_charts import SingleRun, loss_chart, noise_by_layer_chart, noise_chart, run_near_b_crit
 from scaling_jax.report.page import Section, bullets, charts, code, facts, folded, paragraph, table
-from scaling_jax.report.provenance import command, versions
-from scaling_jax.report.scan_charts import batch_scan_chart, best_rate, pareto_chart, rate_search_chart
-from scaling_jax.report.tradeoffs import residuals_chart, tradeoffs_chart
+from scaling_jax.report.scan_charts import (
+    batch_scan_chart,
+    best_rate,
+    pareto_chart,
+    rate_search_chart,
+    residuals_chart,
+    tradeoffs_chart,
+)
 from scaling_jax.report.words import law_in_words, law_lines
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, Results
-from scaling_jax.results.noise import last_noise_scale
+from scaling_jax.results.runs import last_noise_scale
+from scaling_jax.scanning import Experiment
+from scaling_jax.scanning.experiment import DEMO, QUICK
 
 _NOISE_INTRO = "Measured inside the training step, in windows that grow with the run; whiskers are 95 % intervals."
+_PACKAGES = ("scaling-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matplotlib")
 FINGERPRINT = (
     "source",
     "files",
@@ -236,3 +248,17 @@ def _by_layer_intro(runs: Sequence[CellRuns]) -> str:
 
 def _interval(low: float, high: float) -> str:
     return f"{tokens(low)} – {tokens(high)}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on, here and now."""
+    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def command(experiment: Experiment) -> str:
+    """What makes the same results in a new folder, from anywhere that holds the report's experiment.json."""
+    for demo, options in ((DEMO, ()), (QUICK, ("--quick",))):
+        if dataclasses.replace(experiment, text=demo.text) == demo:
+            text = () if experiment.text == demo.text else ("--text", experiment.text)
+            return shlex.join(["scaling-jax", "demo", *options, *text, "--results", "again"])
+    return "scaling-jax scan experiment.json --results again"

@@ -1,8 +1,7 @@
 """A results folder, or a table, into runs, measurements, noise scales and fits."""
 
-from scaling_jax.results.fit import Analysis, analyse, noise_ratios
 from scaling_jax.results.measurements import Measurement, NoiseMeasurement
-from scaling_jax.results.results import Curve, Results, read_results
+from scaling_jax.results.results import Analysis, Curve, Results, analyse, noise_ratios, read_results
 from scaling_jax.results.runs import CellRuns, RunRecord
 
 __all__ = [

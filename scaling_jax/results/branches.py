@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling_jax.errors import UserError
 from scaling_jax.fitting import ScanFit
+from scaling_jax.io import UserError
 from scaling_jax.io.files import write_rows
 from scaling_jax.results.measurements import NoiseMeasurement
 from scaling_jax.results.runs import RunRecord

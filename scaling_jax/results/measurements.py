@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scaling_jax.noise_scale import estimate
-from scaling_jax.results.noise import moments_by_step
-from scaling_jax.results.runs import CellRuns
+from scaling_jax.results.runs import CellRuns, moments_by_step
 from scaling_jax.scanning.search import best_at, is_tuned
 
 MEANINGLESS = 0.25  # standard deviation of log steps between seeds from which a crossing says little

@@ -1,16 +1,18 @@
-"""A results folder, read once: runs, curves, measurements, noise scales, and the fit of a scan."""
+"""A results folder, read once: runs, curves, measurements, noise scales; a finished scan's fit, kept beside them."""
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_jax.errors import UserError
-from scaling_jax.fitting import ScanFit, fit_scan
-from scaling_jax.io.stores import working_copy
-from scaling_jax.results.branches import BranchMeasurement, read_branches
+from scaling_jax.fitting import FormFit, JointFit, LossLaw, ScanFit, Tradeoff, compare_forms, fit_joint, fit_scan
+from scaling_jax.io import UserError
+from scaling_jax.io.files import write_json, write_rows
+from scaling_jax.io.stores import publish, working_copy
+from scaling_jax.results.branches import BranchMeasurement, Comparison, compare, read_branches
 from scaling_jax.results.measurements import (
     Measurement,
     NoiseMeasurement,
@@ -19,6 +21,8 @@ from scaling_jax.results.measurements import (
     measure,
     measure_noise,
     measure_spread,
+    measurement_notes,
+    seed_notes,
 )
 from scaling_jax.results.runs import CellRuns, RunRecord, cell_runs, read_runs
 from scaling_jax.scanning import Cell, Experiment
@@ -121,3 +125,155 @@ def missing_cells(results: Results) -> list[Cell]:
     """Cells of a scan whose search hasn't ended."""
     experiment = results.scan
     return [c for c in experiment.cells if finished_runs(experiment, c, results.folder, results._outcome) is None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """All that figures, tables and advice read."""
+
+    results: Results
+    fit: ScanFit
+    notes: tuple[str, ...]  # what the reader must know: left out, untuned, not reached
+    joint: JointFit | None = None
+    forms: tuple[FormFit, ...] = ()
+    comparison: tuple[Comparison, ...] = ()
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.results.scan
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        return self.results.measurements
+
+    @property
+    def noise(self) -> list[NoiseMeasurement]:
+        return self.results.noise_scale
+
+    @property
+    def branches(self) -> tuple[BranchMeasurement, ...]:
+        return self.results.branches
+
+    @property
+    def noise_ratio(self) -> float:
+        """Median over the fitted range of noise scale / B_crit at the same model and loss; NaN if there is none."""
+        ratios = [ratio for _, ratio in noise_ratios(self.noise, self.fit)]
+        return float(np.median(ratios)) if ratios else math.nan
+
+
+def analyse(results: str | Path | Results) -> Analysis:
+    """Fits a finished scan and writes what it found beside the runs; the same runs give the same bytes.
+
+    Args:
+      results: a folder, gs://bucket/folder, or what `read_results` found there.
+
+    Raises:
+      UserError: if the folder holds no scan, or an unfinished one.
+    """
+    found = results if isinstance(results, Results) else read_results(results)
+    table, fit = columns(found.measurements), found.fit()
+    sizes = {subject.model.name: subject.model.num_params for subject in found.scan.subjects}
+    analysis = Analysis(
+        results=found,
+        fit=fit,
+        notes=fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds),
+        joint=fit_joint(**table),
+        forms=compare_forms(**table, num_params=sizes),
+        comparison=tuple(compare(fit, found.noise_scale, found.branches)),
+    )
+    workdir = found.folder
+    write_rows(workdir / "measurements.csv", Measurement, found.measurements)
+    write_rows(workdir / "noise_scale.csv", NoiseMeasurement, found.noise_scale)
+    if found.branches:
+        write_rows(workdir / "three_measurements.csv", Comparison, analysis.comparison)
+    if found.seeds:
+        write_rows(workdir / "seeds.csv", SeedSpread, found.seeds)
+    extra = {"noise_scale_over_b_crit": finite(analysis.noise_ratio), "corpus": found.runs[0].corpus}
+    write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, analysis.notes) | extra)
+    publish(workdir)
+    return analysis
+
+
+def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[NoiseMeasurement, float]]:
+    """Each measurement inside its model's fitted range with noise scale / B_crit, which is interpolated in log loss.
+
+    Unresolved measurements count as infinite: leaving them out would pull the median down.
+    """
+    ratios = []
+    for model in dict.fromkeys(point.model for point in fit.points):
+        points = sorted((p.loss, p.tradeoff.b_crit) for p in fit.points if p.model == model and p.in_law)
+        if len(points) < 2:
+            continue
+        loss, b_crit = np.log(np.array(points)).T
+        for m in noise:
+            if m.model == model and loss[0] <= math.log(m.loss) <= loss[-1]:
+                at_loss = math.exp(np.interp(math.log(m.loss), loss, b_crit))
+                ratios.append((m, (m.b_simple if m.resolved else math.inf) / at_loss))
+    return ratios
+
+
+def fit_as_json(
+    fit: ScanFit, joint: JointFit | None, forms: tuple[FormFit, ...], notes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Laws and trade-offs, with units in the names or in `formula`; losses in nats per token, batches in tokens."""
+    return {
+        "law": fit.law and _law_as_json(fit.law),
+        "joint_law": _law_as_json(joint.law) if joint is not None and joint.law is not None else None,
+        "forms": [_form_as_json(form) for form in forms],
+        "points": [
+            {
+                "model": p.model,
+                "loss": p.loss,
+                **_tradeoff_as_json(p.tradeoff),
+                "in_law": p.in_law,
+                "not_reached": p.not_reached,
+                "bounds": p.bounds,
+            }
+            for p in fit.points
+        ],
+        "notes": list(notes),
+    }
+
+
+def finite(value: float) -> float | None:
+    """None for infinity and NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _law_as_json(law: LossLaw) -> dict[str, Any]:
+    return {
+        "formula": "b_crit_tokens = b_star * loss**exponent",
+        "b_star": law.b_star,
+        "b_star_interval": [finite(x) for x in law.b_star_interval],
+        "alpha_b": finite(law.alpha_b),
+        "exponent": law.exponent,
+        "exponent_interval": [finite(x) for x in law.exponent_interval],
+        "loss_range": law.loss_range,
+        "confidence": law.confidence,
+    }
+
+
+def _form_as_json(form: FormFit) -> dict[str, Any]:
+    return {
+        "form": form.form,
+        "formula": "b_crit_tokens = constant * (variable - floor)**exponent",
+        "variable": form.variable,
+        "constant": form.constant,
+        "exponent": form.exponent,
+        "floor": form.floor,
+        "valid_range": form.valid_range,
+        "held_out_error": finite(form.held_out_error),
+        "low_loss_error": finite(form.low_loss_error),
+        "criterion": finite(form.criterion),
+    }
+
+
+def _tradeoff_as_json(tradeoff: Tradeoff) -> dict[str, Any]:
+    return {
+        "b_crit": finite(tradeoff.b_crit),
+        "b_crit_interval": [finite(x) for x in tradeoff.b_crit_interval],
+        "cbs20": finite(tradeoff.cbs20),
+        "s_min": finite(tradeoff.s_min),
+        "e_min": finite(tradeoff.e_min),
+        "one_sided": tradeoff.one_sided,
+    }

@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scaling_jax.errors import UserError
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, compare_forms, fit_joint, fit_scan
-from scaling_jax.results.fit import fit_as_json
+from scaling_jax.io import UserError
+from scaling_jax.results.results import fit_as_json
 from scaling_jax.training.records import write_json
 
 NAMES = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from scaling_jax.data import prepare
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.scanning.search import Tried
 from scaling_jax.training import Progress, Run, RunResult, Stage, train
 

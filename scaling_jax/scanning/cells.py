@@ -5,12 +5,13 @@ import glob
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from scaling_jax.data import Corpus, prepare
 from scaling_jax.data.feeding import is_resident
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.parallel import from_first, is_first
 from scaling_jax.scanning.experiment import Cell, Experiment
@@ -187,10 +188,16 @@ def _outcome(folder: Path, run: Run, result: RunResult) -> Outcome:
 def _shared(find: Callable[[], Outcome | None]) -> Outcome | None:
     """What the first process finds, in all of them."""
     found = find() if is_first() else None
-    values = from_first(None if found is None else [to_dict(found.run), to_dict(found.result), *found[2:]])
-    if values is None:
+    said: Any = found and {
+        "run": to_dict(found.run),
+        "result": to_dict(found.result),
+        "steps": found.steps,
+        "losses": found.losses,
+    }
+    said = from_first(said)
+    if said is None:
         return None
-    return Outcome(from_dict(Run, values[0]), from_dict(RunResult, values[1]), *values[2:])
+    return Outcome(from_dict(Run, said["run"]), from_dict(RunResult, said["result"]), said["steps"], said["losses"])
 
 
 def _on_this_text(outcome: Outcome, corpus: Corpus, workdir: Path) -> Outcome:

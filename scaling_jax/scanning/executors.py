@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.errors import UserError
-from scaling_jax.io.json_lines import Tail, append_line
+from scaling_jax.io import UserError
+from scaling_jax.io.files import Tail, append_line
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import cache_folder
 from scaling_jax.scanning.experiment import Cell

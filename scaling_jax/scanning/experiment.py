@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from scaling_jax.errors import UserError
-from scaling_jax.tasks import ModelConfig
+from scaling_jax.io import UserError
+from scaling_jax.tasks import ModelConfig, model_config
 from scaling_jax.training import Deadline, Recipe, Run
 
 
@@ -147,3 +147,24 @@ def powers_of_two(low: int, high: int) -> tuple[int, ...]:
 def log_spaced(high: float, low: float, count: int) -> tuple[float, ...]:
     """`count` losses from high to low in equal ratios, to four digits."""
     return tuple(float(f"{high * (low / high) ** (k / (count - 1)):.4g}") for k in range(count))
+
+
+DEMO = Experiment(
+    name="demo",
+    subjects=(
+        Subject(model_config("1x32"), log_spaced(2.9, 2.2, 12), LearningRates(8e-3, 2_048, places=2, most=10)),
+        Subject(model_config("2x64"), log_spaced(2.9, 2.0, 15), LearningRates(4e-3, 4_096, places=2, most=10)),
+    ),
+    batch_tokens=powers_of_two(128, 8_192),
+    max_tokens=8_000_000,
+)
+
+QUICK = Experiment(
+    name="quick-demo",
+    subjects=(
+        Subject(model_config("1x16"), log_spaced(2.9, 2.6, 6), LearningRates(1.6e-2, 2_048, most=3)),
+        Subject(model_config("1x32"), log_spaced(2.9, 2.5, 7), LearningRates(8e-3, 2_048, most=3)),
+    ),
+    batch_tokens=powers_of_two(128, 2_048),
+    max_tokens=1_000_000,
+)

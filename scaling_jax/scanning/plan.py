@@ -12,7 +12,7 @@ import numpy as np
 
 from scaling_jax.data import prepare
 from scaling_jax.data.feeding import is_resident
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.workers import available_cores
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.experiment import Cell, Experiment

@@ -10,14 +10,14 @@ from typing import Literal
 import jax
 
 from scaling_jax.data import prepare
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.config import to_dict
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import in_bucket, publish, working_copy
 from scaling_jax.io.workers import available_cores
 from scaling_jax.parallel import from_first, is_first, leave_if_one_is_gone, together
-from scaling_jax.parallel.cpus import keep_compiled_programs
-from scaling_jax.parallel.stopping import stop_on_signals
+from scaling_jax.parallel.devices import keep_compiled_programs
+from scaling_jax.parallel.processes import stop_on_signals
 from scaling_jax.scanning.cells import can_run_together, finished_runs, train_alike, train_cell
 from scaling_jax.scanning.executors import ENGINES, parse_options
 from scaling_jax.scanning.experiment import Cell, Experiment

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from scaling_jax.io.config import to_dict
 from scaling_jax.io.workers import Command, Message, run_jobs, serve
@@ -75,7 +76,9 @@ def event_message(event: Event) -> Message:
 
 
 def read_event(message: Message) -> Event:
-    values = {name: float("nan") if value is None else value for name, value in message["progress"].items()}
+    values: dict[str, Any] = {
+        name: float("nan") if value is None else value for name, value in message["progress"].items()
+    }
     return Event(Cell(*message["cell"]), Progress(**values))
 
 
@@ -84,7 +87,7 @@ def main(workdir: Path) -> None:
     # JAX takes a second to import: only the worker needs it.
     import jax
 
-    from scaling_jax.parallel.cpus import keep_compiled_programs
+    from scaling_jax.parallel.devices import keep_compiled_programs
     from scaling_jax.scanning.cells import train_cell
     from scaling_jax.scanning.records import read_experiment
     from scaling_jax.training import Interrupted

@@ -1,8 +1,16 @@
 """What is trained: language modelling by a transformer of some size."""
 
 from scaling_jax.tasks.language_model import batch_loss, evaluator, held_out_rows
-from scaling_jax.tasks.model_config import MODELS, ModelConfig, model_config
-from scaling_jax.tasks.transformer import Transformer, is_stacked, next_token_loss, part_names, part_of
+from scaling_jax.tasks.transformer import (
+    MODELS,
+    ModelConfig,
+    Transformer,
+    is_stacked,
+    model_config,
+    next_token_loss,
+    part_names,
+    part_of,
+)
 
 __all__ = [
     "MODELS",

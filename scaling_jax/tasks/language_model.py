@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_jax.tasks.model_config import ModelConfig
-from scaling_jax.tasks.transformer import Transformer
+from scaling_jax.tasks.transformer import ModelConfig, Transformer
 
 _CHUNK = 16  # rows at a time: small enough for a CPU's cache
 

@@ -5,9 +5,8 @@ from scaling_jax.training.journal import Progress
 from scaling_jax.training.loop import train
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.population import train_many
-from scaling_jax.training.ramp import LiveRamp, Stage
 from scaling_jax.training.records import RunResult, read_metrics, read_result, run_folder
-from scaling_jax.training.run import Deadline, Recipe, Run, next_evaluation
+from scaling_jax.training.run import Deadline, LiveRamp, Recipe, Run, Stage, next_evaluation
 
 __all__ = [
     "Deadline",

@@ -1,12 +1,17 @@
 """A run's folder from the start of an attempt at it to its result."""
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
 
 from scaling_jax.data import Corpus
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import address, claim, in_bucket, publish
@@ -50,9 +55,9 @@ def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
         if is_first():
             folder = run_folder(workdir, run)
             result = read_result(folder)
-    name, values = from_first([folder.name, None if result is None else to_dict(result)])
-    folder = Path(workdir) / "runs" / name
-    done = None if values is None else from_dict(RunResult, values)
+    found: Any = from_first({"name": folder.name, "result": None if result is None else to_dict(result)})
+    folder = Path(workdir) / "runs" / found["name"]
+    done = None if found["result"] is None else from_dict(RunResult, found["result"])
     if done is not None and done.corpus_sha256 != corpus.manifest["sha256"]:
         raise UserError(f"{folder} holds a run on other text ({run.text} has changed since): use another folder")
     return Place(folder, done)
@@ -83,8 +88,6 @@ class Attempt:
         on_progress: Callable[[Progress], None] = lambda _: None,
         branch_of: Run | None = None,
     ):
-        from scaling_jax.training.checkpoints import Checkpoints  # Orbax takes seconds to import
-
         self.run, self.folder, self._corpus = run, folder, corpus
         with contextlib.ExitStack() as lock:
             with together():
@@ -159,8 +162,6 @@ class Attempt:
 
 
 def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainState:
-    from scaling_jax.training.checkpoints import Checkpoints
-
     branch_tokens = run.ramp[0].tokens if run.ramp else 0
     lines = [line for line in read_metrics(parent) if line.tokens <= branch_tokens]
     there = address(parent / "snapshots")
@@ -192,3 +193,50 @@ def _check_corpus(run: Run, corpus: Corpus) -> None:
         raise UserError(
             f"rows of {corpus.train_RxT1.shape[1] - 1} tokens don't fit the model's context of {run.model.context}"
         )
+
+
+class Checkpoints:
+    """States of a run in a folder, named by step."""
+
+    def __init__(self, folder: epath.PathLike, keep: int | None = 2):
+        """`folder` is absolute, or in a bucket; `keep` is how many of the newest stay, None for all."""
+        import orbax.checkpoint as ocp  # takes seconds to import
+
+        self._ocp: Any = ocp
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+        self._folder = epath.Path(folder)
+        self._manager = self._ocp.CheckpointManager(
+            self._folder, options=self._ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest state that can be read, or None if there is none; a warning names those that can't."""
+        damaged: list[int] = []
+        for step in from_first(sorted(self._manager.all_steps(), reverse=True)):
+            state, problem = None, ""
+            try:
+                state = self.restore_step(step, like)
+            except Exception as error:  # Orbax raises whatever its readers do
+                problem = type(error).__name__
+            if not agree(bool(problem))[0]:
+                for newer in damaged:  # Orbax would save none until past it
+                    self._manager.delete(newer)
+                return state
+            damaged.append(step)
+            folder = self._folder / str(step)
+            warnings.warn(f"{folder} is damaged ({problem or 'for others'}): using an earlier state", stacklevel=2)
+        return None
+
+    def restore_step(self, step: int, like: TrainState) -> TrainState:
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        restored = self._manager.restore(
+            step, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
+        )
+        return restored["state"]
+
+    def save(self, state: TrainState) -> None:
+        self._manager.save(int(state.step), args=self._ocp.args.Composite(state=self._ocp.args.StandardSave(state)))
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()

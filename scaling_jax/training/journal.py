@@ -18,9 +18,8 @@ from scaling_jax.data.feeding import Span
 from scaling_jax.parallel import from_first, is_first
 from scaling_jax.training.live_ramp import next_stage
 from scaling_jax.training.program import StepMetrics
-from scaling_jax.training.ramp import next_boundary
 from scaling_jax.training.records import MetricsLine, Status, append_clock, append_metrics, jsonable, read_metrics
-from scaling_jax.training.run import Run, next_evaluation
+from scaling_jax.training.run import Run, next_boundary, next_evaluation
 
 EVALUATIONS_BELOW_TARGET = 2  # in a row: one could be luck
 

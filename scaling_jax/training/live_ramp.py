@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import optax
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.noise_scale import Moments, adam_norms, curvature, estimate, geometries, unbiased, value_and_grad
 from scaling_jax.tasks import ModelConfig, batch_loss
 from scaling_jax.training.program import TrainState
-from scaling_jax.training.ramp import LiveRamp, Metric, Stage, stage_at
 from scaling_jax.training.records import MetricsLine, course
+from scaling_jax.training.run import LiveRamp, Metric, Stage, stage_at
 
 _BOUNDS_IN_A_NORM = ("l1", "spectral")  # measured as `NormBounds`, the others as `Moments`
 _FEWEST_LOOKS = 3

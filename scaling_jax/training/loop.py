@@ -10,7 +10,7 @@ import jax
 
 from scaling_jax.data import Corpus, example_order, prepare
 from scaling_jax.data.feeding import Feeder
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.stores import working_copy
 from scaling_jax.parallel import Backend, agree, from_first, is_first, leave_if_one_is_gone, replicate, together
 from scaling_jax.tasks import evaluator, held_out_rows

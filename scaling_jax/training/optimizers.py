@@ -7,7 +7,7 @@ import jax
 import optax
 from optax import contrib
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 Name = Literal["adam", "adamw", "sgd", "signum", "muon", "adafactor"]
 NAMES: tuple[Name, ...] = get_args(Name)

@@ -12,7 +12,7 @@ import numpy as np
 
 from scaling_jax.data import Corpus, example_order
 from scaling_jax.data.feeding import resident_rows
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.parallel import AXIS, Backend, spmd, spmd_of_runs
 from scaling_jax.tasks import evaluator, held_out_rows
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place

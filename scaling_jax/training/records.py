@@ -19,10 +19,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, read_config, to_dict
-from scaling_jax.io.files import write_json
-from scaling_jax.io.json_lines import append_line, read_lines, write_lines
+from scaling_jax.io.files import append_line, read_lines, write_json, write_lines
 from scaling_jax.training.run import Run
 
 SCHEMA = 2
@@ -99,15 +98,20 @@ class MetricsLine:
         if loss is not None and (isinstance(loss, bool) or not isinstance(loss, float | int) or not loss > 0):
             raise ValueError(f"test_loss = {loss!r} isn't a positive number")
         bits = values.get("test_bits_per_byte")
+        step, tokens, batch_tokens, small_batch_tokens = counts
+        by_part = [_numbers(values, name) if name in values else None for name in (*_NORMS_BY_PART, "live")]
         return cls(
-            counts[0],
-            counts[1],
-            float(values.get("epoch") or math.nan),
-            counts[2],
-            counts[3],
-            train_loss,
-            *norms,
-            *(_numbers(values, name) if name in values else None for name in (*_NORMS_BY_PART, "live")),
+            step=step,
+            tokens=tokens,
+            epoch=float(values.get("epoch") or math.nan),
+            batch_tokens=batch_tokens,
+            small_batch_tokens=small_batch_tokens,
+            train_loss=train_loss,
+            small_sq_norm=norms[0],
+            big_sq_norm=norms[1],
+            small_sq_norm_by_part=by_part[0],
+            big_sq_norm_by_part=by_part[1],
+            live=by_part[2],
             evaluated="test_loss" in values,
             test_loss=math.nan if loss is None else float(loss),
             test_bits_per_byte=None if bits is None else float(bits),
@@ -154,21 +158,26 @@ class Course(NamedTuple):
 def course(lines: Sequence[MetricsLine]) -> Course:
     """A run's lines in columns; every step with its own line's batch sizes."""
     steps = np.array([line.num_steps for line in lines], int)
-    sizes = [
+    batch, small_batch = (
         np.array([getattr(line, name) for line in lines], float) for name in ("batch_tokens", "small_batch_tokens")
-    ]
-    by_part = [[getattr(line, f"{size}_sq_norm_by_part") for line in lines] for size in ("small", "big")]
+    )
+    small, big = (np.concatenate([getattr(line, name) for line in lines] or [np.zeros(0)]) for name in _NORMS)
+    by_part = [[getattr(line, f"{size}_by_part") for line in lines] for size in _NORMS]
     complete = bool(lines) and all(norms is not None for of_size in by_part for norms in of_size)
     evaluations = [line for line in lines if line.evaluated and math.isfinite(line.test_loss)]
     return Course(
-        *(np.repeat(size, steps) for size in sizes),
-        *(np.concatenate([getattr(line, name) for line in lines] or [np.zeros(0)]) for name in _NORMS),
-        steps,
-        *sizes,
-        *(np.array(of_size) if complete else None for of_size in by_part),
-        np.array([line.step for line in evaluations], int),
-        np.array([line.tokens for line in evaluations], int),
-        np.array([line.test_loss for line in evaluations], float),
+        batch_tokens=np.repeat(batch, steps),
+        small_batch_tokens=np.repeat(small_batch, steps),
+        small_sq_norm=small,
+        big_sq_norm=big,
+        line_steps=steps,
+        line_batch_tokens=batch,
+        line_small_batch_tokens=small_batch,
+        small_sq_norm_by_part=np.array(by_part[0]) if complete else None,
+        big_sq_norm_by_part=np.array(by_part[1]) if complete else None,
+        eval_steps=np.array([line.step for line in evaluations], int),
+        eval_tokens=np.array([line.tokens for line in evaluations], int),
+        eval_losses=np.array([line.test_loss for line in evaluations], float),
     )
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from scaling_jax.advice import choices, fastest, goal, largest_within, losses_of, models_of, powers_around
-from scaling_jax.advice.choices import Hardware
-from scaling_jax.errors import UserError
+from scaling_jax.advice.goal import Hardware
+from scaling_jax.io import UserError
 from tests.advice.scan import b_crit, fitted, s_min
 
 

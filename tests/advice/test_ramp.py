@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from scaling_jax.advice import Stage, goal, progress, ramp, reach
-from scaling_jax.advice.console import write_stages
-from scaling_jax.errors import UserError
+from scaling_jax.advice.advise import write_stages
+from scaling_jax.io import UserError
 from tests.advice.scan import b_crit, fitted
 
 TARGET = 1.8

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from scaling_jax.data import corpus, prepare
-from scaling_jax.data.inspection import inspect
-from scaling_jax.errors import UserError
+from scaling_jax.data.packing import inspect
+from scaling_jax.io import UserError
 
 
 @pytest.fixture

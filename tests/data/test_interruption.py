@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scaling_jax.data import pack_workers, packing, prepare, shards, sources
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 FILES = ("manifest.json", "test.tokens", "train.tokens")
 
@@ -223,7 +223,7 @@ def test_a_full_disk_is_said_and_the_same_command_continues(own_text, tmp_path):
     for k in range(40):
         (own_text / f"more{k}.txt").write_text("sixteen letters\n" * 4000)
     code = (
-        "import sys; from scaling_jax.data import prepare, sources; from scaling_jax.errors import UserError\n"
+        "import sys; from scaling_jax.data import prepare, sources; from scaling_jax.io import UserError\n"
         "sources.SHARD_BYTES = 100_000\n"
         "import subprocess\n"
         "for workers in (1, 2):\n"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling_jax.data import Bytes, bits_per_byte, is_test, packing, prepare, rows_of, sources, text_files
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 
 @given(st.lists(st.integers(0, 256), max_size=60), st.integers(1, 9))

@@ -1,7 +1,7 @@
 import pytest
 
 from scaling_jax.data import find_documents, fingerprint, is_test, sources
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 
 @pytest.fixture

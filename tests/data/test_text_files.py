@@ -6,7 +6,7 @@ import zstandard
 
 from scaling_jax.data import is_test, packing, prepare, sources
 from scaling_jax.data.shards import read
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 LINES = [{"text": f"line {k}, not too short to be split among rows", "body": f"body {k}", "n": k} for k in range(60)]
 JSONL = "".join(json.dumps(line) + "\n" for line in LINES).encode()

@@ -13,7 +13,7 @@ from tensorflow_datasets.testing import mocking
 
 from scaling_jax.data import Bytes, is_test, packing, prepare, sources, text_builder, text_files, tfds_text
 from scaling_jax.data.shards import read
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from tests.data import tiny_data_sets
 from tests.data.tiny_data_sets import text_of
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from scaling_jax.data import Bytes, prepare, tokenizers
-from scaling_jax.data.inspection import inspect
+from scaling_jax.data.packing import inspect
 from scaling_jax.data.tokenizers import GPT2, TrainedBPE, bpe_vocabulary, train_bpe
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 TEXTS = ["low lower lowest", "newer and newest", "<|endoftext|> is text", "  spaces \n\n\tand tabs ", "漢字 é", ""]
 

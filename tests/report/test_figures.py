@@ -4,16 +4,16 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.report import write_figures
 from scaling_jax.report.chart import Chart, draw, new_figure, save
 from scaling_jax.report.critical_batch import critical_batch_chart, three_measurements_chart
 from scaling_jax.report.noise_charts import noise_by_layer_chart, noise_chart, run_near_b_crit
 from scaling_jax.report.runs import part_windows
 from scaling_jax.report.scan_charts import batch_scan_chart, best_rate, pareto_chart, rate_search_chart
-from scaling_jax.report.tradeoffs import residuals_chart, tradeoffs_chart
+from scaling_jax.report.scan_charts import residuals_chart, tradeoffs_chart
 from scaling_jax.results.branches import BranchMeasurement
-from scaling_jax.results.noise import MomentsByPart, moments_by_part, ratio_of_means
+from scaling_jax.results.runs import MomentsByPart, moments_by_part, ratio_of_means
 from scaling_jax.training import read_metrics, run_folder
 from scaling_jax.training.records import write_metrics
 from tests.made_up_scan import PART_GRAD_SHARES, PART_NOISE_SHARES

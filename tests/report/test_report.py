@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.report import write_report
 from scaling_jax.report.chart import draw
 from scaling_jax.report.page import charts, page, table
 from scaling_jax.report.provenance import command, without_home
 from scaling_jax.report.sections import sections
-from scaling_jax.report.tradeoffs import tradeoffs_chart
+from scaling_jax.report.scan_charts import tradeoffs_chart
 from scaling_jax.results import analyse
 from scaling_jax.results.branches import read_branches
-from scaling_jax.scanning.demo import DEMO, QUICK
+from scaling_jax.scanning.experiment import DEMO, QUICK
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 CHARTS = 2 + 7 * 2  # two of all models, seven of each of two models

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from scaling_jax.cli import main
+from scaling_jax.cli.main import main
 from scaling_jax.io.files import write_rows
 from scaling_jax.results.measurements import Measurement, measure
 

@@ -24,7 +24,7 @@ EXPECTED_CODES = (0, 130, -signal.SIGKILL, -signal.SIGTERM)
 
 def start(results: Path, cache: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "scaling_jax.cli", "demo", "--quick", "--results", str(results)],
+        [sys.executable, "-m", "scaling_jax.cli.main", "demo", "--quick", "--results", str(results)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from scaling_jax.cli.app import app
+from scaling_jax.cli import app
 from scaling_jax.cli.data import data
 from scaling_jax.cli.main import DESCRIPTION
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 
 COMMANDS = [(name,) for name in app._subcommands if name != "data"] + [("data", name) for name in data._subcommands]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scaling_jax.io.config import to_dict
-from scaling_jax.scanning.demo import QUICK
+from scaling_jax.scanning.experiment import QUICK
 from tests.robustness.conftest import contents
 
 INTEGERS = ("max_tokens", "eval_tokens", "microbatch_tokens", "subjects.0.model.context", "subjects.0.model.n_layer")
@@ -80,12 +80,12 @@ def test_an_override_of_nothing_is_refused_as_it_was_written(override, refuses, 
         ("from scaling_jax import Experiment\nEXPERIMENT = Experiment()", "mine.py line 2 can't be run: TypeError"),
         ("from scaling_jax.scanning import log_spaced\nlog_spaced(3, 2, 1)", "mine.py line"),
         (
-            "import dataclasses\nfrom scaling_jax.scanning.demo import QUICK\n"
+            "import dataclasses\nfrom scaling_jax.scanning.experiment import QUICK\n"
             "EXPERIMENT = dataclasses.replace(QUICK, max_tokens=-5)",
             "mine.py: max_tokens = -5",
         ),
         (
-            "import dataclasses\nfrom scaling_jax.scanning.demo import QUICK\n"
+            "import dataclasses\nfrom scaling_jax.scanning.experiment import QUICK\n"
             "EXPERIMENT = dataclasses.replace(QUICK, batch_tokens=('a', 'b', 'c'))",
             "mine.py line 3 can't be run: TypeError",
         ),

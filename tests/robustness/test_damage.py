@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.results import read_experiment
 from scaling_jax.results.branches import read_branches
 from scaling_jax.scanning.search import best_of, finished

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.results.table import fit_table, read_table
 from tests.robustness.conftest import contents
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.config import to_dict
 from scaling_jax.scanning import Experiment, LearningRates, Subject, executors
 from scaling_jax.scanning.pool import run_groups

@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, relative_cost
-from scaling_jax.scanning.demo import DEMO, QUICK
-from scaling_jax.scanning.files import load_experiment
+from scaling_jax.scanning.experiment import DEMO, QUICK
+from scaling_jax.scanning.records import load_experiment
 from scaling_jax.tasks import model_config
 
 
@@ -76,7 +76,7 @@ def test_larger_models_and_batches_are_expected_to_cost_more():
 
 def test_an_experiment_file_is_loaded(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from scaling_jax.scanning.demo import QUICK\nEXPERIMENT = QUICK\n")
+    path.write_text("from scaling_jax.scanning.experiment import QUICK\nEXPERIMENT = QUICK\n")
     assert load_experiment(path) == QUICK
     path.write_text("EXPERIMENT = 3\n")
     with pytest.raises(UserError, match=r"doesn't define EXPERIMENT"):

@@ -3,7 +3,7 @@ import dataclasses
 import jax
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.scanning.plan import flops_per_token, plan_group, refuse_what_cannot_fit
 from scaling_jax.tasks import model_config

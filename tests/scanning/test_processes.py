@@ -13,7 +13,7 @@ import pytest
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import working_copy
 from scaling_jax.scanning import groups
-from scaling_jax.scanning.files import load_experiment
+from scaling_jax.scanning.records import load_experiment
 from scaling_jax.scanning.search import finished
 from scaling_jax.training import read_metrics, run_folder
 from tests.training.test_processes import SECONDS, free_port

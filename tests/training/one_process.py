@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}
 
 from scaling_jax.data import feeding
 from scaling_jax.parallel import connect
-from scaling_jax.parallel.stopping import stop_on_signals
+from scaling_jax.parallel.processes import stop_on_signals
 from scaling_jax.training import Interrupted, train
 from tests.training.counting import CORPUS, RUN
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.parallel import replicate
-from scaling_jax.training.checkpoints import Checkpoints
+from scaling_jax.training.attempt import Checkpoints
 from scaling_jax.training.program import program_for
 from tests.training.counting import RUN
 

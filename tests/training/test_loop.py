@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, OptimizerConfig, Run, Stage, read_metrics, read_result, train
 

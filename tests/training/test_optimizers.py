@@ -7,12 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, read_metrics, train
 from scaling_jax.training.optimizers import make_optimizer
 from scaling_jax.training.program import _compile, program_for
-from scaling_jax.training.ramp import Stage
+from scaling_jax.training.run import Stage
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
 RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, max_steps=40, eval_tokens=512, steps_per_call=8)

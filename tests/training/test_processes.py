@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaling_jax.errors import UserError
+from scaling_jax.io import UserError
 from scaling_jax.parallel import processes
 from scaling_jax.training import read_metrics, train
 from tests.training.counting import CORPUS, RUN

@@ -1,3 +1,0 @@
-from scaling_jax.cli.main import main
-
-main()

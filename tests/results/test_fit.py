@@ -1,0 +1,65 @@
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from scaling_jax.io import UserError
+from scaling_jax.results import analyse
+from tests.made_up_scan import EXPONENT, b_crit
+
+
+@pytest.fixture(scope="module")
+def analysis(made_up):
+    return analyse(made_up[1])
+
+
+def test_the_whole_way_from_runs_to_law_recovers_the_truth(analysis):
+    for point in analysis.fit.points:
+        assert point.tradeoff.b_crit == pytest.approx(b_crit(point.loss), rel=0.05)
+    assert analysis.fit.law.exponent == pytest.approx(EXPONENT, abs=0.05)
+
+
+def test_noise_scales_come_out_in_tokens_at_their_loss(analysis):
+    assert len(analysis.noise) > 80
+    for measured in analysis.noise:
+        assert measured.resolved
+        assert measured.b_simple == pytest.approx(b_crit(measured.loss), rel=0.1)
+    assert analysis.noise_ratio == pytest.approx(1, abs=0.05)
+
+
+def test_learning_rates_inside_the_grid_are_tuned(analysis):
+    assert all(m.tuned for m in analysis.measurements)
+    assert not analysis.notes
+
+
+def test_the_same_runs_give_the_same_bytes(made_up, analysis):
+    names = ("fit.json", "measurements.csv", "noise_scale.csv")
+    first = {name: (made_up[1] / name).read_bytes() for name in names}
+    analyse(made_up[1])
+    assert {name: (made_up[1] / name).read_bytes() for name in names} == first
+
+
+def test_fit_json_holds_numbers_that_json_can_hold(made_up, analysis):
+    fit = json.loads((made_up[1] / "fit.json").read_text(), parse_constant=lambda c: pytest.fail(c))
+    assert fit["law"]["exponent"] == analysis.fit.law.exponent
+    assert fit["corpus"] == {"source": "made up"}
+
+
+def test_an_unfinished_scan_is_not_fitted(made_up, tmp_path):
+    shutil.copytree(made_up[1], tmp_path / "copy")
+    next((tmp_path / "copy" / "runs").glob("1x32-b256-*/result.json")).unlink()
+    with pytest.raises(UserError, match=r"isn't complete \(1x32 · 256 tokens is missing\)"):
+        analyse(tmp_path / "copy")
+
+
+def test_a_folder_without_a_scan_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no scan"):
+        analyse(tmp_path)
+
+
+def test_unresolved_noise_counts_as_above_everything(analysis):
+    unresolved = [m._replace(resolved=False, b_simple=math.nan) for m in analysis.noise]
+    assert np.isinf(dataclasses.replace(analysis, noise=unresolved).noise_ratio)
