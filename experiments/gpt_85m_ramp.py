@@ -25,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling_jax.advice import Progress, reach
+from scaling_jax.advice import Descent, cost
 from scaling_jax.data import prepare
 from scaling_jax.fitting import published, steps_to_loss
-from scaling_jax.scanning.search import evaluations
 from scaling_jax.tasks import model_config
 from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, read_metrics, train
+from scaling_jax.training.records import course
 
 FRACTION = 0.5  # of B_crit
 TARGET_LOSS = 3.2
@@ -52,19 +52,19 @@ BASE = Run(
 )
 
 
-def expected_progress() -> Progress:
+def expected_descent() -> Descent:
     """L = (N_c/N)^0.077 + (S_c/S_min)^0.76, Kaplan et al. 2020, eq. 1.6 and table 3, and their B_crit(L)."""
     losses = np.geomspace(6.0, TARGET_LOSS, 2_000)
     s_min = 2.1e3 * (losses - (6.5e13 / BASE.model.num_params) ** 0.077) ** (-1 / 0.76)
     b_crit = published["kaplan2020"](losses)
-    return Progress(losses, s_min, s_min * b_crit, b_crit)
+    return Descent(losses, s_min, s_min * b_crit, b_crit)
 
 
 def stages_by_law() -> tuple[Stage, ...]:
     """The batch doubles when `FRACTION`·B_crit has passed the doubled one."""
-    way, stages = expected_progress(), [Stage(0, BASE.batch_tokens)]
+    way, stages = expected_descent(), [Stage(0, BASE.batch_tokens)]
     while (k := int(np.searchsorted(FRACTION * way.b_crit, 2 * stages[-1].batch_tokens))) < len(way.losses):
-        tokens = reach(Progress(*(x[: k + 1] for x in way)), tuple(stages)).tokens
+        tokens = cost(Descent(*(x[: k + 1] for x in way)), tuple(stages)).tokens
         batch = 2 * stages[-1].batch_tokens
         whole_steps = round((tokens - stages[-1].tokens) / stages[-1].batch_tokens)
         start = stages[-1].tokens + whole_steps * stages[-1].batch_tokens
@@ -88,9 +88,10 @@ def main() -> None:
     for name, run in RUNS.items():
         folder = Path(WORKDIR) / "runs" / train(run, WORKDIR, corpus=corpus).run_id
         lines = read_metrics(folder)
-        steps = float(steps_to_loss(*evaluations(folder), [TARGET_LOSS]).steps[0])
-        tokens = np.interp(steps, [0] + [x["step"] for x in lines], [0] + [x["tokens"] for x in lines])
-        print(f"{name:26}{steps:10.0f}{tokens:10.2e}{lines[-1]['batch_tokens']:14,}", flush=True)
+        evaluated = course(lines)
+        steps = float(steps_to_loss(evaluated.eval_steps, evaluated.eval_losses, [TARGET_LOSS]).steps[0])
+        tokens = np.interp(steps, [0] + [x.step for x in lines], [0] + [x.tokens for x in lines])
+        print(f"{name:26}{steps:10.0f}{tokens:10.2e}{lines[-1].batch_tokens:14,}", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,3 @@ def _check_shell(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-if __name__ == "__main__":
-    main()
