@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-import json
 
 import jax
 import numpy as np
@@ -8,7 +7,8 @@ import pytest
 
 from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig
-from scaling_jax.training import Interrupted, OptimizerConfig, Run, Stage, read_metrics, read_result, train
+from scaling_jax.training import Interrupted, OptimizerConfig, Run, Stage, read_metrics, read_result, run_folder, train
+from scaling_jax.training.records import read_run_config
 
 RUN = Run(
     ModelConfig(n_layer=1, d_model=16, n_head=1, context=16),
@@ -20,22 +20,28 @@ RUN = Run(
 )
 
 
-def run_folder(workdir, run=RUN):
-    return workdir / "runs" / run.run_id
+def folder_of(workdir, run=RUN):
+    return run_folder(workdir, run)
+
+
+def losses_of(workdir, run=RUN):
+    return [line.test_loss for line in read_metrics(folder_of(workdir, run)) if line.evaluated]
 
 
 def test_a_run_learns_and_records_every_step(tmp_path, corpus):
     result = train(RUN, tmp_path, corpus=corpus, num_devices=1)
-    lines = read_metrics(run_folder(tmp_path))
+    lines = read_metrics(folder_of(tmp_path))
     assert result.status == "exhausted"
-    assert result.steps == 60 == sum(len(line["small_sq_norm"]) for line in lines)
+    assert result.steps == 60 == sum(len(line.small_sq_norm) for line in lines)
     for line, norm in itertools.product(lines, ("small_sq_norm", "big_sq_norm")):
-        assert len(line[f"{norm}_by_layer"]) == 3  # embedding, a layer, unembedding
-        assert sum(line[f"{norm}_by_layer"]) == pytest.approx(np.mean(line[norm]), rel=1e-6)
-    losses = [line["test_loss"] for line in lines if "test_loss" in line]
+        by_part = getattr(line, f"{norm}_by_part")
+        assert len(by_part) == 3  # embedding, a layer, unembedding
+        assert sum(by_part) == pytest.approx(np.mean(getattr(line, norm)), rel=1e-6)
+    losses = losses_of(tmp_path)
     assert losses[-1] < losses[0] - 0.3
-    config = json.loads((run_folder(tmp_path) / "config.json").read_text())
-    assert config["corpus"]["sha256"] == "counting"
+    config = read_run_config(folder_of(tmp_path))
+    assert config.run == RUN
+    assert config.corpus["sha256"] == "counting"
 
 
 def test_a_run_interrupted_anywhere_ends_as_an_undisturbed_one_bit_for_bit(tmp_path, corpus):
@@ -46,10 +52,10 @@ def test_a_run_interrupted_anywhere_ends_as_an_undisturbed_one_bit_for_bit(tmp_p
             train(RUN, tmp_path / "parts", corpus=corpus, num_devices=1, should_stop=lambda a=answers: next(a, False))
             break
         except Interrupted:
-            assert read_result(run_folder(tmp_path / "parts")) is None
+            assert read_result(folder_of(tmp_path / "parts")) is None
     assert interruption > 2
     for name in ("metrics.jsonl", "result.json", "config.json"):
-        whole, parts = ((run_folder(tmp_path / which) / name).read_bytes() for which in ("whole", "parts"))
+        whole, parts = ((folder_of(tmp_path / which) / name).read_bytes() for which in ("whole", "parts"))
         assert whole == parts, name
 
 
@@ -65,24 +71,24 @@ def test_a_run_killed_after_a_checkpoint_repeats_the_same_steps(tmp_path, corpus
 
     with pytest.raises(Killed):
         train(RUN, tmp_path / "cut", corpus=corpus, num_devices=1, checkpoint_seconds=0.0, on_progress=kill_at_30)
-    with (run_folder(tmp_path / "cut") / "metrics.jsonl").open("a") as file:
+    with (folder_of(tmp_path / "cut") / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "tok')  # a line that the crash cut off
     train(RUN, tmp_path / "cut", corpus=corpus, num_devices=1)
-    whole, cut = ((run_folder(tmp_path / which) / "metrics.jsonl").read_bytes() for which in ("whole", "cut"))
+    whole, cut = ((folder_of(tmp_path / which) / "metrics.jsonl").read_bytes() for which in ("whole", "cut"))
     assert whole == cut
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, corpus):
     first = train(RUN, tmp_path, corpus=corpus, num_devices=1)
-    before = (run_folder(tmp_path) / "metrics.jsonl").stat().st_mtime_ns
+    before = (folder_of(tmp_path) / "metrics.jsonl").stat().st_mtime_ns
     assert train(RUN, tmp_path, corpus=corpus, num_devices=1) == first
-    assert (run_folder(tmp_path) / "metrics.jsonl").stat().st_mtime_ns == before
+    assert (folder_of(tmp_path) / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_a_run_stops_once_two_evaluations_lie_below_its_target(tmp_path, corpus):
     run = dataclasses.replace(RUN, target_loss=5.3)
     result = train(run, tmp_path, corpus=corpus, num_devices=1)
-    losses = [line["test_loss"] for line in read_metrics(run_folder(tmp_path, run)) if "test_loss" in line]
+    losses = losses_of(tmp_path, run)
     assert result.status == "reached"
     assert max(losses[-2:]) < 5.3
     below = [loss < 5.3 for loss in losses]
@@ -101,10 +107,7 @@ def test_eight_devices_train_like_one(tmp_path, corpus):
     run = dataclasses.replace(RUN, batch_tokens=256, max_steps=12)
     for devices in (1, 8):
         train(run, tmp_path / str(devices), corpus=corpus, num_devices=devices)
-    one, eight = (
-        [line["test_loss"] for line in read_metrics(run_folder(tmp_path / str(d), run)) if "test_loss" in line]
-        for d in (1, 8)
-    )
+    one, eight = (losses_of(tmp_path / str(devices), run) for devices in (1, 8))
     np.testing.assert_allclose(one, eight, rtol=1e-5)
 
 
@@ -124,12 +127,12 @@ def test_text_that_the_model_cannot_hold_is_refused(tmp_path, corpus):
 def test_evaluations_lie_in_the_given_ratio_and_calls_are_no_longer_than_asked(tmp_path, corpus):
     run = dataclasses.replace(RUN, max_steps=120, eval_growth=1.2)
     train(run, tmp_path, corpus=corpus, num_devices=1)
-    lines = read_metrics(run_folder(tmp_path, run))
-    evaluated = [line["step"] for line in lines if "test_loss" in line]
+    lines = read_metrics(folder_of(tmp_path, run))
+    evaluated = [line.step for line in lines if line.evaluated]
     assert evaluated[0] == 10
     assert evaluated[-1] == 120
     assert all(b / a < 1.2 + 1 / a for a, b in itertools.pairwise(evaluated))
-    assert all(0 < b["step"] - a["step"] <= 8 for a, b in itertools.pairwise([{"step": 0}, *lines]))
+    assert all(0 < b - a <= 8 for a, b in itertools.pairwise([0, *(line.step for line in lines)]))
 
 
 @pytest.mark.parametrize(
@@ -152,16 +155,17 @@ def test_a_branch_continues_its_parent_bit_for_bit(tmp_path, corpus):
     parent = dataclasses.replace(RUN, snapshot_tokens=(1_000, 2_000))
     branch = dataclasses.replace(RUN, max_steps=50, ramp=(Stage(2_000, 256, 2.0),))
     train(parent, tmp_path / "branched", corpus=corpus, num_devices=1)
-    assert sorted(x.name for x in (run_folder(tmp_path / "branched", parent) / "snapshots").glob("[0-9]*")) == [
+    assert sorted(x.name for x in (folder_of(tmp_path / "branched", parent) / "snapshots").glob("[0-9]*")) == [
         "16",
         "32",
     ]
     train(branch, tmp_path / "branched", corpus=corpus, num_devices=1, branch_of=parent)
     train(dataclasses.replace(branch), tmp_path / "whole", corpus=corpus, num_devices=1)
-    branched, whole = (read_metrics(run_folder(tmp_path / w, branch)) for w in ("branched", "whole"))
+    branched, whole = (read_metrics(folder_of(tmp_path / w, branch)) for w in ("branched", "whole"))
     for key in ("train_loss", "big_sq_norm"):
-        assert [x for line in branched for x in line[key]] == [x for line in whole for x in line[key]]
-    assert branched[-1] == whole[-1]
+        of_branched, of_whole = (np.concatenate([getattr(x, key) for x in lines]) for lines in (branched, whole))
+        np.testing.assert_array_equal(of_branched, of_whole, err_msg=key)
+    assert branched[-1].json() == whole[-1].json()
 
 
 def test_a_branch_of_a_run_that_kept_no_state_is_refused(tmp_path, corpus):
@@ -183,12 +187,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, corpus):
             checkpoint_seconds=0.0,
             should_stop=lambda: next(answers, False),
         )
-    kept = sorted((run_folder(tmp_path / "cut") / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    kept = sorted((folder_of(tmp_path / "cut") / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     assert len(kept) == 2
     for file in kept[-1].rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     with pytest.warns(UserWarning, match="is damaged"):
         train(RUN, tmp_path / "cut", corpus=corpus, num_devices=1)
-    whole, cut = ((run_folder(tmp_path / which) / "metrics.jsonl").read_bytes() for which in ("whole", "cut"))
+    whole, cut = ((folder_of(tmp_path / which) / "metrics.jsonl").read_bytes() for which in ("whole", "cut"))
     assert whole == cut
