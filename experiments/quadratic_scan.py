@@ -13,7 +13,7 @@ ratio of the curve's ends, lim BS / lim S, would be B_crit if the curve were a h
 McCandlish et al.'s B_noise = tr(HΣ)/(GᵀHG), where the noiseless path comes to the loss, is the best batch of one next
 step, while B_crit belongs to all the steps so far.
 
-The scan is the real one but for `train`: run folders come from simulated noisy runs. Each draw has power-law
+The scan is the real one but for `train`: noisy runs are simulated, and kept in memory. Each draw has power-law
 curvature, start and noise, the noise's exponent between half of H's (unaligned) and H's own (Σ ∝ H), all scattered by
 half an e-fold.
 
@@ -23,7 +23,6 @@ batches lies just below the stability limit, which a grid misses by up to its fa
 """
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +30,15 @@ import numpy as np
 from scipy import optimize
 
 from scaling_jax.fitting import ScanFit, Tradeoff, fit_scan, fit_tradeoff
-from scaling_jax.results.measurements import measure
+from scaling_jax.results import RunRecord
+from scaling_jax.results.measurements import columns, measure
+from scaling_jax.results.runs import cell_runs
 from scaling_jax.scanning import Experiment, LearningRates, Subject, powers_of_two
-from scaling_jax.scanning.search import search
+from scaling_jax.scanning.search import Outcome, search
 from scaling_jax.tasks import ModelConfig
-from scaling_jax.training import OptimizerConfig, Run, RunResult
+from scaling_jax.training import OptimizerConfig, Run, RunResult, next_evaluation
 from scaling_jax.training.journal import ending
-from scaling_jax.training.records import jsonable, write_metrics, write_result
-from scaling_jax.training.run import next_evaluation
+from scaling_jax.training.records import MetricsLine, course, jsonable
 
 DRAWS = range(6)
 LOSSES = (0.25, 0.15, 0.1)  # of 1 at the start
@@ -134,32 +134,29 @@ def b_noise(problem: Quadratic, loss: float) -> float:
 
 
 class NoisyTraining:
-    """A `train` for `search`: runs of noisy SGD, simulated exactly from one evaluation to the next.
+    """A `train` for `search`: runs of noisy SGD, simulated exactly from one evaluation to the next; keeps `records`.
 
     A parameter's distance from the optimum is an autoregression, so k steps are one Gaussian step; the sum of squares
     of an eigenvalue's parameters, which is all that the loss reads, is a noncentral chi-square.
     """
 
-    def __init__(self, problem: Quadratic, workdir: Path, seed: int):
-        self.problem, self.workdir, self.seed = problem, workdir, seed
+    def __init__(self, problem: Quadratic, seed: int):
+        self.problem, self.seed = problem, seed
+        self.records: list[RunRecord] = []
 
-    def __call__(self, run: Run) -> RunResult:
-        folder = self.workdir / "runs" / run.run_id
+    def __call__(self, run: Run) -> Outcome:
         rng = np.random.default_rng([self.seed, run.seed, run.batch_tokens, round(1e9 * run.learning_rate)])
         last_step = run.steps_left(0, 0, run.batch_tokens)
         step, squares, lines, status = 0, self.problem.start, [], None
         while status is None:
             there = min(next_evaluation(step, run.eval_growth), last_step)
             squares = self.after(squares, there - step, run, rng)
-            step, loss = there, 0.5 * float(self.problem.curvature @ squares)
-            lines.append(
-                {"step": step, "tokens": step * run.batch_tokens, "train_loss": [], "test_loss": jsonable(loss)}
-            )
+            step, loss = there, jsonable(0.5 * float(self.problem.curvature @ squares))
+            lines.append(_evaluation(run, step, loss))
             status = ending(run, lines[-2:])
-        result = RunResult(run.run_id, status, step, step * run.batch_tokens, jsonable(loss), "")
-        write_metrics(folder, lines)
-        write_result(folder, result)
-        return result
+        result = RunResult(run.run_id, status, step, step * run.batch_tokens, loss, "")
+        self.records.append(RunRecord(Path(run.run_id), run, {}, result, course(lines)))
+        return self.records[-1].outcome
 
     def after(self, squares: np.ndarray, steps: int, run: Run, rng: np.random.Generator) -> np.ndarray:
         """The sums of squares `steps` steps on; infinite once they overflow."""
@@ -172,6 +169,27 @@ class NoisyTraining:
         if not (np.isfinite(variance) & np.isfinite(centre)).all():
             return np.full_like(squares, math.inf)
         return variance * rng.noncentral_chisquare(self.problem.multiplicity, centre)
+
+
+def _evaluation(run: Run, step: int, loss: float | None) -> MetricsLine:
+    """A line without its steps, a million or more of which nobody measured."""
+    none = np.zeros(0)
+    return MetricsLine(
+        step=step,
+        tokens=step * run.batch_tokens,
+        epoch=math.nan,
+        batch_tokens=run.batch_tokens,
+        small_batch_tokens=run.model.context,
+        train_loss=none,
+        small_sq_norm=none,
+        big_sq_norm=none,
+        small_sq_norm_by_part=None,
+        big_sq_norm_by_part=None,
+        live=None,
+        evaluated=True,
+        test_loss=math.nan if loss is None else loss,
+        test_bits_per_byte=None,
+    )
 
 
 def scan_experiment(losses: tuple[float, ...], batch_tokens: tuple[int, ...], **grid: Any) -> Experiment:
@@ -187,20 +205,13 @@ def scan_experiment(losses: tuple[float, ...], batch_tokens: tuple[int, ...], **
     )
 
 
-def run_instrument(problem: Quadratic, experiment: Experiment, seed: int, workdir: Path) -> ScanFit:
-    """Search, crossings, measurements and fit, as of any scan; run folders stay in `workdir`."""
-    train = NoisyTraining(problem, workdir, seed)
-    for group in experiment.groups:
-        search(experiment, group, workdir, train)
-    rows = measure(experiment, workdir)
-    return fit_scan(
-        [row.model for row in rows],
-        [row.batch_tokens for row in rows],
-        [row.target_loss for row in rows],
-        [row.steps for row in rows],
-        run=[row.seed for row in rows],
-        steps_tried=[row.steps_tried for row in rows],
-    )
+def run_instrument(problem: Quadratic, experiment: Experiment, seed: int) -> ScanFit:
+    """Search, crossings, measurements and fit, as of any scan."""
+    train = NoisyTraining(problem, seed)
+    for cell in experiment.cells:
+        search(experiment, cell, train)
+    found = cell_runs(experiment, train.records)
+    return fit_scan(**columns(measure([found[cell] for cell in experiment.cells])))
 
 
 def main() -> None:
@@ -211,10 +222,7 @@ def main() -> None:
         problem = draw(number)
         truths = [true_tradeoff(problem, BATCH_TOKENS, loss).b_crit for loss in LOSSES]
         for places in PLACES:
-            with tempfile.TemporaryDirectory() as folder:
-                fit = run_instrument(
-                    problem, scan_experiment(LOSSES, BATCH_TOKENS, places=places), number, Path(folder)
-                )
+            fit = run_instrument(problem, scan_experiment(LOSSES, BATCH_TOKENS, places=places), number)
             found = [point.tradeoff for point in fit.points]
             ratios[places] += [here.b_crit / true for here, true in zip(found, truths, strict=True)]
         for loss, true, here in zip(LOSSES, truths, found, strict=True):

@@ -1,7 +1,6 @@
 """The whole scan on problems whose critical batch size is known: see experiments/quadratic_scan.py."""
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -11,11 +10,6 @@ from scaling_jax.scanning import powers_of_two
 
 BATCH_TOKENS = powers_of_two(256, 32_768)
 FINE, COARSE = 2**0.125, 2.0  # ratios of neighbouring learning rates
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # ten thousand run folders that nobody will miss
 
 
 def test_the_exact_steps_are_those_of_the_recursion():
@@ -31,12 +25,12 @@ def test_the_exact_steps_are_those_of_the_recursion():
         assert quadratic.steps_at(problem, 1024, other, 0.15) > steps
 
 
-def test_simulated_runs_follow_the_expected_loss(tmp_path):
+def test_simulated_runs_follow_the_expected_loss():
     """Mean and spread over seeds, against one that takes every step."""
     problem = quadratic.draw(1, multiplicity=20)
     experiment = quadratic.scan_experiment((0.01,), BATCH_TOKENS, factor=COARSE)
-    run = experiment.run(experiment.groups[0], -1)
-    training = quadratic.NoisyTraining(problem, tmp_path, 0)
+    run = experiment.run(experiment.cells[0], -1)
+    training = quadratic.NoisyTraining(problem, 0)
     generator = np.random.default_rng(0)
     jumps = [0.5 * problem.curvature @ training.after(problem.start, 40, run, generator) for _ in range(2_000)]
     theta = np.sqrt(problem.start / 20) * np.ones((500, 20, 1))
@@ -50,33 +44,32 @@ def test_simulated_runs_follow_the_expected_loss(tmp_path):
     assert np.std(jumps) == pytest.approx(np.std(walks), rel=0.2)
 
 
-def ratios(seeds, factor, folder):
+def ratios(seeds, factor):
     for seed in seeds:
         problem = quadratic.draw(seed)
-        fit = quadratic.run_instrument(
-            problem, quadratic.scan_experiment(quadratic.LOSSES, BATCH_TOKENS, factor=factor), seed, folder / str(seed)
-        )
+        experiment = quadratic.scan_experiment(quadratic.LOSSES, BATCH_TOKENS, factor=factor)
+        fit = quadratic.run_instrument(problem, experiment, seed)
         for point in fit.points:
             true = quadratic.true_tradeoff(problem, BATCH_TOKENS, point.loss).b_crit
             low, high = point.tradeoff.b_crit_interval
             yield point.tradeoff.b_crit / true, low < true < high
 
 
-def test_the_scan_finds_the_true_critical_batch_size(tmp_path):
-    found = list(ratios(range(5), FINE, tmp_path))
+def test_the_scan_finds_the_true_critical_batch_size():
+    found = list(ratios(range(5), FINE))
     assert len(found) == 5 * len(quadratic.LOSSES)
     for ratio, covered in found:
         assert ratio == pytest.approx(1, abs=0.05)
         assert covered
 
 
-def test_a_coarse_grid_of_learning_rates_makes_it_too_small(tmp_path):
+def test_a_coarse_grid_of_learning_rates_makes_it_too_small():
     """Why the test above takes a fine one."""
-    assert np.median([ratio for ratio, _ in ratios(range(2), COARSE, tmp_path)]) < 0.93
+    assert np.median([ratio for ratio, _ in ratios(range(2), COARSE)]) < 0.93
 
 
 @pytest.mark.long
-def test_intervals_cover_the_truth(tmp_path):
+def test_intervals_cover_the_truth():
     """A hundred scans whose runs differ by several percent of luck."""
     batch_tokens, loss = powers_of_two(256, 16_384), 0.15
     covered = []
@@ -84,12 +77,8 @@ def test_intervals_cover_the_truth(tmp_path):
         problem = quadratic.draw(number, multiplicity=30)
         true = quadratic.true_tradeoff(problem, batch_tokens, loss).b_crit
         for seed in range(10):
-            fit = quadratic.run_instrument(
-                problem,
-                quadratic.scan_experiment((loss,), batch_tokens, factor=FINE),
-                seed,
-                tmp_path / f"{number}-{seed}",
-            )
+            experiment = quadratic.scan_experiment((loss,), batch_tokens, factor=FINE)
+            fit = quadratic.run_instrument(problem, experiment, seed)
             low, high = fit.points[0].tradeoff.b_crit_interval
             covered.append(low < true < high)
             assert high / low < 3
