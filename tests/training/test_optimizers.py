@@ -8,10 +8,10 @@ import optax
 import pytest
 
 from scaling_jax.io import UserError
-from scaling_jax.tasks import ModelConfig
-from scaling_jax.training import OptimizerConfig, Run, read_metrics, train
+from scaling_jax.tasks import ModelConfig, evaluator
+from scaling_jax.training import OptimizerConfig, Run, read_metrics, run_folder, train
 from scaling_jax.training.optimizers import make_optimizer
-from scaling_jax.training.program import _compile, program_for
+from scaling_jax.training.program import _compile, _init, program_for
 from scaling_jax.training.run import Stage
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
@@ -31,7 +31,7 @@ ALL = [
 def test_every_optimizer_learns(tmp_path, corpus, optimizer, learning_rate):
     run = dataclasses.replace(RUN, optimizer=optimizer, learning_rate=learning_rate)
     train(run, tmp_path, corpus=corpus, num_devices=1)
-    losses = [x["test_loss"] for x in read_metrics(tmp_path / "runs" / run.run_id) if "test_loss" in x]
+    losses = [line.test_loss for line in read_metrics(run_folder(tmp_path, run)) if line.evaluated]
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -103,23 +103,33 @@ def test_the_evaluated_average_is_that_of_the_weights_after_each_step(corpus):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.evaluated_params, expected)
 
 
-def test_an_average_changes_what_is_evaluated_and_not_the_training(tmp_path, corpus, monkeypatch):
-    # Compiled as users' programs are, for which pmap has no option: the tests' emitters round these two differently.
+@pytest.fixture
+def compiled_as_users_programs_are(monkeypatch):
+    """Here alone: what tests compile elsewhere is made with other emitters, which round differently."""
+    caches = (_init, _compile, evaluator)
+    for cache in caches:
+        cache.cache_clear()
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True}))
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("compiled_as_users_programs_are")
+def test_an_average_changes_what_is_evaluated_and_not_the_training(tmp_path, corpus):
     plain, averaged = RUN, dataclasses.replace(RUN, average_half_life_tokens=1_000.0)
     lines = []
     for run in (plain, averaged):
-        _compile.cache_clear()
-        train(run, tmp_path, corpus=corpus, num_devices=1, backend="shard_map")
-        lines.append(read_metrics(tmp_path / "runs" / run.run_id))
-    _compile.cache_clear()
-    assert [x["train_loss"] for x in lines[0]] == [x["train_loss"] for x in lines[1]]
-    assert lines[0][-1]["test_loss"] != lines[1][-1]["test_loss"]
+        train(run, tmp_path, corpus=corpus, num_devices=1, backend="shard_map")  # pmap takes no compiler options
+        lines.append(read_metrics(run_folder(tmp_path, run)))
+    assert [line.train_loss.tolist() for line in lines[0]] == [line.train_loss.tolist() for line in lines[1]]
+    assert lines[0][-1].test_loss != lines[1][-1].test_loss
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"name": "lion"}, "optimizer.name = 'lion': choose from .*adam, adamw, sgd"),
         ({"name": "adamw"}, "adamw takes a positive one"),
         ({"weight_decay": 0.1}, "adam none"),
         ({"beta2": 1.0}, r"optimizer.beta2 = 1.0"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.tasks import ModelConfig
-from scaling_jax.training import Interrupted, OptimizerConfig, Run, population, read_metrics, train
+from scaling_jax.training import Interrupted, OptimizerConfig, Run, population, read_metrics, run_folder, train
 from scaling_jax.training.population import Slots, train_many
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
@@ -31,7 +31,7 @@ def train_all(runs, workdir, corpus, num_slots=2, **options):
 
 
 def metrics(workdir, run):
-    return (workdir / "runs" / run.run_id / "metrics.jsonl").read_text()
+    return (run_folder(workdir, run) / "metrics.jsonl").read_text()
 
 
 def test_many_runs_in_few_slots_train_like_each_alone(tmp_path, corpus):
@@ -40,14 +40,14 @@ def test_many_runs_in_few_slots_train_like_each_alone(tmp_path, corpus):
         alone = train(run, tmp_path / "alone", corpus=corpus, num_devices=1)
         assert (results[run].status, results[run].steps) == (alone.status, alone.steps)
         for line, other in zip(
-            *(read_metrics(tmp_path / w / "runs" / run.run_id) for w in ("many", "alone")), strict=True
+            *(read_metrics(run_folder(tmp_path / w, run)) for w in ("many", "alone")), strict=True
         ):
-            assert line.keys() == other.keys()
-            np.testing.assert_allclose(line["train_loss"], other["train_loss"], rtol=1e-5)
-            for norm in ("small_sq_norm", "small_sq_norm_by_layer"):
-                np.testing.assert_allclose(line[norm], other[norm], rtol=1e-3)
-            if "test_loss" in line:
-                assert line["test_loss"] == pytest.approx(other["test_loss"], rel=1e-5)
+            assert line.json().keys() == other.json().keys()
+            np.testing.assert_allclose(line.train_loss, other.train_loss, rtol=1e-5)
+            np.testing.assert_allclose(line.small_sq_norm, other.small_sq_norm, rtol=1e-3)
+            np.testing.assert_allclose(line.small_sq_norm_by_part, other.small_sq_norm_by_part, rtol=1e-3)
+            if line.evaluated:
+                assert line.test_loss == pytest.approx(other.test_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_devices_that_runs_leave_over_share_their_batches(num_devices, num_slots
     assert (num_groups, program.num_devices) == shape
     train(run, tmp_path / "alone", corpus=corpus, num_devices=shape[1])
     for line, other in zip(
-        *(read_metrics(w / "runs" / run.run_id) for w in (tmp_path, tmp_path / "alone")), strict=True
+        *(read_metrics(run_folder(w, run)) for w in (tmp_path, tmp_path / "alone")), strict=True
     ):
-        assert line["small_batch_tokens"] == other["small_batch_tokens"]
-        for name in ("train_loss", "small_sq_norm", "big_sq_norm", "big_sq_norm_by_layer"):
-            np.testing.assert_allclose(line[name], other[name], rtol=1e-4, err_msg=name)
+        assert line.small_batch_tokens == other.small_batch_tokens
+        for name in ("train_loss", "small_sq_norm", "big_sq_norm", "big_sq_norm_by_part"):
+            np.testing.assert_allclose(getattr(line, name), getattr(other, name), rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.slow

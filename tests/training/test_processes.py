@@ -79,9 +79,9 @@ def metrics_file(workdir: Path) -> Path:
 def assert_same_training(workdir: Path, other: Path):
     lines, others = (read_metrics(metrics_file(x).parent) for x in (workdir, other))
     for name in ("train_loss", "small_sq_norm", "big_sq_norm"):
-        series = [[x for line in each for x in line[name]] for each in (lines, others)]
+        series = [np.concatenate([getattr(line, name) for line in each]) for each in (lines, others)]
         np.testing.assert_allclose(*series, rtol=1e-5, err_msg=name)
-    losses = [[line["test_loss"] for line in each if "test_loss" in line] for each in (lines, others)]
+    losses = [[line.test_loss for line in each if line.evaluated] for each in (lines, others)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
