@@ -1,13 +1,17 @@
 """Many runs at once find what one after the other find."""
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from scaling_jax.scanning import Experiment, LearningRates, Subject, groups, schedule
-from scaling_jax.scanning.search import finished
+from scaling_jax.scanning import Event, Experiment, LearningRates, Subject, cells, scan
+from scaling_jax.scanning.cells import find_outcome, finished_runs, train_cell
+from scaling_jax.scanning.scan import _devices_for
+from scaling_jax.scanning.search import look_at
+from scaling_jax.training.records import read_run_config
 from tests.training.counting import CORPUS, RUN
 
 EXPERIMENT = Experiment(
@@ -21,26 +25,31 @@ EXPERIMENT = Experiment(
 
 
 @pytest.mark.long
-def test_a_scan_on_accelerators_trains_groups_that_differ_in_seed_together_as_each_alone(tmp_path, monkeypatch):
-    for module in (groups, schedule):
+def test_a_scan_on_accelerators_trains_cells_that_differ_in_seed_together_as_each_alone(tmp_path, monkeypatch):
+    for module in (cells, sys.modules[scan.__module__]):
         monkeypatch.setattr(module, "prepare", lambda *_: CORPUS)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     events = []
-    schedule.scan(EXPERIMENT, tmp_path / "together", on_event=events.append)
-    for event in ("done", "progress"):
-        assert {e["group"] for e in events if e["event"] == event} == set(range(len(EXPERIMENT.groups)))
-    for group in EXPERIMENT.groups[:2]:
-        groups.run_group(EXPERIMENT, group, tmp_path / "alone", lambda: False, lambda _: None)
-        together, alone = (finished(EXPERIMENT, group, tmp_path / where) for where in ("together", "alone"))
-        assert {t.run for t in together} == {t.run for t in alone}
-        for t in together:
-            other = next(a for a in alone if a.run == t.run)
-            np.testing.assert_allclose(t.steps_to_target, other.steps_to_target, rtol=1e-4)
+    scan(EXPERIMENT, tmp_path / "together", on_event=events.append)
+    assert {e.cell for e in events if e == Event(e.cell)} == set(EXPERIMENT.cells)
+    assert {e.cell for e in events if e.progress is not None} == set(EXPERIMENT.cells)
+    for cell in EXPERIMENT.cells[:2]:
+        train_cell(EXPERIMENT, cell, tmp_path / "alone", lambda: False, lambda _: None)
+        together, alone = (outcomes(cell, tmp_path / where) for where in ("together", "alone"))
+        assert together.keys() == alone.keys()
+        for run, found in together.items():
+            np.testing.assert_allclose(found.steps_to_target, alone[run].steps_to_target, rtol=1e-4)
+
+
+def outcomes(cell, workdir):
+    """By run, what came of those of a cell whose search has ended."""
+    runs = [read_run_config(workdir / "runs" / run).run for run in finished_runs(EXPERIMENT, cell, workdir)]
+    return {run: look_at(EXPERIMENT.subjects[0].target_losses, find_outcome(run, workdir)) for run in runs}
 
 
 @pytest.mark.parametrize(("batch_tokens", "devices"), [(128, 8), (64, 4), (192, 4), (48, 1)])
 def test_as_many_devices_as_share_a_batch_evenly_take_it(monkeypatch, batch_tokens, devices):
     """Sequences of 16: 8, 4, 12 and 3 of them."""
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert schedule._devices_for(dataclasses.replace(RUN, batch_tokens=batch_tokens)) == devices
+    assert _devices_for(dataclasses.replace(RUN, batch_tokens=batch_tokens)) == devices

@@ -3,52 +3,72 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from scaling_jax.io import UserError
-from scaling_jax.io.config import to_dict
-from scaling_jax.scanning import Experiment, LearningRates, Subject, executors
-from scaling_jax.scanning.pool import run_groups
+from scaling_jax.scanning import Cell, Event, Experiment, LearningRates, Subject, executors
+from scaling_jax.scanning.records import write_experiment
+from scaling_jax.scanning.worker import event_message, train_in_workers
 from scaling_jax.tasks import model_config
-from scaling_jax.training.records import write_json
+from scaling_jax.training import Progress
+
+CELL, OTHER = Cell("1x16", 256, 0), Cell("1x16", 320, 0)
 
 
-def test_a_group_is_trained_by_one_process_at_a_time(tmp_path):
-    with executors.locked_group(tmp_path, 3):
-        with pytest.raises(UserError, match=rf"group 3 of .* is in use by process {os.getpid()} of "):
-            executors.locked_group(tmp_path, 3, seconds=0.1).__enter__()
-        with executors.locked_group(tmp_path, 4, seconds=0.1):
+def test_a_cell_is_trained_by_one_process_at_a_time(tmp_path):
+    with executors.locked_cell(tmp_path, CELL):
+        with pytest.raises(UserError, match=rf"1x16 · 256 tokens of .* is in use by process {os.getpid()} of "):
+            executors.locked_cell(tmp_path, CELL, seconds=0.1).__enter__()
+        with executors.locked_cell(tmp_path, OTHER, seconds=0.1):
             pass
-    with executors.locked_group(tmp_path, 3, seconds=0.1):
+    with executors.locked_cell(tmp_path, CELL, seconds=0.1):
         pass
 
 
-def test_a_process_that_is_still_saving_keeps_the_group_when_its_parent_is_gone(tmp_path):
-    with executors.locked_group(tmp_path, 0) as lock:
-        saving = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    with pytest.raises(UserError, match=r"group 0 of .* is in use"):
-        executors.locked_group(tmp_path, 0, seconds=0.1).__enter__()
-    saving.communicate(b"\n")
-    with executors.locked_group(tmp_path, 0, seconds=0.1):
+def saving(lock):
+    """A process that keeps a lock until its input ends, as a worker does whose parent is gone."""
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+
+
+def test_a_process_that_is_still_saving_keeps_the_cell_when_its_parent_is_gone(tmp_path):
+    with executors.locked_cell(tmp_path, CELL) as lock:
+        first = saving(lock)
+    with pytest.raises(UserError, match=r"1x16 · 256 tokens of .* is in use"):
+        executors.locked_cell(tmp_path, CELL, seconds=0.1).__enter__()
+    first.communicate(b"\n")
+    with executors.locked_cell(tmp_path, CELL, seconds=0.1):
         pass
 
 
 def test_whoever_comes_second_waits_for_the_first(tmp_path):
-    with executors.locked_group(tmp_path, 0) as lock:
-        first = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"], pass_fds=(lock,))
-    with executors.locked_group(tmp_path, 0, seconds=20):
-        assert first.poll() is not None or first.wait(timeout=1) == 0
+    with executors.locked_cell(tmp_path, CELL) as lock:
+        first = saving(lock)
+    order = []
+
+    def come_second():
+        with executors.locked_cell(tmp_path, CELL, seconds=20):
+            order.append("second")
+
+    second = threading.Thread(target=come_second)
+    second.start()
+    time.sleep(0.5)
+    order.append("first")  # is about to let go
+    first.communicate(b"\n")
+    second.join(30)
+    assert order == ["first", "second"]
 
 
 @pytest.mark.parametrize(
     ("engine", "module", "extra"),
-    [(executors.run_groups_on_ray, "ray", "ray"), (executors.run_groups_on_slurm, "submitit", "slurm")],
+    [(executors.train_on_ray, "ray", "ray"), (executors.train_on_slurm, "submitit", "slurm")],
 )
 def test_a_missing_engine_is_one_line_that_says_what_to_install(tmp_path, monkeypatch, engine, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"needs {module}: pip install 'scaling-jax\[{extra}\]'"):
-        engine(tmp_path, [0], print)
+        engine(tmp_path, [CELL], print)
 
 
 def test_slurm_is_asked_for_an_array_that_is_queued_again_when_a_machine_dies(tmp_path, monkeypatch):
@@ -60,7 +80,7 @@ def test_slurm_is_asked_for_an_array_that_is_queued_again_when_a_machine_dies(tm
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     options = executors.parse_options(["slurm_partition=x", "gpus_per_node=2", "timeout_min=30"])
     with pytest.raises(UserError, match=r"SLURM took no job: .*invalid partition: x") as refused:
-        executors.run_groups_on_slurm(tmp_path, [0, 5], print, options)
+        executors.train_on_slurm(tmp_path, [CELL, OTHER], print, options)
     assert "\n" not in str(refused.value)
     script = (tmp_path / "submitted").read_text()
     for line in ("--array=0-1%2", "--requeue", "--signal=USR2@90", "--partition=x", "--gpus-per-node=2", "--time=30"):
@@ -70,14 +90,14 @@ def test_slurm_is_asked_for_an_array_that_is_queued_again_when_a_machine_dies(tm
 def test_slurm_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch on this machine"):
-        executors.run_groups_on_slurm(tmp_path, [0], print)
+        executors.train_on_slurm(tmp_path, [CELL], print)
 
 
 def test_an_unknown_option_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"SLURM took no job: .*speed"):
-        executors.run_groups_on_slurm(tmp_path, [0], print, {"speed": 3}, cluster="local")
+        executors.train_on_slurm(tmp_path, [CELL], print, {"speed": 3}, cluster="local")
     with pytest.raises(UserError, match=r"Ray takes no such task: .*speed"):
-        executors.run_groups_on_ray(tmp_path, [0], print, {"speed": 3})
+        executors.train_on_ray(tmp_path, [CELL], print, {"speed": 3})
     with pytest.raises(UserError, match="'num_gpus' is not of the form key=value"):
         executors.parse_options(["num_gpus"])
 
@@ -93,36 +113,34 @@ def test_options_are_numbers_where_they_can_be():
     }
 
 
+def progress(cell, step):
+    values = {"learning_rate": 1e-2, "run_id": "x", "last_step": 9, "tokens": 256 * step, "test_loss": 3.0}
+    return Event(cell, Progress(*cell[:2], seed=0, step=step, tokens_per_second=1.0, noise_scale_tokens=2.0, **values))
+
+
 def test_events_of_other_machines_are_passed_on_and_a_refusal_cancels_the_rest(tmp_path):
     """An earlier scan's events are not; a line is passed on once it is whole."""
-    log = tmp_path / "logs" / "group-7.jsonl"
+    log = tmp_path / "logs" / f"{CELL.file_name}.jsonl"
     log.parent.mkdir()
-    log.write_text('{"event": "progress", "group": 7, "step": 1}\n')
+    earlier, first, second = (json.dumps(event_message(progress(CELL, step))) + "\n" for step in (1, 2, 3))
+    log.write_text(earlier)
     rounds, seen, cancelled = [], [], []
 
     def ended():
         rounds.append(None)
         with log.open("a") as file:
-            file.write(
-                ['{"event": "progress", "group": 7, "step": 2}\n{"ev', 'ent": "progress", "group": 7}\n', ""][
-                    len(rounds) - 1
-                ]
-            )
-        return [[], [(7, None)], [(8, "batch of 3 tokens")]][len(rounds) - 1]
+            file.write([first + second[:30], second[30:], ""][len(rounds) - 1])
+        return [[], [(CELL, None)], [(OTHER, "batch of 3 tokens")]][len(rounds) - 1]
 
     with pytest.raises(UserError, match="batch of 3 tokens"):
-        executors._watch(tmp_path, [7, 8], seen.append, ended, lambda: cancelled.append(True))
-    assert seen == [
-        {"event": "progress", "group": 7, "step": 2},
-        {"event": "progress", "group": 7},
-        {"event": "done", "group": 7},
-    ]
+        executors._watch(tmp_path, [CELL, OTHER], seen.append, ended, lambda: cancelled.append(True))
+    assert seen == [progress(CELL, 2), progress(CELL, 3), Event(CELL)]
     assert cancelled == [True]
 
 
 @pytest.fixture
 def watched_closely(monkeypatch):
-    """So that a group is still being trained when its first event is seen."""
+    """So that a cell is still being trained when its first event is seen."""
     monkeypatch.setattr(executors, "_POLL_SECONDS", 0.05)
 
 
@@ -136,13 +154,13 @@ def undisturbed(tmp_path_factory):
     subject = Subject(model_config("1x16"), (0.1,), LearningRates(1e-2, 1_000, most=1))
     experiment = Experiment("tiny", (subject,), (256, 320, 384), max_tokens=300_000, text=f"files:{folder}/*.txt")
     results = new_results(folder / "undisturbed", experiment)
-    run_groups(results, [0, 1], lambda _: None, [None])
+    train_in_workers(results, experiment.cells[:2], lambda _: None, [None])
     return experiment, results
 
 
 def new_results(folder, experiment):
     folder.mkdir()
-    write_json(folder / "experiment.json", to_dict(experiment))
+    write_experiment(folder, experiment)
     return folder
 
 
@@ -154,12 +172,12 @@ def assert_same_runs(undisturbed, results, count):
             assert (run / name).read_bytes() == (expected / run.name / name).read_bytes()
 
 
-def owner(results, group):
-    return int((results / "logs" / f"group-{group}.lock").read_text().split()[0])
+def owner(results, cell):
+    return int((results / "logs" / f"{cell.file_name}.lock").read_text().split()[0])
 
 
 @pytest.mark.long
-def test_ray_trains_a_group_again_when_its_node_is_killed(undisturbed, watched_closely, tmp_path):
+def test_ray_trains_a_cell_again_when_its_node_is_killed(undisturbed, watched_closely, tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -170,24 +188,23 @@ def test_ray_trains_a_group_again_when_its_node_is_killed(undisturbed, watched_c
     killed, done = {}, []
 
     def on_event(event):
-        if event["event"] == "done":
-            done.append(event["group"])
+        if event.progress is None:
+            done.append(event.cell)
         elif not killed:
-            group = event["group"]
-            killed[group] = owner(results, group)
-            with open(f"/proc/{killed[group]}/stat") as file:
+            killed[event.cell] = owner(results, event.cell)
+            with open(f"/proc/{killed[event.cell]}/stat") as file:
                 raylet = int(file.read().rsplit(")", 1)[1].split()[1])
             (node,) = (n for n in nodes if n.all_processes["raylet"][0].process.pid == raylet)
             cluster.remove_node(node, allow_graceful=False)
 
     try:
-        executors.run_groups_on_ray(results, [0, 1], on_event)
+        executors.train_on_ray(results, undisturbed[0].cells[:2], on_event)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert sorted(done) == [0, 1]
-    ((group, first_owner),) = killed.items()
-    assert owner(results, group) != first_owner
+    assert sorted(done) == [CELL, OTHER]
+    ((cell, first_owner),) = killed.items()
+    assert owner(results, cell) != first_owner
     assert_same_runs(undisturbed, results, 2)
 
 
@@ -197,14 +214,15 @@ def test_a_submitit_job_that_is_preempted_is_queued_again_and_continues(undistur
     preempted = []
 
     def on_event(event):
-        if event["event"] == "progress" and not preempted:
-            preempted.append(owner(results, 1))
+        if event.progress is not None and not preempted:
+            preempted.append(owner(results, OTHER))
             os.kill(preempted[0], signal.SIGUSR2)
 
-    executors.run_groups_on_slurm(results, [1], on_event, {"timeout_min": 10}, cluster="local")
-    assert owner(results, 1) != preempted[0]
+    executors.train_on_slurm(results, [OTHER], on_event, {"timeout_min": 10}, cluster="local")
+    assert owner(results, OTHER) != preempted[0]
     (log,) = (results / "logs" / "slurm").glob("*_log.out")
     assert "Requeued job" in log.read_text()
     assert_same_runs(undisturbed, results, 1)
-    steps = [json.loads(line)["step"] for line in (results / "logs" / "group-1.jsonl").read_text().splitlines()]
+    lines = (results / "logs" / f"{OTHER.file_name}.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["progress"]["step"] for line in lines]
     assert steps == sorted(set(steps))  # the state was saved: nothing was trained twice
