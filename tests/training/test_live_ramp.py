@@ -1,4 +1,5 @@
-import typing
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +8,158 @@ import pytest
 
 from scaling_jax.io import UserError
 from scaling_jax.noise_scale import Moments, geometries, unbiased, value_and_grad
-from scaling_jax.tasks import ModelConfig
-from scaling_jax.training import OptimizerConfig
-from scaling_jax.training.live_ramp import METRICS, measure
-from scaling_jax.training.program import Program, batch_loss
-from scaling_jax.training.run import Metric
+from scaling_jax.tasks import ModelConfig, batch_loss
+from scaling_jax.training import Interrupted, LiveRamp, OptimizerConfig, Run, read_metrics, run_folder, train
+from scaling_jax.training.live_ramp import _MEASURES, measure, next_stage
+from scaling_jax.training.program import Program
+from scaling_jax.training.records import MetricsLine, course
+from scaling_jax.training.run import METRICS
 
 MODEL = ModelConfig(1, 16, 1, context=16)
+RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, max_tokens=10_000, eval_tokens=512, steps_per_call=8)
 TOKENS = np.random.default_rng(0).integers(0, 257, (64, 17)).astype(np.uint16)
+
+
+def made_up_lines(noise_scale_tokens, steps, spread=0.1, batch_tokens=64):
+    """One line of `steps` steps whose |G|² is 1 and whose noise scale is given."""
+    return [made_up_line(noise_scale_tokens, steps, steps, spread, batch_tokens)]
+
+
+def made_up_line(noise_scale_tokens, step, num_steps, spread=0.1, batch_tokens=64, small_batch_tokens=16):
+    small, big = (1 + noise_scale_tokens / tokens for tokens in (small_batch_tokens, batch_tokens))
+    noise = np.random.default_rng(step - num_steps).normal(0, spread, (2, num_steps))
+    return MetricsLine(
+        step=step,
+        tokens=step * batch_tokens,
+        epoch=0.5,
+        batch_tokens=batch_tokens,
+        small_batch_tokens=small_batch_tokens,
+        train_loss=np.full(num_steps, 3.0),
+        small_sq_norm=small + noise[0],
+        big_sq_norm=big + noise[1],
+        small_sq_norm_by_part=None,
+        big_sq_norm_by_part=None,
+        live=None,
+        evaluated=False,
+        test_loss=math.nan,
+        test_bits_per_byte=None,
+    )
+
+
+def with_live(line, *measured):
+    return dataclasses.replace(line, live=np.array(measured, float))
+
+
+@pytest.mark.parametrize(("noise_scale", "grows"), [(600, True), (300, True), (200, False), (100, False)])
+def test_a_live_ramp_doubles_when_the_noise_scale_passes_its_threshold(noise_scale, grows):
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50)
+    stage = next_stage(64, (), live, made_up_lines(noise_scale, 200))
+    assert stage.batch_tokens == (128 if grows else 64)
+    assert stage.learning_rate_factor == pytest.approx(math.sqrt(stage.batch_tokens / 64))
+
+
+def test_a_live_ramp_follows_the_loss_rather_than_the_start():
+    """A gradient ten times as large in the first half, as early in training, does not hide the noise scale of now."""
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50)
+    (line,) = made_up_lines(600, 400)
+    early = np.where(np.arange(400) < 200, 100.0, 0.0)
+    line = dataclasses.replace(line, small_sq_norm=line.small_sq_norm + early, big_sq_norm=line.big_sq_norm + early)
+    assert next_stage(64, (), live, [line]).batch_tokens == 128
+
+
+@pytest.mark.parametrize("small_batches", [(16, 32), (32, 16)])
+@pytest.mark.parametrize(("noise_scale", "grows"), [(300, True), (200, False)])
+def test_a_live_ramp_takes_each_lines_own_small_batch(small_batches, noise_scale, grows):
+    """As where a run goes on on other devices; the first or the last one's for all would decide otherwise."""
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50)
+    lines = [
+        made_up_line(noise_scale, 100 * (k + 1), 100, small_batch_tokens=small_batch)
+        for k, small_batch in enumerate((*small_batches, *small_batches))
+    ]
+    assert next_stage(64, (), live, lines).batch_tokens == (128 if grows else 64)
+
+
+def test_lines_of_a_run_that_goes_on_on_other_devices_say_their_own_small_batch(tmp_path, corpus):
+    live = LiveRamp(threshold=1e-3, max_batch_tokens=128, every_steps=10)
+    run = dataclasses.replace(RUN, live_ramp=live)
+    answers = iter([False] * 3 + [True])
+    with pytest.raises(Interrupted):
+        train(run, tmp_path, corpus=corpus, num_devices=1, should_stop=lambda: next(answers))
+    before = read_metrics(run_folder(tmp_path, run))
+    train(run, tmp_path, corpus=corpus, num_devices=4)
+    lines = read_metrics(run_folder(tmp_path, run))
+    assert {(line.batch_tokens, line.small_batch_tokens) for line in before} == {(64, 32)}
+    assert {(line.batch_tokens, line.small_batch_tokens) for line in lines[len(before) :]} == {(64, 16), (128, 32)}
+    steps = course(lines)
+    np.testing.assert_array_equal(
+        steps.small_batch_tokens, np.concatenate([[line.small_batch_tokens] * line.num_steps for line in lines])
+    )
+
+
+def test_noise_alone_makes_no_live_ramp_grow():
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50)
+    assert next_stage(64, (), live, made_up_lines(400, 50, spread=30.0)).batch_tokens == 64
+
+
+def test_a_live_ramp_stops_at_its_largest_batch_and_looks_only_now_and_then():
+    live = LiveRamp(threshold=2.0, max_batch_tokens=64, every_steps=50)
+    assert next_stage(64, (), live, made_up_lines(1e4, 200)).batch_tokens == 64
+    live = dataclasses.replace(live, max_batch_tokens=128, every_steps=60)
+    assert next_stage(64, (), live, made_up_lines(1e4, 200)).batch_tokens == 64
+
+
+@pytest.mark.parametrize("metric", ["l1", "spectral"])
+def test_metrics_in_a_norm_use_the_lower_bound_of_their_noise_scale(metric):
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50, metric=metric)
+    lines = made_up_lines(1.0, 50)
+    for high, expected in ((1.0, 128), (1.2, 64)):  # 17²/1.0² > 2·128 > 17²/1.2²
+        measured = [with_live(lines[0], 17.0, 0.9, high) for _ in range(6)]
+        assert next_stage(64, (), live, measured).batch_tokens == expected
+        assert next_stage(64, (), live, measured[:4]).batch_tokens == 64
+
+
+@pytest.mark.parametrize("metric", ["curvature", "adam_half", "adam_full"])
+@pytest.mark.parametrize(("noise_scale", "grows"), [(600, True), (300, True), (200, False), (100, False)])
+def test_metrics_of_two_moments_use_the_lower_end_of_their_interval(metric, noise_scale, grows):
+    """By what was measured at the looks, not by the training steps, whose noise scale is 1 token here."""
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50, metric=metric)
+    draws = np.random.default_rng(0)
+    lines = [
+        with_live(
+            made_up_lines(1.0, 50)[0],
+            1 + noise_scale / 256 + draws.normal(0, 1e-3),
+            1 + noise_scale / 2048,
+            256.0,
+            2048.0,
+        )
+        for _ in range(12)
+    ]
+    assert next_stage(64, (), live, lines).batch_tokens == (128 if grows else 64)
+    one_missing = [*lines[:8], with_live(lines[8], None, None, 256.0, 2048.0), *lines[9:]]
+    assert next_stage(64, (), live, one_missing).batch_tokens == (128 if grows else 64)
+
+
+def test_a_live_ramp_does_not_look_during_warm_up():
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50)
+    lines = made_up_lines(600, 200)
+    assert next_stage(64, (), live, lines, warmup_steps=200).batch_tokens == 64
+    assert next_stage(64, (), live, lines, warmup_steps=199).batch_tokens == 128
+
+
+@pytest.mark.parametrize("metric", ["l1", pytest.param("curvature", marks=pytest.mark.slow)])
+def test_a_ramp_by_a_measured_metric_trains(tmp_path, corpus, metric):
+    """It measures at its looks and nowhere else, and grows after the third at the earliest."""
+    live = LiveRamp(threshold=1e-3, max_batch_tokens=128, every_steps=5, metric=metric, sequences=64)
+    run = dataclasses.replace(RUN, live_ramp=live)
+    train(run, tmp_path, corpus=corpus, num_devices=1)
+    lines = read_metrics(run_folder(tmp_path, run))
+    looks = [line.step for line in lines if line.live is not None]
+    assert looks == [line.step for line in lines if line.step % 5 == 0]
+    assert len(looks) > 10
+    grown = next(line for line in lines if line.batch_tokens == 128)
+    before = grown.step - grown.num_steps
+    assert before in looks[2:]
+    assert lines[-1].batch_tokens == 128
 
 
 def state_of(optimizer="adam"):
@@ -30,7 +175,7 @@ def adam_state():
 
 
 def test_every_metric_but_the_training_steps_own_can_be_measured():
-    assert {"simple", *METRICS} == set(typing.get_args(Metric))
+    assert {"simple", *_MEASURES} == set(METRICS)
 
 
 @pytest.mark.parametrize("metric", ["adam_half", "adam_full"])
@@ -76,3 +221,13 @@ def test_curvature_is_that_of_the_second_half_and_gradients_those_of_the_first(a
 def test_adams_metric_without_adam_is_refused():
     with pytest.raises(UserError, match=r"live_ramp\.metric = 'adam_half' takes second moments of every parameter"):
         measure(MODEL, "adam_half", state_of("sgd"), TOKENS)
+
+
+def test_sequences_that_do_not_make_halves_of_eight_parts_are_refused():
+    with pytest.raises(UserError, match="sequences = 24 make two halves of eight parts"):
+        LiveRamp(1.0, 256, metric="l1", sequences=24)
+
+
+def test_an_unknown_metric_is_refused_when_the_ramp_is_made():
+    with pytest.raises(UserError, match=r"live_ramp\.metric = 'hessian': choose from .*curvature"):
+        LiveRamp(1.0, 256, metric="hessian")

@@ -39,9 +39,7 @@ def test_many_runs_in_few_slots_train_like_each_alone(tmp_path, corpus):
     for run in RUNS:
         alone = train(run, tmp_path / "alone", corpus=corpus, num_devices=1)
         assert (results[run].status, results[run].steps) == (alone.status, alone.steps)
-        for line, other in zip(
-            *(read_metrics(run_folder(tmp_path / w, run)) for w in ("many", "alone")), strict=True
-        ):
+        for line, other in zip(*(read_metrics(run_folder(tmp_path / w, run)) for w in ("many", "alone")), strict=True):
             assert line.json().keys() == other.json().keys()
             np.testing.assert_allclose(line.train_loss, other.train_loss, rtol=1e-5)
             np.testing.assert_allclose(line.small_sq_norm, other.small_sq_norm, rtol=1e-3)
@@ -67,9 +65,7 @@ def test_devices_that_runs_leave_over_share_their_batches(num_devices, num_slots
     ((program, num_groups, _),) = seen
     assert (num_groups, program.num_devices) == shape
     train(run, tmp_path / "alone", corpus=corpus, num_devices=shape[1])
-    for line, other in zip(
-        *(read_metrics(run_folder(w, run)) for w in (tmp_path, tmp_path / "alone")), strict=True
-    ):
+    for line, other in zip(*(read_metrics(run_folder(w, run)) for w in (tmp_path, tmp_path / "alone")), strict=True):
         assert line.small_batch_tokens == other.small_batch_tokens
         for name in ("train_loss", "small_sq_norm", "big_sq_norm", "big_sq_norm_by_part"):
             np.testing.assert_allclose(getattr(line, name), getattr(other, name), rtol=1e-4, err_msg=name)
