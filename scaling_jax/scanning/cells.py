@@ -3,7 +3,7 @@
 import contextlib
 import glob
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from scaling_jax.data import Corpus, prepare
 from scaling_jax.data.feeding import is_resident
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
-from scaling_jax.parallel import from_first, is_first
+from scaling_jax.io.stores import publish
+from scaling_jax.parallel import from_first, is_first, together
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.records import is_without_searches, read_search, write_search
 from scaling_jax.scanning.search import Outcome, Tried, look_at, next_wave, search
@@ -58,9 +59,7 @@ def train_cell(
         assert found is not None
         return _on_this_text(found, corpus, workdir)
 
-    tried = search(experiment, cell, train_one)
-    if is_first():
-        write_search(workdir, experiment, cell, [t.result.run_id for t in tried])
+    _write_down(search(experiment, cell, train_one), experiment, cell, workdir)
 
 
 def train_alike(
@@ -118,7 +117,15 @@ def train_alike(
         on_progress=on_progress,
     )
     for cell in cells:
-        write_search(workdir, experiment, cell, [t.result.run_id for t in searches[cell].tried.values()])
+        _write_down(searches[cell].tried.values(), experiment, cell, workdir)
+
+
+def _write_down(tried: Iterable[Tried], experiment: Experiment, cell: Cell, workdir: Path) -> None:
+    """Says in the folder, and in its bucket, that a search has ended."""
+    with together():
+        if is_first():
+            write_search(workdir, experiment, cell, [t.result.run_id for t in tried])
+            publish(workdir / "cells")
 
 
 def can_run_together(experiment: Experiment, cell: Cell) -> bool:

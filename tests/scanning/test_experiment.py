@@ -19,10 +19,10 @@ def test_an_experiment_survives_json(experiment):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("max_token", 1, "unknown key 'max_token' for Experiment: did you mean 'max_tokens'"),
-        ("max_tokens", "many", "max_tokens = 'many': expected int"),
-        ("batch_tokens", [128, 256, 2.5], r"batch_tokens\[2\] = 2.5: expected int"),
-        ("optimizer", {"name": "lion"}, "optimizer.name = 'lion': choose from adam, adamw, sgd"),
+        ("max_token", 1, "'max_token' .*'max_tokens'"),
+        ("max_tokens", "many", "max_tokens = 'many'.* int"),
+        ("batch_tokens", [128, 256, 2.5], r"batch_tokens\[2\] = 2\.5.* int"),
+        ("optimizer", {"name": "lion"}, r"optimizer\.name = 'lion'.* adam, adamw, sgd"),
     ],
 )
 def test_a_damaged_description_is_refused_by_its_key(key, value, message):
@@ -33,16 +33,16 @@ def test_a_damaged_description_is_refused_by_its_key(key, value, message):
 def test_a_missing_key_is_named():
     described = to_dict(DEMO)
     del described["subjects"]
-    with pytest.raises(UserError, match="missing key 'subjects'"):
+    with pytest.raises(UserError, match=r"missing .*'subjects'"):
         from_dict(Experiment, described)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_tokens": (128, 256)}, "a trade-off takes three batch sizes"),
-        ({"batch_tokens": (128, 256, 500)}, "nearest that are: 448 or 512 tokens"),
-        ({"subjects": DEMO.subjects[:1] * 2}, "models of different size"),
+        ({"batch_tokens": (128, 256)}, r"batch_tokens = \(128, 256\).* three"),
+        ({"batch_tokens": (128, 256, 500)}, "500 .* 448 or 512 tokens"),
+        ({"subjects": DEMO.subjects[:1] * 2}, "1x32.* different"),
     ],
 )
 def test_an_experiment_that_cannot_work_is_refused_before_it_trains(changes, message):
@@ -53,7 +53,7 @@ def test_an_experiment_that_cannot_work_is_refused_before_it_trains(changes, mes
 def test_the_demo_has_two_sizes_and_seven_batches():
     assert len(DEMO.subjects) == 2
     assert len(DEMO.batch_tokens) == 7
-    assert len(DEMO.groups) == 14
+    assert len(DEMO.cells) == 14
 
 
 def test_learning_rates_follow_the_rule_in_steps_of_the_factor():
@@ -69,7 +69,7 @@ def test_spacings():
 
 
 def test_larger_models_and_batches_are_expected_to_cost_more():
-    costs = {(g.subject.model.name, g.batch_tokens): relative_cost(g) for g in DEMO.groups}
+    costs = {(cell.model, cell.batch_tokens): relative_cost(DEMO, cell) for cell in DEMO.cells}
     assert costs["2x64", 128] > costs["1x32", 128]
     assert costs["2x64", 8_192] > 3 * costs["2x64", 128]
 
@@ -79,9 +79,9 @@ def test_an_experiment_file_is_loaded(tmp_path):
     path.write_text("from scaling_jax.scanning.experiment import QUICK\nEXPERIMENT = QUICK\n")
     assert load_experiment(path) == QUICK
     path.write_text("EXPERIMENT = 3\n")
-    with pytest.raises(UserError, match=r"doesn't define EXPERIMENT"):
+    with pytest.raises(UserError, match=r"mine\.py .*EXPERIMENT = Experiment"):
         load_experiment(path)
-    with pytest.raises(UserError, match="no experiment file"):
+    with pytest.raises(UserError, match=r"missing\.py"):
         load_experiment(tmp_path / "missing.py")
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import working_copy
-from scaling_jax.scanning import groups
+from scaling_jax.scanning.cells import find_outcome, finished_runs, train_cell
 from scaling_jax.scanning.records import load_experiment
-from scaling_jax.scanning.search import finished
-from scaling_jax.training import read_metrics, run_folder
+from scaling_jax.scanning.search import look_at
+from scaling_jax.training import read_metrics
+from scaling_jax.training.records import read_run_config
 from tests.training.test_processes import SECONDS, free_port
 
 EXPERIMENT = """
@@ -33,9 +34,10 @@ EXPERIMENT = Experiment(
 )
 """
 COMMAND = """
+import scaling_jax.cli.main
 import scaling_jax.cli.running
 scaling_jax.cli.running.show = lambda results: print("analysed", results)
-scaling_jax.cli.main()
+scaling_jax.cli.main.main()
 """
 REFUSED = 2
 
@@ -86,21 +88,25 @@ class Scan:
 def undisturbed(folder):
     """Results of one process with two devices."""
     experiment = load_experiment(folder / "tiny.py")
-    for group in experiment.groups:
-        groups.run_group(experiment, group, folder / "one", lambda: False, lambda _: None, num_devices=2)
+    for cell in experiment.cells:
+        train_cell(experiment, cell, folder / "one", lambda: False, lambda _: None, num_devices=2)
     return folder / "one"
 
 
 def assert_same_scan(folder, results, undisturbed):
     experiment = load_experiment(folder / "tiny.py")
-    for group in experiment.groups:
-        several, one = (finished(experiment, group, where) for where in (results, undisturbed))
-        assert [t.run for t in several] == [t.run for t in one]
-        np.testing.assert_allclose([t.steps_to_target for t in several], [t.steps_to_target for t in one], rtol=1e-4)
-        for run in (t.run for t in several):
-            lines, others = (read_metrics(run_folder(where, run)) for where in (results, undisturbed))
+    for cell in experiment.cells:
+        runs = finished_runs(experiment, cell, results)
+        assert runs == finished_runs(experiment, cell, undisturbed)
+        for run_id in runs:
+            folders = [where / "runs" / run_id for where in (results, undisturbed)]
+            run, other = (read_run_config(folder).run for folder in folders)
+            assert run == other
+            found = [find_outcome(run, where) for where in (results, undisturbed)]
+            steps = [look_at(experiment.subject(cell.model).target_losses, each).steps_to_target for each in found]
+            np.testing.assert_allclose(*steps, rtol=1e-4)
             for name in ("train_loss", "small_sq_norm", "big_sq_norm"):
-                series = [[x for line in each for x in line[name]] for each in (lines, others)]
+                series = [np.concatenate([getattr(line, name) for line in read_metrics(f)]) for f in folders]
                 np.testing.assert_allclose(*series, rtol=1e-5, err_msg=name)
 
 
@@ -108,9 +114,10 @@ def assert_same_scan(folder, results, undisturbed):
 def test_two_processes_scan_as_one_process_with_all_their_devices(folder, undisturbed, tmp_path):
     """One of them is asked to stop on the way; both end with what they have saved, and go on from there."""
     results = tmp_path / "results"
-    shutil.copytree(undisturbed, results)  # but for one group, to save time
+    shutil.copytree(undisturbed, results)  # but for one cell, to save time
     for run in results.glob("runs/1x16-b128-*"):
         shutil.rmtree(run)
+    (results / "cells" / "1x16-b128-s0.json").unlink()
     interrupted = Scan(folder, results)
     while not list(results.glob("runs/1x16-b128-*/metrics.jsonl")) and interrupted.each[1].poll() is None:
         time.sleep(0.05)
@@ -136,7 +143,7 @@ def test_a_scan_into_a_bucket_is_complete_there(folder, bucket, monkeypatch, tmp
     copy = working_copy(f"{bucket}/tiny")
     experiment = load_experiment(copy / "experiment.json")
     assert experiment == load_experiment(folder / "tiny.py")
-    assert all(finished(experiment, group, copy) for group in experiment.groups)
+    assert all(finished_runs(experiment, cell, copy) for cell in experiment.cells)
 
 
 @pytest.mark.slow
