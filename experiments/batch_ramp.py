@@ -24,18 +24,19 @@ sequences again as the steps of 128 tokens take.
 """
 
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 
 from scaling_jax.advice import ramp
 from scaling_jax.data import prepare
 from scaling_jax.fitting import steps_to_loss
+from scaling_jax.io.files import write_whole
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.results.table import fit_table
-from scaling_jax.scanning.search import evaluations
 from scaling_jax.tasks import model_config
-from scaling_jax.training import LiveRamp, Run, read_metrics, train
-from scaling_jax.training.records import write_atomically
+from scaling_jax.training import LiveRamp, Run, read_metrics, run_folder, train
+from scaling_jax.training.records import course
 
 FRACTION = 0.2  # of B_crit: a fifth more tokens than the fewest, at the very most
 TARGET_LOSS = 2.0
@@ -70,16 +71,11 @@ def variants() -> dict[str, Run]:
 
 def measure(run: Run, corpus) -> tuple[float, float, int]:
     """Steps and tokens at which a run reached the target loss, and its batch there."""
-    result = train(run, WORKDIR, corpus=corpus, num_devices=1, keep_checkpoint=False)
-    folder = WORKDIR / "runs" / result.run_id
-    steps = float(steps_to_loss(*evaluations(folder), [TARGET_LOSS]).steps[0])
-    seen = tokens = 0.0
-    for line in read_metrics(folder):
-        taken = min(line["step"], steps) - seen
-        seen, tokens = seen + taken, tokens + taken * line["batch_tokens"]
-        if seen >= steps:
-            break
-    return steps, tokens, line["batch_tokens"]
+    train(run, WORKDIR, corpus=corpus, num_devices=1, keep_checkpoint=False)
+    took = course(read_metrics(run_folder(WORKDIR, run)))
+    steps = float(steps_to_loss(took.eval_steps, took.eval_losses, [TARGET_LOSS]).steps[0])
+    whole, batch_tokens = int(steps), int(took.batch_tokens[math.ceil(steps) - 1])
+    return steps, float(took.batch_tokens[:whole].sum() + (steps - whole) * batch_tokens), batch_tokens
 
 
 def main() -> None:
@@ -97,7 +93,7 @@ def main() -> None:
         spread = [f"{statistics.mean(c):+.1f} ± {statistics.stdev(c):.1f} %" for c in changes]
         batches = "/".join(str(b) for b in sorted({b for _, _, b in found}))
         print(f"{name:24}{steps:7.0f} {spread[0]:>16}{tokens / 1e3:8.0f}k {spread[1]:>14}{batches:>12}", flush=True)
-    write_atomically(WORKDIR / "batch_ramp.csv", "\n".join(rows) + "\n")
+    write_whole(WORKDIR / "batch_ramp.csv", "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from scaling_jax.cli.results import show
-from scaling_jax.console import live
+from scaling_jax.console import commands
+from scaling_jax.results import read_results
 from scaling_jax.scanning.experiment import DEMO
 
 SEEDS = (0,)
@@ -27,10 +28,10 @@ TOLERANCE = 0.02  # nats per token that a branch may fall behind
 
 
 def main(results: Path) -> None:
-    live.scan_on_console(EXPERIMENT, results)
+    commands.scan_on_console(EXPERIMENT, results)
     models = [subject.model.name for subject in EXPERIMENT.subjects]
-    live.branch_on_console(
-        EXPERIMENT, results, models, BRANCHED_BATCH_TOKENS, TOLERANCE, factors=FACTORS, branch_steps=8
+    commands.branch_on_console(
+        read_results(results), models, BRANCHED_BATCH_TOKENS, TOLERANCE, factors=FACTORS, branch_steps=8
     )
     show(results)
 
