@@ -71,7 +71,7 @@ class MetricsLine:
     big_sq_norm: np.ndarray  # [steps]
     small_sq_norm_by_part: np.ndarray | None  # [parts]; None in lines that measured none
     big_sq_norm_by_part: np.ndarray | None
-    live: np.ndarray | None  # what a live ramp's metric measured, see `live_metrics.measure`
+    live: np.ndarray | None  # what a live ramp's metric measured, see `live_ramp.measure`
     evaluated: bool
     test_loss: float  # NaN also where it wasn't evaluated
     test_bits_per_byte: float | None
@@ -97,13 +97,13 @@ class MetricsLine:
         loss = values.get("test_loss")
         if loss is not None and (isinstance(loss, bool) or not isinstance(loss, float | int) or not loss > 0):
             raise ValueError(f"test_loss = {loss!r} isn't a positive number")
-        bits = values.get("test_bits_per_byte")
+        epoch, bits = values.get("epoch"), values.get("test_bits_per_byte")
         step, tokens, batch_tokens, small_batch_tokens = counts
         by_part = [_numbers(values, name) if name in values else None for name in (*_NORMS_BY_PART, "live")]
         return cls(
             step=step,
             tokens=tokens,
-            epoch=float(values.get("epoch") or math.nan),
+            epoch=math.nan if epoch is None else float(epoch),
             batch_tokens=batch_tokens,
             small_batch_tokens=small_batch_tokens,
             train_loss=train_loss,
