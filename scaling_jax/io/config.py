@@ -101,10 +101,10 @@ def with_overrides(config: C, overrides: Sequence[str]) -> C:
         inner: Any = values
         for key in parents:
             place = _place(inner, key, override)
-            if inner[place] is None:  # an optional part that isn't there yet
-                inner[place] = {}
+            if inner[place] is None:
+                inner[place] = _New()
             inner = inner[place]
-        inner[_place(inner, last, override) if inner else last] = _parse(text)
+        inner[_place(inner, last, override)] = _parse(text)
     return from_dict(type(config), values)
 
 
@@ -118,17 +118,29 @@ def size(text: str) -> float:
     if match is None:
         raise ValueError(f"{text!r} is no number such as 4096, 1e6, 2^18, 2k or 64Ki")
     number = float(match["number"].replace("_", "").replace(",", ""))
-    return number ** float(match["power"] or 1) * _UNITS[match["unit"] or ""]
+    try:
+        return number ** float(match["power"] or 1) * _UNITS[match["unit"] or ""]
+    except OverflowError:
+        raise ValueError(f"{text!r} is too large a number") from None
+
+
+class _New(dict):
+    """An optional part that isn't there yet: it takes any key until `from_dict` checks them."""
+
+    def __missing__(self, key: str) -> None:
+        return None
 
 
 def _place(values: Any, key: str, override: str) -> Any:
     """The key, or the index, by which a dict or list of values holds what is to change."""
+    if isinstance(values, _New):
+        return key
     if not isinstance(values, (dict, list)):
         raise UserError(f"--set {override}: what comes before {key!r} is a value and has no parts")
     known = list(values) if isinstance(values, dict) else [str(k) for k in range(len(values))]
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known) or 'nothing: it is empty'}"
         raise UserError(f"--set {override}: there is no {key!r}; {hint}")
     return key if isinstance(values, dict) else int(key)
 
@@ -186,5 +198,5 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _number(text: str, where: str) -> float:
     try:
         return size(text)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise UserError(f"{where} = {text}: {error}") from None
