@@ -3,11 +3,13 @@ import errno
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from scaling_jax.io import UserError
-from scaling_jax.io.locks import locked
+from scaling_jax.io.locks import lock_state, locked
 from scaling_jax.training import run_folder, train
 from tests.training.counting import CORPUS, RUN
 
@@ -46,6 +48,52 @@ def test_what_a_holder_that_has_ended_left_behind_is_waited_for(tmp_path):
         pass
 
 
+HOLD = """
+import sys; from pathlib import Path; from scaling_jax.io.locks import locked
+with locked(Path(sys.argv[1]), "it"): print("held", flush=True); sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds `lock` until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+def test_a_holder_that_lives_is_waited_for_only_where_asked(tmp_path, holder):
+    with pytest.raises(UserError, match=f"it is in use by process {holder.pid} of "):
+        locked(tmp_path / "lock", "it", seconds=60).__enter__()  # at once
+    with pytest.raises(UserError, match=f"it is in use by process {holder.pid} of "):
+        locked(tmp_path / "lock", "it", seconds=0.2, wait=True).__enter__()
+    threading.Timer(1.0, holder.stdin.close).start()
+    with locked(tmp_path / "lock", "it", seconds=60, wait=True):
+        assert holder.wait() == 0
+        assert (tmp_path / "lock").read_text().startswith(f"{os.getpid()} ")
+
+
+def test_whether_a_lock_is_held_is_seen_without_taking_it(tmp_path, holder):
+    assert lock_state(tmp_path / "none") == (False, 0.0)
+    state = lock_state(tmp_path / "lock")
+    assert state.held
+    assert time.time() - state.since < 60
+    assert (tmp_path / "lock").read_text().startswith(f"{holder.pid} ")
+    holder.stdin.close()
+    holder.wait()
+    assert lock_state(tmp_path / "lock") == (False, state.since)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"{tmp_path / 'file'}.*choose another folder"):
+        locked(tmp_path / "file" / "lock", "it").__enter__()
+
+
 def test_a_file_system_without_locks_is_refused_only_where_machines_share_it(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -54,4 +102,4 @@ def test_a_file_system_without_locks_is_refused_only_where_machines_share_it(tmp
     with locked(tmp_path / "lock", "it"):
         pass
     with pytest.raises(UserError, match=r"can't lock .*No locks available.*: use a file system with locks"):
-        locked(tmp_path / "lock", "it", between_machines=True).__enter__()
+        locked(tmp_path / "lock", "it", insist=True).__enter__()

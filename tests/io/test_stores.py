@@ -5,10 +5,10 @@ import sys
 import gcsfs
 import pytest
 
-from scaling_jax.io import UserError
+from scaling_jax.io import UserError, stores
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import address, claim, publish, working_copy
-from scaling_jax.training import Interrupted, buckets, read_metrics, run_folder, train
+from scaling_jax.training import Interrupted, read_metrics, run_folder, train
 from tests.training.counting import CORPUS, RUN
 from tests.training.test_processes import Processes, assert_same_training, trained
 
@@ -32,7 +32,7 @@ def test_a_run_that_goes_on_on_another_machine_ends_as_an_undisturbed_one_byte_f
     """Records are there up to the newest state, also those of a machine that was lost after it."""
     train_until(3, f"{bucket}/x/res")
     copy = run_folder(working_copy(f"{bucket}/x/res"), RUN)
-    assert [line["step"] for line in read_metrics(copy)] == [8, 10, 11, 12]
+    assert [line.step for line in read_metrics(copy)] == [8, 10, 11, 12]
     move_to_another_machine(monkeypatch, tmp_path)
     result = train(RUN, f"{bucket}/x/res", corpus=CORPUS, num_devices=1, keep_checkpoint=False)
     assert result == train(RUN, tmp_path / "whole", corpus=CORPUS, num_devices=1)
@@ -114,7 +114,7 @@ def test_a_bucket_that_is_not_there_is_named(bucket):
 
 def test_where_gcsfs_lacks_what_to_install_is_said(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    buckets._bucket.cache_clear()
+    stores._bucket.cache_clear()
     with pytest.raises(UserError, match=r"pip install 'scaling-jax\[gcs\]'"):
         working_copy(f"{bucket}/res")
 
