@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from scaling_jax.training import notices
+from scaling_jax.parallel import processes
 
 CALM = {"maintenanceEvent": "NONE", "preempted": "FALSE", "name": "worker"}
 
@@ -75,7 +75,7 @@ class Told:
 )
 def test_a_notice_is_told_when_it_comes(server, notice, why):
     told = Told()
-    notices.watch(told)
+    processes.watch_notices(told)
     server.change(name="other")
     server.change(maintenanceEvent="MIGRATE_ON_HOST_MAINTENANCE")
     assert not told.within(0.5)
@@ -87,16 +87,16 @@ def test_a_notice_is_told_when_it_comes(server, notice, why):
 def test_a_notice_that_is_there_already_stops_nobody(server):
     server.change(maintenanceEvent="TERMINATE_ON_HOST_MAINTENANCE")
     told = Told()
-    notices.watch(told)
+    processes.watch_notices(told)
     server.change(name="other")
     assert not told.within(0.5)
 
 
 def test_elsewhere_than_on_googles_machines_nobody_is_asked(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
-    monkeypatch.setattr(notices, "_MADE_BY", tmp_path / "nothing")
+    monkeypatch.setattr(processes, "_MADE_BY", tmp_path / "nothing")
     monkeypatch.setattr("threading.Thread.start", pytest.fail)
-    notices.watch(pytest.fail)
+    processes.watch_notices(pytest.fail)
 
 
 def test_a_run_is_saved_before_maintenance_and_ends_with_exit_code_0(server, tmp_path, monkeypatch):
