@@ -22,7 +22,8 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import tiktoken  # noqa: E402
 
-from scaling_jax.data import find_documents, packing, prepare, shards  # noqa: E402
+from scaling_jax.data import find_documents, prepare, shards  # noqa: E402
+from scaling_jax.data.sources import file_shards  # noqa: E402
 from scaling_jax.data.tokenizers import GPT2, TrainedBPE, train_bpe  # noqa: E402
 
 
@@ -98,7 +99,7 @@ def compare_bpe(texts: list[str], rounds: int) -> None:
     folder = Path(tempfile.mkdtemp())
     for k, text in enumerate(texts):
         (folder / f"{k:06}.txt").write_text(text, encoding="utf-8")
-    shard = packing.file_shards("files", [d for d in find_documents(f"files:{folder}/*.txt")])
+    shard = file_shards("files", [d for d in find_documents(f"files:{folder}/*.txt")])
     cases = {
         "bpe:4096 / tokenizers": (trained, lambda batch: library.encode_batch_fast(batch)),
         "gpt2's code / tiktoken": (GPT2(), lambda batch: [encoding.encode_ordinary(text) for text in batch]),

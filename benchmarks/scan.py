@@ -2,7 +2,7 @@
 
     python -m benchmarks.scan [--quick] [--rounds 1]      # from the repository; 30 minutes on two cores, --quick 6
 
-Baseline: one process with all cores to itself trains every run of every group in turn. Against it: `scan`, which on
+Baseline: one process with all cores to itself trains every run of every cell in turn. Against it: `scan`, which on
 CPUs keeps a process on each core, and on accelerators trains runs that share a program together. Both start with no
 compiled programs; rounds alternate. Threads round differently, so that a search may try a rate more here or there: the
 ratio is of tokens trained per second.
@@ -21,13 +21,13 @@ from pathlib import Path
 _ONE_BY_ONE = """
 import sys
 from pathlib import Path
-from scaling_jax.scanning.cells import run_group
+from scaling_jax.scanning.cells import train_cell
 from scaling_jax.parallel.devices import keep_compiled_programs
 from benchmarks.scan import experiment
 keep_compiled_programs()
 chosen = experiment(sys.argv[1] == "quick")
-for group in chosen.groups:
-    run_group(chosen, group, Path(sys.argv[2]), lambda: False, lambda _: None)
+for cell in chosen.cells:
+    train_cell(chosen, cell, Path(sys.argv[2]), lambda: False, lambda _: None)
 """
 _TOGETHER = """
 import sys
