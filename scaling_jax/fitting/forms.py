@@ -6,9 +6,9 @@ Every form is fitted to all runs at once (`joint`): log B_crit = level + slope·
   data        x = log D_min       ∝ D_min^beta, D_min = E_min; Bergsma et al. 2025 (arXiv 2505.13738)
   size        x = log N           ∝ N^gamma; Zhang et al. 2024 (arXiv 2410.21676) found nearly none of it
 
-They are compared by steps they didn't see: those of each run in turn, and those at the lowest losses when fitted to the
-others. The criterion is Akaike's with the correction for few points; as a run's errors at neighbouring losses move
-together, its points count for as many as their covariance says are independent.
+They are compared by steps they didn't see: those of each run in turn (of many runs, 32 parts of them), and those at the
+lowest losses when fitted to the others. The criterion is Akaike's with the correction for few points; as a run's errors
+at neighbouring losses move together, its points count for as many as their covariance says are independent.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import fit_rows, loss_of
 
 FLOORS = 48
+MOST_FOLDS = 32  # of a scan's runs; where there are more, several are held out at once
 VARIABLES = {
     "loss": "loss in nats per token",
     "above floor": "loss in nats per token",
@@ -154,8 +155,10 @@ def _predicted(x, fits: JointFits, best, table, log_s_min):
 
 def _each_run_held_out(form, table, sizes) -> float:
     errors = []
-    for r in np.unique(table.run_index[table.mask]):
-        held_out = (table.mask | table.bound) & (table.run_index == r)
+    runs = np.unique(table.run_index[table.mask])
+    folds = min(len(runs), MOST_FOLDS)
+    for fold in range(folds):
+        held_out = (table.mask | table.bound) & np.isin(table.run_index, runs[fold::folds])
         x, _, fits = _fit(form, table, sizes, held_out)
         best = int(np.argmin(_loss(fits, _without(table, held_out))))
         predicted = _predicted(x, fits, best, table, fits.log_s_min[best])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling_jax.fitting.hyperbolas import TUNING, huber_weights, log_overhead
-from scaling_jax.fitting.resampling import CHUNK, LawErrors, LawFit, fit_chain, square_root
+from scaling_jax.fitting.resampling import LawErrors, LawFit, chunk_of, fit_chain, resamples_for, square_root
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import NUM_ITERATIONS, fit_tradeoffs, noise_of, pull_of
 
@@ -150,8 +150,9 @@ def joint_errors(
     generator = np.random.default_rng(seed)
     fitted = table.log_steps - fit.residuals * table.mask  # bounds stay what they are
     shifts, variances = [], []
-    for first in range(0, resamples, CHUNK):
-        count = min(CHUNK, resamples - first)
+    chunk = chunk_of(table)
+    for first in range(0, resamples, chunk):
+        count = min(chunk, resamples - first)
         drawn = generator.standard_normal((count, *errors.shape)) @ root.T
         log_steps = fitted + drawn[:, table.run_index, table.target_index[:, None]] * table.mask
         start = np.full(count, fit.level), np.full(count, fit.slope)
@@ -229,7 +230,7 @@ def fit_joint(
     run=None,
     steps_tried=None,
     confidence: float = 0.95,
-    resamples: int = 4_000,
+    resamples: int | None = None,
     seed: int = 0,
 ) -> JointFit:
     """Fits the columns of `fit_scan` with one law; runs that ended above a target enter as bounds, too.
@@ -244,7 +245,7 @@ def fit_joint(
         line = fit_chain(table).line
         x = np.log(table.losses) - line.centre
         fit = fit_joint_rows(table, x, table.log_steps, (line.level, line.slope))
-        errors = joint_errors(table, x, float(line.centre), fit, resamples, seed)
+        errors = joint_errors(table, x, float(line.centre), fit, resamples or resamples_for(table), seed)
         law = errors.law(confidence, table.losses)
         s_min = np.exp(fit.log_s_min)
         residual_scale = float(np.sqrt(np.mean(fit.residuals[table.mask] ** 2)))

@@ -22,6 +22,7 @@ from scaling_jax.fitting.scan_table import ScanTable
 from scaling_jax.fitting.tradeoff import fit_rows
 
 CHUNK = 500  # resamples fitted at once; keeps the arrays within a core's cache
+MOST_POINTS = 1_000_000  # in all that is fitted at once, which bounds the memory of large tables
 
 
 class Chain(NamedTuple):
@@ -99,6 +100,16 @@ def fit_chain(table: ScanTable, log_steps=None, start=None, num_rounds=3, num_it
     return Chain(fits, fit_lines(log_loss, fits.log_b_crit, weights, np.ones(log_loss.shape, bool)))
 
 
+def chunk_of(table: ScanTable) -> int:
+    """How many resamples of a table are fitted at once; their numbers don't depend on it."""
+    return max(1, min(CHUNK, MOST_POINTS // table.mask.size))
+
+
+def resamples_for(table: ScanTable) -> int:
+    """How many resamples a table is worth: more than a thousand only where they take little time."""
+    return max(1_000, min(4_000, 6 * MOST_POINTS // table.mask.size))
+
+
 def law_errors(table: ScanTable, resamples: int, seed: int) -> LawErrors:
     """Fits the chain to the table and to resamples of its runs' errors."""
     chain = fit_chain(table)
@@ -114,8 +125,9 @@ def law_errors(table: ScanTable, resamples: int, seed: int) -> LawErrors:
     generator = np.random.default_rng(seed)
     fitted = table.log_steps - fits.residuals  # bounds have no residual and stay
     shifts, variances = [], []
-    for first in range(0, resamples, CHUNK):
-        count = min(CHUNK, resamples - first)
+    chunk = chunk_of(table)
+    for first in range(0, resamples, chunk):
+        count = min(chunk, resamples - first)
         drawn = generator.standard_normal((count, *errors.shape)) @ root.T
         # A bound stays what it is: that the run had so many steps is known, and no error moves it.
         log_steps = fitted + np.where(table.bound, 0.0, drawn[:, table.run_index, table.target_index[:, None]])

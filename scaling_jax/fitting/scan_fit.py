@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from scaling_jax.fitting.resampling import LawFit, law_errors
+from scaling_jax.fitting.resampling import LawFit, law_errors, resamples_for
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoffs
 
@@ -42,7 +42,7 @@ def fit_scan(
     run=None,
     steps_tried=None,
     confidence: float = 0.95,
-    resamples: int = 4_000,
+    resamples: int | None = None,
     seed: int = 0,
 ) -> ScanFit:
     """Fits a whole scan, given as columns of one long table with a row for each run and target loss.
@@ -56,7 +56,8 @@ def fit_scan(
         only where `steps` is NaN; None or NaN where unknown.
       run: `[rows]`, what tells runs of one model and batch size apart (seeds); None where there is one of each.
       confidence: of all intervals.
-      resamples: sets of run-level errors for the law's intervals; drawn from `seed`, so that the result repeats.
+      resamples: sets of run-level errors for the law's intervals, drawn from `seed`, so that the result repeats; 4,000
+        unless given, and down to 1,000 for large tables.
 
     Raises:
       ValueError: naming the row, for values out of range, unequal columns, or two rows for one run and target.
@@ -101,7 +102,7 @@ def fit_scan(
         notes.append(f"no law: batches lie on both sides of B_crit at {len(both_sides)} losses, and a law takes 3")
     else:
         used = table.select(identified)
-        errors = law_errors(used, resamples, seed)
+        errors = law_errors(used, resamples or resamples_for(used), seed)
         law = errors.law(confidence, used.losses)
     return ScanFit(points=tuple(points), law=law, notes=tuple(notes), confidence=confidence, errors=errors)
 

@@ -13,6 +13,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+try:
+    from orjson import loads as parse_json  # eight times as fast
+except ImportError:  # on a machine that has few packages
+    from json import loads as parse_json
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
@@ -122,4 +127,4 @@ class Tail:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [parse_json(line) for line in whole.splitlines()]

@@ -61,15 +61,17 @@ def _charts(analysis: Analysis) -> "Iterator[Chart]":
         residuals_chart,
         tradeoffs_chart,
     )
+    from scaling_jax.results.runs import few_enough
 
     models = [subject.model.name for subject in analysis.experiment.subjects]
+    runs = few_enough(analysis.results.cells)
     yield critical_batch_chart(analysis)
     yield batch_scan_chart(analysis, models)
     yield three_measurements_chart(analysis, models)
     yield tradeoffs_chart(analysis, models)
     yield residuals_chart(analysis, models)
     yield pareto_chart(analysis)
-    yield noise_chart(analysis.results.cells, models)
+    yield noise_chart(runs, models)
     if near := [run for model in models if (run := run_near_b_crit(analysis, model))]:
         yield noise_by_layer_chart(near)
-    yield rate_search_chart(analysis.results.cells, models)
+    yield rate_search_chart(runs, models)

@@ -23,6 +23,7 @@ from scaling_jax.report.chart import (
 )
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns
+from scaling_jax.results.runs import few_enough
 
 
 def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
@@ -39,7 +40,7 @@ def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
     )
     norm = loss_bar(figure, axes, [loss for s in analysis.experiment.subjects for loss in s.target_losses])
     for axis, subject in zip(axes, subjects, strict=True):
-        for run in (r for r in analysis.results.cells if r.subject == subject):
+        for run in (r for r in few_enough(analysis.results.cells) if r.subject == subject):
             shown = run.best.losses <= max(subject.target_losses) * 1.1
             steps, losses = run.best.steps[shown], run.best.losses[shown]
             processed = steps * run.batch_tokens

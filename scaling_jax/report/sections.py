@@ -24,7 +24,7 @@ from scaling_jax.report.scan_charts import (
 from scaling_jax.report.words import law_in_words, law_lines
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, Results
-from scaling_jax.results.runs import last_noise_scale
+from scaling_jax.results.runs import few_enough, last_noise_scale
 from scaling_jax.scanning import Experiment
 from scaling_jax.scanning.experiment import DEMO, QUICK
 
@@ -46,6 +46,7 @@ FINGERPRINT = (
 def sections(analysis: Analysis) -> list[Section]:
     """The whole report; charts come a model each, so that they are readable on a phone."""
     runs, corpus = analysis.results.cells, analysis.results.runs[0].corpus
+    drawn_runs = few_enough(runs)
     models = [subject.model.name for subject in analysis.experiment.subjects]
 
     def drawn(*made: Chart) -> str:
@@ -93,7 +94,7 @@ def sections(analysis: Analysis) -> list[Section]:
         Section(
             "The noise scale over training",
             paragraph(_NOISE_INTRO)
-            + drawn(*(noise_chart(runs, [model]) for model in models))
+            + drawn(*(noise_chart(drawn_runs, [model]) for model in models))
             + _by_layer_intro(near_b_crit)
             + drawn(*(noise_by_layer_chart([run]) for run in near_b_crit)),
         ),
@@ -103,7 +104,7 @@ def sections(analysis: Analysis) -> list[Section]:
                 "Every batch size was given a learning rate of its own. Where the best one of those tried is the "
                 "largest or the smallest, a better one may lie beyond."
             )
-            + drawn(*(rate_search_chart(runs, [model]) for model in models)),
+            + drawn(*(rate_search_chart(drawn_runs, [model]) for model in models)),
         ),
         Section("Every run", runs_table(runs)),
         Section(

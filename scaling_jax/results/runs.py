@@ -7,7 +7,7 @@ of devices.
 import dataclasses
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from scaling_jax.training.records import Course, course, read_run_config
 WINDOWS = 24  # of a run, for its noise scale over training
 FEWEST_STEPS = 4  # in a window
 MOST_PART_WINDOWS = 10  # for the noise scale of a part of the model
+MOST_DRAWN = 40  # cells of one model in a chart of runs
 FEWEST_LINES = 6  # of metrics.jsonl, in one of those
 
 
@@ -188,6 +189,14 @@ class CellRuns(NamedTuple):
     @property
     def name(self) -> str:
         return self.cell.name
+
+
+def few_enough(cells: Sequence[CellRuns]) -> list[CellRuns]:
+    """Cells for a chart that draws runs: of many seeds the first ones alone, so that lines can be told apart."""
+    of_model = Counter(cell.model for cell in cells)
+    seeds = list(dict.fromkeys(cell.cell.seed for cell in cells))
+    drawn = set(seeds[: max(1, MOST_DRAWN * len(seeds) // max(of_model.values(), default=1))])
+    return [cell for cell in cells if cell.cell.seed in drawn]
 
 
 def read_runs(workdir: Path) -> tuple[RunRecord, ...]:

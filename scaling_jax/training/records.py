@@ -21,7 +21,7 @@ import numpy as np
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, read_config, to_dict
-from scaling_jax.io.files import append_line, read_lines, write_json, write_lines
+from scaling_jax.io.files import append_line, parse_json, read_lines, write_json, write_lines
 from scaling_jax.training.run import Run
 
 SCHEMA = 2
@@ -29,6 +29,7 @@ Status = Literal["reached", "exhausted", "given up", "diverged"]
 
 _NORMS = ("small_sq_norm", "big_sq_norm")
 _NORMS_BY_PART = ("small_sq_norm_by_layer", "big_sq_norm_by_layer")
+_NUMBERS = {float, int, type(None)}
 _DAMAGE = (ValueError, TypeError, KeyError, RecursionError, OverflowError)  # what reading something else raises
 
 
@@ -244,7 +245,7 @@ def read_metrics(folder: Path, result: RunResult | None = None) -> list[MetricsL
     lines: list[MetricsLine] = []
     for number, text in read_lines(path):
         try:
-            line = MetricsLine.read(json.loads(text))
+            line = MetricsLine.read(parse_json(text))
             if line.step - line.num_steps != (lines[-1].step if lines else 0):
                 raise ValueError(f"{line.num_steps} steps up to step {line.step} don't follow the line before")
         except _DAMAGE as error:
@@ -295,9 +296,9 @@ def _count(values: dict[str, Any], name: str) -> int:
 
 def _numbers(values: dict[str, Any], name: str) -> np.ndarray:
     listed = values[name]
-    if not isinstance(listed, list) or not all(x is None or type(x) in (int, float) for x in listed):
+    if not isinstance(listed, list) or not set(map(type, listed)) <= _NUMBERS:
         raise ValueError(f"{name} isn't a list of numbers")
-    return np.array([math.nan if x is None else x for x in listed], float)
+    return np.array(listed, float)  # None becomes NaN
 
 
 def _nulls(array: np.ndarray) -> list[float | None]:
