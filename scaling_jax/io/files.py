@@ -16,7 +16,7 @@ import numpy as np
 try:
     from orjson import loads as parse_json  # eight times as fast
 except ImportError:  # on a machine that has few packages
-    from json import loads as parse_json
+    from json import loads as parse_json  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ import platform
 import shlex
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from scaling_jax.io.config import to_dict
 from scaling_jax.report.chart import Chart, draw
 from scaling_jax.report.critical_batch import critical_batch_chart, three_measurements_chart
@@ -49,7 +51,7 @@ def sections(analysis: Analysis) -> list[Section]:
     drawn_runs = few_enough(runs)
     models = [subject.model.name for subject in analysis.experiment.subjects]
 
-    def drawn(*made: Chart) -> str:
+    def drawn(*made: Chart) -> Markup:
         return charts(draw(chart, f"{chart.name}-{k}") for k, chart in enumerate(made))
 
     near_b_crit = [run for model in models if (run := run_near_b_crit(analysis, model))]
@@ -124,7 +126,7 @@ def run_sections(results: Results) -> list[Section]:
     runs = [SingleRun(record) for record in results.runs if len(record.course.eval_losses)]
     models = list(dict.fromkeys(run.model for run in runs))
 
-    def drawn(*made: Chart) -> str:
+    def drawn(*made: Chart) -> Markup:
         return charts(draw(chart, f"{chart.name}-{k}") for k, chart in enumerate(made))
 
     return [
@@ -138,7 +140,7 @@ def run_sections(results: Results) -> list[Section]:
     ]
 
 
-def fits_table(analysis: Analysis) -> str:
+def fits_table(analysis: Analysis) -> Markup:
     """Every trade-off fit."""
     rows = []
     for p in analysis.fit.points:
@@ -161,7 +163,7 @@ def fits_table(analysis: Analysis) -> str:
     return table(header, rows)
 
 
-def three_table(analysis: Analysis) -> str:
+def three_table(analysis: Analysis) -> Markup:
     """The measurements at the losses of the scan; a noise scale's range is the middle half of its runs."""
     rows = []
     for c in analysis.comparison:
@@ -179,7 +181,7 @@ def three_table(analysis: Analysis) -> str:
     return table((*header, "B_crit by branches, tokens", "interval"), rows)
 
 
-def runs_table(runs: Sequence[CellRuns]) -> str:
+def runs_table(runs: Sequence[CellRuns]) -> Markup:
     """Every run, with how it ended."""
     rows = []
     for cell in runs:
@@ -205,7 +207,7 @@ def runs_table(runs: Sequence[CellRuns]) -> str:
     return table(header, rows)
 
 
-def _single_runs_table(results: Results) -> str:
+def _single_runs_table(results: Results) -> Markup:
     rows = []
     for record in results.runs:
         run, steps, result = record.run, int(record.course.line_steps.sum()), record.result
@@ -238,9 +240,9 @@ def _three_intro(analysis: Analysis) -> str:
     )
 
 
-def _by_layer_intro(runs: Sequence[CellRuns]) -> str:
+def _by_layer_intro(runs: Sequence[CellRuns]) -> Markup:
     if not runs:
-        return ""
+        return Markup()
     return paragraph(
         "Below, the same by part of the model, for the batch size next to the median B_crit; windows in which a part's "
         "|G|² can't be told from zero are left out. The whole model's tr(Σ) and |G|² are the sums of the parts'."
