@@ -1,17 +1,16 @@
-"""Eight virtual CPU devices and strict numerics for every test; XLA compiles in a hurry, a quarter of the usual time.
+"""Eight virtual CPU devices and strict numerics for every test; XLA compiles in a hurry (tests/compiling.py).
 
 Scans that tests start as processes compile as users' do; so does everything with
-XLA_FLAGS='--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true' pytest.
+XLA_FLAGS='--xla_backend_optimization_level=3' pytest, and up to jaxlib 0.11.0 --xla_cpu_use_fusion_emitters=true.
 """
 
 import os
 from pathlib import Path
 
+from tests.compiling import IN_A_HURRY
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    + os.environ.get("XLA_FLAGS", "")
-)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {IN_A_HURRY} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 

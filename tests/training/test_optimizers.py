@@ -13,6 +13,7 @@ from scaling_jax.training import OptimizerConfig, Run, read_metrics, run_folder,
 from scaling_jax.training.optimizers import make_optimizer
 from scaling_jax.training.program import _compile, _init, program_for
 from scaling_jax.training.run import Stage
+from tests.compiling import AS_USERS
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
 RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, max_steps=40, eval_tokens=512, steps_per_call=8)
@@ -109,7 +110,7 @@ def compiled_as_users_programs_are(monkeypatch):
     caches = (_init, _compile, evaluator)
     for cache in caches:
         cache.cache_clear()
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True}))
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=AS_USERS))
     yield
     for cache in caches:
         cache.cache_clear()
