@@ -39,13 +39,16 @@ def test_what_a_holder_that_has_ended_left_behind_is_waited_for(tmp_path):
     """A scan that was killed, whose workers still save: they hold what they inherited."""
     script = (
         "import subprocess, sys; from pathlib import Path; from scaling_jax.io.locks import locked\n"
-        "with locked(Path(sys.argv[1]), 'it') as lock: subprocess.Popen(['sleep', '2'], pass_fds=(lock,))"
+        "with locked(Path(sys.argv[1]), 'it') as lock: subprocess.Popen(['cat'], pass_fds=(lock,))"
     )
-    subprocess.run([sys.executable, "-c", script, tmp_path / "lock"], check=True)
+    # What it leaves behind ends with its input, not after some seconds: on a busy machine a holder takes as long to end.
+    holder = subprocess.Popen([sys.executable, "-c", script, tmp_path / "lock"], stdin=subprocess.PIPE)
+    assert holder.wait() == 0
     with pytest.raises(UserError, match="it is in use by process"):
         locked(tmp_path / "lock", "it", seconds=0.1).__enter__()
+    threading.Timer(0.5, holder.stdin.close).start()
     with locked(tmp_path / "lock", "it", seconds=20):
-        pass
+        assert holder.stdin.closed
 
 
 HOLD = """
