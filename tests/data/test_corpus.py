@@ -1,7 +1,8 @@
-"""What was packed before is used only if it is whole."""
+"""What was packed before is used only if it is whole and its text is still the same."""
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,14 @@ def test_inspecting_shows_counts_and_rows_and_packs_nothing(own_text, cache):
     assert f"{len(corpus_.train_RxT1):,} rows of 16" in shown
     assert "train row 0: " in shown
     assert f"test row {len(corpus_.test_RxT1) - 1}: " in shown
+
+
+def test_files_are_read_again_only_if_they_changed(own_text, monkeypatch):
+    later = time.time_ns() + 10**10
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time_ns", lambda: later)
+        first = corpus.look_up(f"files:{own_text}/*.txt").text
+        patched.setattr(corpus, "fingerprint", lambda *_: pytest.fail("read again"))
+        assert corpus.look_up(f"files:{own_text}/*.txt").text == first
+    (own_text / "3.txt").write_text((own_text / "3.txt").read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    assert corpus.look_up(f"files:{own_text}/*.txt").text.sha256 != first.sha256

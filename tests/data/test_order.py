@@ -1,11 +1,11 @@
-import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling_jax.data import example_order, order
+from scaling_jax.data import example_order, feeding
 from scaling_jax.data.feeding import share_of
 
 
@@ -13,7 +13,7 @@ from scaling_jax.data.feeding import share_of
 def both_ways(request):
     """Every property, by NumPy's permutation and by Grain's shuffle."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "LARGEST_TABLE", order.LARGEST_TABLE if request.param == "table" else 0)
+        patch.setattr(feeding, "LARGEST_TABLE", feeding.LARGEST_TABLE if request.param == "table" else 0)
         yield
 
 
@@ -48,20 +48,31 @@ def test_neighbours_in_the_order_are_no_neighbours_in_the_corpus():
 
 def test_small_corpora_keep_the_first_versions_order():
     """Pinned, because committed results depend on it."""
-    if order.LARGEST_TABLE:
+    if feeding.LARGEST_TABLE:
         assert example_order(3, 17, 8, 20).tolist() == [7, 5, 19, 7, 17, 16, 2, 13]
 
 
 def test_a_huge_corpus_is_shuffled_without_a_table():
     huge = 3 * 10**9
-    before = sys.getsizeof(example_order(0, 10**9, 500, huge))
     rows = example_order(0, 10**9, 500, huge)
-    assert before < 10_000
     assert rows.dtype == np.int64
     assert len(set(rows.tolist())) == 500
     assert rows.min() >= 0
     assert 2**31 < rows.max() < huge
     assert 0.4 < rows.mean() / huge < 0.6
+
+
+def test_the_memory_that_an_order_takes_does_not_grow_with_the_corpus():
+    """Above `LARGEST_TABLE`; a table would have 32 MB at least here, of int32."""
+    large = 1 << 23
+    assert large > feeding.LARGEST_TABLE
+    example_order(0, 0, 1, large)  # imports what it takes
+    tracemalloc.start()
+    rows = example_order(1, large - 100, 200, large)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(rows[:100].tolist())) == len(set(rows[100:].tolist())) == 100
+    assert most < 1e6
 
 
 @given(st.integers(1, 5), st.sampled_from([1, 2, 3, 4]), st.integers(1, 4))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling_jax.data import Bytes, bits_per_byte, is_test, packing, prepare, rows_of, sources, text_files
+from scaling_jax.data import Bytes, bits_per_byte, is_test, prepare, rows_of, sources, text_files
 from scaling_jax.io import UserError
 
 
@@ -59,17 +59,6 @@ def test_packed_rows_are_reused_and_repacked_when_a_file_changes(own_text):
     second = prepare(f"files:{own_text}/*.txt", 16)
     assert second.manifest["sha256"] != first.manifest["sha256"]
     assert "changed changed" in Bytes().decode(np.concatenate([second.train_RxT1, second.test_RxT1])[:, 1:].reshape(-1))
-
-
-def test_files_are_read_again_only_if_they_changed(own_text, monkeypatch):
-    later = packing.time.time_ns() + 10**10
-    with monkeypatch.context() as patched:
-        patched.setattr(packing.time, "time_ns", lambda: later)
-        first = packing.look_up(f"files:{own_text}/*.txt").text
-        patched.setattr(packing, "fingerprint", lambda *_: pytest.fail("read again"))
-        assert packing.look_up(f"files:{own_text}/*.txt").text == first
-    (own_text / "3.txt").write_text((own_text / "3.txt").read_text(encoding="utf-8")[::-1], encoding="utf-8")
-    assert packing.look_up(f"files:{own_text}/*.txt").text.sha256 != first.sha256
 
 
 @pytest.mark.parametrize("workers", [1, 2])
