@@ -24,7 +24,8 @@ def print_fit(found: TableFit, written: Path) -> Rows:
     """Every trade-off, the laws through them, what was left out."""
     table = Table(title="S_min in steps; E_min, B_crit, CBS20 in tokens", title_justify="left", title_style="bold")
     for column in ("model", "loss", "S_min", "E_min", "B_crit", "95 % interval", "CBS20", "flags"):
-        table.add_column(column, justify="left" if column in ("model", "flags") else "right", no_wrap=column != "model")
+        left, first = column in ("model", "flags"), column == "model"
+        table.add_column(column, justify="left" if left else "right", no_wrap=not first, min_width=6 if first else None)
     for point in found.fit.points:
         t = point.tradeoff
         s_min, e_min, b_crit, cbs20 = (
@@ -203,8 +204,12 @@ def status_table(status: Status) -> Rows:
         if status.running is False:
             head += "\nIt isn't running: the same command continues it."
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("model · batch", "", "rates", "learning rate", "step", "test loss", "tokens/s", "ago"):
-        table.add_column(column, justify="left" if column in ("model · batch", "") else "right", no_wrap=True)
+    for column in ("model · batch", "", "rates", "newest", "step", "loss", "tokens/s", "ago"):
+        first = column == "model · batch"  # it wraps on a narrow terminal; what is measured is never cut
+        left = first or not column
+        table.add_column(
+            column, justify="left" if left else "right", no_wrap=not first, min_width=12 if first else None
+        )
     for g in status.parts:
         newest = (
             "" if g.learning_rate is None else f"{g.learning_rate:.3g}",
