@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from scaling_jax import cli
+from scaling_jax.cli.main import main
 from tests.fitting.planted import Planted
 
 
@@ -27,7 +27,7 @@ def scaling_jax(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["scaling-jax", *map(str, arguments)])
         try:
-            cli.main()
+            main()
             code = 0
         except SystemExit as stopped:
             code = int(stopped.code or 0)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from scaling_jax.advice import Stage, goal, progress, ramp, reach
+from scaling_jax.advice import Stage, cost, descent, goal, ramp
 from scaling_jax.advice.advise import write_stages
 from scaling_jax.io import UserError
 from tests.advice.scan import b_crit, fitted
@@ -16,16 +16,16 @@ TARGET = 1.8
 
 def loss_at(way, stages, tokens):
     """The loss that a schedule has come down to after so many tokens."""
-    seen = [reach(type(way)(*(x[: k + 1] for x in way)), stages).tokens for k in range(0, len(way.losses), 20)]
+    seen = [cost(type(way)(*(x[: k + 1] for x in way)), stages).tokens for k in range(0, len(way.losses), 20)]
     return float(np.interp(tokens, seen, way.losses[::20]))
 
 
 def test_a_constant_batch_comes_out_as_its_trade_off():
     fit = fitted()
-    way = progress(fit, TARGET)
+    way = descent(fit, TARGET)
     to = goal(fit, TARGET)
     for batch in (64, 1_024, 65_536):
-        found = reach(way, (Stage(0, batch, 1.0),))
+        found = cost(way, (Stage(0, batch, 1.0),))
         assert found.steps == pytest.approx(float(to.steps(batch)), rel=1e-6)
         assert found.tokens == pytest.approx(float(to.tokens(batch)), rel=1e-6)
 
@@ -33,7 +33,7 @@ def test_a_constant_batch_comes_out_as_its_trade_off():
 def test_the_batch_doubles_when_b_crit_passes_twice_it_and_the_rate_grows_by_its_root():
     fit = fitted()
     stages = ramp(fit, TARGET, start_batch_tokens=256)
-    way = progress(fit, TARGET)
+    way = descent(fit, TARGET)
     assert len(stages) > 3
     assert stages[0] == Stage(0, 256, 1.0)
     assert stages[-1].batch_tokens <= b_crit(TARGET) < 2 * stages[-1].batch_tokens
@@ -48,9 +48,9 @@ def test_the_batch_doubles_when_b_crit_passes_twice_it_and_the_rate_grows_by_its
 
 def test_a_ramp_lies_between_the_constant_batches_that_it_starts_and_ends_with():
     fit = fitted()
-    way, stages = progress(fit, TARGET), ramp(fit, TARGET, start_batch_tokens=256)
-    ramped = reach(way, stages)
-    small, large = (reach(way, (Stage(0, batch, 1.0),)) for batch in (256, stages[-1].batch_tokens))
+    way, stages = descent(fit, TARGET), ramp(fit, TARGET, start_batch_tokens=256)
+    ramped = cost(way, stages)
+    small, large = (cost(way, (Stage(0, batch, 1.0),)) for batch in (256, stages[-1].batch_tokens))
     assert large.steps < ramped.steps < 0.6 * small.steps
     assert small.tokens < ramped.tokens < large.tokens
 
@@ -58,21 +58,21 @@ def test_a_ramp_lies_between_the_constant_batches_that_it_starts_and_ends_with()
 def test_a_batch_that_follows_the_root_of_the_noise_beats_the_constant_one_of_as_many_tokens():
     """McCandlish et al. 2018, appendix D: at fixed tokens, B ∝ √(dE_min/dS_min) takes the fewest steps."""
     fit = fitted()
-    way, to = progress(fit, TARGET), goal(fit, TARGET)
+    way, to = descent(fit, TARGET), goal(fit, TARGET)
     noise = np.gradient(way.e_min, way.s_min)
     stages = (Stage(0, round(20 * noise[0] ** 0.5), 1.0),)
     for k in range(25, len(way.losses), 25):
-        tokens = reach(type(way)(*(x[: k + 1] for x in way)), stages).tokens
+        tokens = cost(type(way)(*(x[: k + 1] for x in way)), stages).tokens
         stages = (*stages, Stage(round(tokens), round(20 * noise[k] ** 0.5), 1.0))
-    ramped = reach(way, stages)
+    ramped = cost(way, stages)
     constant = to.b_crit * (ramped.tokens / to.e_min - 1)
     assert ramped.steps < 0.99 * float(to.steps(constant))
 
 
 def test_a_lower_fraction_trades_steps_for_tokens():
     fit = fitted()
-    way = progress(fit, TARGET)
-    full, half = (reach(way, ramp(fit, TARGET, start_batch_tokens=64, fraction=f)) for f in (1.0, 0.5))
+    way = descent(fit, TARGET)
+    full, half = (cost(way, ramp(fit, TARGET, start_batch_tokens=64, fraction=f)) for f in (1.0, 0.5))
     assert full.steps < half.steps
     assert half.tokens < full.tokens
 
