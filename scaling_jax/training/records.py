@@ -243,11 +243,15 @@ def read_metrics(folder: Path, result: RunResult | None = None) -> list[MetricsL
     """
     path = folder / "metrics.jsonl"
     lines: list[MetricsLine] = []
+    num_parts: set[int] = set()
     for number, text in read_lines(path):
         try:
             line = MetricsLine.read(parse_json(text))
             if line.step - line.num_steps != (lines[-1].step if lines else 0):
                 raise ValueError(f"{line.num_steps} steps up to step {line.step} don't follow the line before")
+            num_parts |= {len(x) for x in (line.small_sq_norm_by_part, line.big_sq_norm_by_part) if x is not None}
+            if len(num_parts) > 1:
+                raise ValueError(f"norms are of {min(num_parts)} parts of the model here and {max(num_parts)} there")
         except _DAMAGE as error:
             raise UserError(f"{path} line {number} is damaged ({error}): {_train_again(folder)}") from None
         lines.append(line)
