@@ -173,18 +173,18 @@ def find_outcome(run: Run, workdir: Path) -> Outcome | None:
         with contextlib.suppress(UserError):  # a folder in which nothing has begun, or a damaged one
             other, result = read_run_config(folder).run, read_result(folder)
             if result is not None and other.without_limits == run.without_limits and _went_as_far(other, result, run):
-                return _outcome(folder, other, result)
+                return _outcome(folder, run, result)
     return None
 
 
 def _went_as_far(done: Run, result: RunResult, wanted: Run) -> bool:
-    if result.status == "diverged":
-        return True
-    if result.status == "given up" or (done.target_loss or 0.0) > (wanted.target_loss or 0.0):
-        return False
-    if result.status == "reached" or wanted.max_steps is not None:
-        return result.status == "reached" or result.steps >= (wanted.max_steps or 0)
-    return result.tokens + done.batch_tokens > (wanted.max_tokens or 0)
+    """Whether a run took every step that another would, which is the same as far as it goes."""
+    if wanted.max_steps is not None:
+        to_the_end = result.steps >= wanted.max_steps
+    else:
+        to_the_end = result.tokens + done.batch_tokens > (wanted.max_tokens or 0)
+    to_the_target = result.status == "reached" and (done.target_loss or 0.0) <= (wanted.target_loss or 0.0)
+    return to_the_end or to_the_target or result.status == "diverged"
 
 
 def _outcome(folder: Path, run: Run, result: RunResult) -> Outcome:

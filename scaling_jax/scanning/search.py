@@ -22,8 +22,8 @@ GAIN = 0.02  # in steps; a parabola that promises less isn't followed
 class Outcome(NamedTuple):
     """A run that is done."""
 
-    run: Run
-    result: RunResult
+    run: Run  # as it was asked for
+    result: RunResult  # its own, or that of one which went as far or farther
     steps: Sequence[int]  # of evaluations with a finite loss
     losses: Sequence[float]  # nats per token
 
