@@ -1,4 +1,4 @@
-"""The gradient noise scale of any JAX loss, with an interval; imports nothing else of scaling_jax."""
+"""The gradient noise scale of any JAX loss, with a confidence interval. Imports nothing else of scaling_jax."""
 
 from scaling_jax.noise_scale import geometries, taps
 from scaling_jax.noise_scale.accumulate import check_mean_loss, fixed_denominator

@@ -1,7 +1,7 @@
-"""The whole batch's mean from its parts: microbatches on a device, devices on a mapped axis.
+"""Split a batch into parts (microbatches and devices) and average over them; losses that are such averages.
 
-`jax.shard_map` with `check_vma=True` turns the gradient of replicated parameters into its sum over devices. Here the
-parameters are first marked as varying, so every device keeps its own gradient under both settings.
+`jax.shard_map` with `check_vma=True` sums the gradient of replicated parameters over devices. This module first marks
+the parameters as varying, so every device keeps its own gradient, whatever `check_vma` is.
 """
 
 from collections.abc import Callable
@@ -12,30 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def path_name(path) -> str:
-    """A parameter's path as text: `layers/0/attention/query`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 class Split(NamedTuple):
-    """One device's share of a batch, ready to be differentiated part by part."""
+    """The parameters and one device's share of a batch, cut into microbatches."""
 
-    params: Any  # marked as varying over `axes` where shard_map tracks that
-    batch_MxB: Any
+    params: Any  # marked as varying over the `tracked` axes
+    batch_MxB: Any  # M microbatches of B examples
     axes: tuple[str, ...]
-    tracked: frozenset[str]  # the axes over which shard_map tracks what varies
-    local_batch: int
+    tracked: frozenset[str]  # those of `axes` along which shard_map tracks which values differ
+    local_batch: int  # examples on this device
     num_devices: int
 
 
 def split(params, batch, num_microbatches, axis_name) -> Split:
-    """Check a batch and its mapped axes at trace time and cut it into microbatches; ValueError or TypeError if not."""
+    """Cut this device's batch into microbatches.
+
+    Raises:
+      ValueError, TypeError: at trace time, if the batch, the parameters or the mapped axes don't fit together.
+    """
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     try:
         num_devices = jax.lax.axis_size(axes) if axes else 1
     except NameError as error:
         raise ValueError(
-            f"axis_name={axis_name!r} isn't a mapped axis here ({error}): use pmap, shard_map or vmap's"
+            f"axis_name={axis_name!r} isn't a mapped axis here ({error}): pass the axis name of pmap, shard_map or vmap"
         ) from None
     local_batch = _local_batch(batch, num_microbatches)
     _check_params(params)
@@ -47,7 +46,7 @@ def split(params, batch, num_microbatches, axis_name) -> Split:
 
 
 def mean(one, split: Split):
-    """Mean of `one(microbatch)` over microbatches and devices, accumulated in float32 or wider."""
+    """Mean of `one(microbatch)` over all microbatches and devices; sums are float32 or wider."""
     num_microbatches = jax.tree.leaves(split.batch_MxB)[0].shape[0]
     first = jax.tree.map(lambda x: x[0], split.batch_MxB)
     if num_microbatches == 1:
@@ -65,10 +64,15 @@ def mean(one, split: Split):
 
 
 def mean_over_devices(tree, split: Split):
-    """`jax.lax.pmean` along the split's axes; the tree itself where there are none."""
+    """`jax.lax.pmean` of the tree along the split's axes; the tree itself if there are no axes."""
     if not split.axes:
         return tree
     return jax.lax.pmean(jax.tree.map(lambda x: mark_varying(x, split.tracked), tree), split.axes)
+
+
+def path_name(path) -> str:
+    """A parameter's path as text: `layers/0/attention/query`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def names(params) -> list[str]:
@@ -77,7 +81,12 @@ def names(params) -> list[str]:
 
 
 def check_outputs(loss, aux, split: Split):
-    """Refuse a loss that already is a mean over devices, and an aux that can't be averaged."""
+    """Returns (loss, aux as arrays).
+
+    Raises:
+      ValueError: if the loss is already a mean or sum over devices.
+      TypeError: if a leaf of aux isn't floating point, so it can't be averaged.
+    """
     if missing := split.tracked - varying(loss):
         raise ValueError(
             f"loss_fn already reduces over {sorted(missing)}: return the mean over the device's own examples"
@@ -91,17 +100,65 @@ def check_outputs(loss, aux, split: Split):
 
 
 def varying(x) -> frozenset[str]:
-    """The axes over which shard_map tracks that x differs between devices; none where it doesn't track."""
+    """The mapped axes along which shard_map knows that x differs between devices; empty if it doesn't track this."""
     aval: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     if not hasattr(aval, "manual_axis_type"):
-        return aval.vma  # before JAX 0.10.2; any other JAX had better fail here than sum gradients silently
+        return aval.vma  # before JAX 0.10.2; with an unknown JAX this fails, which is better than summed gradients
     return aval.manual_axis_type.varying if aval.manual_axis_type else frozenset()
 
 
 def mark_varying(x, axes):
-    """Mark x as differing between devices along axes that shard_map tracks."""
+    """x, marked as differing between devices along the given axes."""
     missing = tuple(sorted(frozenset(axes) - varying(x)))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def fixed_denominator(sum_loss_fn: Callable, weight_per_example: float, has_aux: bool = False) -> Callable:
+    """A mean loss made from a weighted sum: the sum divided by (examples · weight_per_example).
+
+    Don't divide by the batch's own sum of weights. The gradient of the whole batch is then not the mean of the
+    gradients of its parts, which biases both moments by terms of order 1/B.
+
+    Args:
+      sum_loss_fn: `(params, batch, *extra) -> sum over examples and tokens of weight · loss`, or `(sum, aux)`.
+      weight_per_example: a constant. With the expected weight of an example, the result is a mean per unit of weight.
+      has_aux: `sum_loss_fn` returns `(sum, aux)`.
+
+    Returns:
+      A `loss_fn` for `value_and_grad`.
+    """
+    if not weight_per_example > 0:
+        raise ValueError(f"weight_per_example={weight_per_example} must be positive")
+
+    def loss_fn(params, batch, *extra):
+        denominator = weight_per_example * jax.tree.leaves(batch)[0].shape[0]
+        if has_aux:
+            total, aux = sum_loss_fn(params, batch, *extra)
+            return total / denominator, aux
+        return sum_loss_fn(params, batch, *extra) / denominator
+
+    return loss_fn
+
+
+def check_mean_loss(loss_fn: Callable, params, batch, *extra, num_parts: int = 2, rtol: float = 1e-5) -> None:
+    """Check that the loss of a batch is the mean of the losses of its parts. Call it once before training.
+
+    Pass a batch with the weights and padding that occur in training. `loss_fn` must return a scalar.
+
+    Raises:
+      ValueError: if it isn't the mean: the loss divides by the batch's own weights, or sums over examples.
+    """
+    whole = float(loss_fn(params, batch, *extra))
+    parts = [
+        float(loss_fn(params, jax.tree.map(lambda x, i=i: np.split(x, num_parts)[i], batch), *extra))
+        for i in range(num_parts)
+    ]
+    if not abs(np.mean(parts) - whole) <= rtol * max(abs(whole), np.max(np.abs(parts))):
+        raise ValueError(
+            f"the loss of the batch is {whole:.6g}, but the mean of its {num_parts} parts' losses is "
+            f"{np.mean(parts):.6g}, so the loss isn't a mean over examples: divide by a fixed denominator "
+            "(noise_scale.fixed_denominator)"
+        )
 
 
 def _local_batch(batch, num_microbatches):
@@ -127,7 +184,7 @@ def _check_params(params):
     for path, x in leaves:
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             raise TypeError(
-                f"parameter {path_name(path)!r} is {jnp.result_type(x)}: gradients need floats; pass it in extra"
+                f"parameter {path_name(path)!r} is {jnp.result_type(x)}: gradients need floats; pass it in `extra`"
             )
 
 
@@ -140,7 +197,8 @@ def _check_axes(params, batch, axes, tracked):
     own_params = frozenset.intersection(*map(varying, jax.tree.leaves(params)))
     if unnamed := batch_axes - frozenset(axes) - own_params:
         raise ValueError(
-            f"the batch varies over {sorted(unnamed)}, which axis_name doesn't name: its gradients would be summed"
+            f"the batch differs along {sorted(unnamed)}, which axis_name doesn't name: add it to axis_name, or its "
+            "gradients would be summed"
         )
 
 
@@ -150,49 +208,3 @@ def _wide(dtype):
 
 def _widen(x):
     return x.astype(_wide(x.dtype))
-
-
-def fixed_denominator(sum_loss_fn: Callable, weight_per_example: float, has_aux: bool = False) -> Callable:
-    """A mean loss from a weighted sum: divided by a constant times the examples, never by the batch's own weights.
-
-    With the batch's own sum of weights in the denominator, the gradient of the whole batch isn't the mean of its parts'
-    and both moments are biased by terms of order 1/B.
-
-    Args:
-      sum_loss_fn: `(params, batch, *extra) -> sum over examples and tokens of weight · loss`, or `(sum, aux)`.
-      weight_per_example: the constant; the expected weight of an example makes the result a mean per unit of weight.
-
-    Returns:
-      A `loss_fn` for `value_and_grad`.
-    """
-    if not weight_per_example > 0:
-        raise ValueError(f"weight_per_example={weight_per_example} must be positive")
-
-    def loss_fn(params, batch, *extra):
-        denominator = weight_per_example * jax.tree.leaves(batch)[0].shape[0]
-        if has_aux:
-            total, aux = sum_loss_fn(params, batch, *extra)
-            return total / denominator, aux
-        return sum_loss_fn(params, batch, *extra) / denominator
-
-    return loss_fn
-
-
-def check_mean_loss(loss_fn: Callable, params, batch, *extra, num_parts: int = 2, rtol: float = 1e-5) -> None:
-    """Make sure, once before training, that the loss of a batch is the mean of its parts' losses.
-
-    Pass a batch with the weights and padding that training will meet; `loss_fn` returns a scalar.
-
-    Raises:
-      ValueError: if it isn't: the loss divides by the batch's own weights, or sums over examples.
-    """
-    whole = float(loss_fn(params, batch, *extra))
-    parts = [
-        float(loss_fn(params, jax.tree.map(lambda x, i=i: np.split(x, num_parts)[i], batch), *extra))
-        for i in range(num_parts)
-    ]
-    if not abs(np.mean(parts) - whole) <= rtol * max(abs(whole), np.max(np.abs(parts))):
-        raise ValueError(
-            f"the loss of the batch is {whole:.6g}, the mean of its {num_parts} parts' {np.mean(parts):.6g}: it is "
-            "no mean over examples; divide by a fixed denominator (noise_scale.fixed_denominator)"
-        )

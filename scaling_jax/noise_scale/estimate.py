@@ -1,17 +1,23 @@
-"""The noise scale of a stretch of training, and how sure we are of it."""
+"""The noise scale of a series of steps, with a confidence interval.
+
+The interval is Fieller's (1954). The covariance of the two means comes from the lowest frequencies of the series, so
+neighbouring steps may be correlated.
+"""
 
 import dataclasses
 import math
 
 import numpy as np
 
+MAX_RELATIVE_BIAS = 0.03  # of the long-run variance, for an AR(1) as persistent as the series
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A noise scale tr(Σ)/|G|² with its confidence interval, in examples.
 
-    Where |G|² can't be told from zero nothing bounds the noise scale from above: `resolved` is False, `value` is NaN,
-    `high` is inf, and "at least `low`" holds with the stated confidence.
+    If the data can't tell |G|² from zero, the noise scale has no upper bound. Then `resolved` is False, `value` is NaN
+    and `high` is inf. The noise scale is at least `low` with the stated confidence.
     """
 
     value: float
@@ -22,11 +28,11 @@ class Estimate:
     grad_sq_norm: float  # mean |G|² over the steps
     trace_cov: float  # mean tr(Σ) over the steps
     steps: int  # steps that were averaged
-    effective_steps: float  # independent steps that would tell as much
+    effective_steps: float  # number of independent steps with the same information
     flagged_steps: int  # steps left out because a moment was NaN or infinite
 
     def scaled(self, factor: float) -> "Estimate":
-        """The same estimate in other units: tokens, if `factor` is tokens per example."""
+        """The same estimate in other units; in tokens if `factor` is the tokens per example."""
         return dataclasses.replace(
             self,
             value=self.value * factor,
@@ -45,17 +51,16 @@ def estimate(g2_series, tr_series, confidence: float = 0.95) -> Estimate:
     """The noise scale mean(tr(Σ))/mean(|G|²) of a series of steps, with Fieller's interval.
 
     Args:
-      g2_series: (T,) unbiased |G|² per step, negative values and all.
+      g2_series: (T,) unbiased |G|² per step; keep negative values.
       tr_series: (T,) unbiased tr(Σ) per step.
-      confidence: of the two-sided interval; neighbouring steps may be correlated.
+      confidence: of the two-sided interval.
 
     Returns:
-      An `Estimate`. It is unresolved if the interval is unbounded, or if |G|² is significantly negative.
+      An `Estimate` in examples; `.scaled(tokens per example)` gives tokens. It is unresolved if the interval has no
+      upper end, or if |G|² is significantly negative.
 
     Raises:
       ValueError: if the series differ in shape, or confidence isn't between 0 and 1.
-
-    Units: examples; `.scaled(tokens per example)` gives tokens. Source: Fieller 1954; `interval` for the covariance.
     """
     from scipy.special import stdtrit
 
@@ -90,18 +95,6 @@ def estimate(g2_series, tr_series, confidence: float = 0.95) -> Estimate:
     )
 
 
-def _effective_steps(tr_g2_Tx2, long_run_cov):
-    # Of the linearised ratio, up to scale: Q̄·S − S̄·Q.
-    trace_cov, grad_sq_norm = tr_g2_Tx2.mean(0)
-    direction = np.array([grad_sq_norm, -trace_cov])
-    one_step = direction @ np.cov(tr_g2_Tx2.T) @ direction
-    long_run = direction @ long_run_cov @ direction
-    return float(len(tr_g2_Tx2) * one_step / long_run) if long_run > 0 else float(len(tr_g2_Tx2))
-
-
-MAX_RELATIVE_BIAS = 0.03  # of the long-run variance, under an AR(1) as persistent as the series
-
-
 def fieller(numerator: float, denominator: float, cov: np.ndarray, t: float) -> tuple[float, float, bool]:
     """Fieller's set {θ : (S − θQ)² ≤ t²·Var(S − θQ)} for θ = S/Q, as (low, high, bounded).
 
@@ -111,21 +104,21 @@ def fieller(numerator: float, denominator: float, cov: np.ndarray, t: float) -> 
       t: critical value of Student's t.
 
     Returns:
-      Bounded exactly when Q² > t²·Var(Q). Unbounded sets are given by their part in [0, ∞): (low, inf, False), where
-      low is 0 if the set holds no positive lower bound.
+      The set is bounded exactly when Q² > t²·Var(Q). For an unbounded set, the result describes its part in [0, ∞):
+      (low, inf, False), with low = 0 if the set has no positive lower bound.
     """
     a = denominator**2 - t**2 * cov[1, 1]
     half_b = numerator * denominator - t**2 * cov[0, 1]
     c = numerator**2 - t**2 * cov[0, 0]
-    root = math.sqrt(max(half_b**2 - a * c, 0.0))  # negative only by rounding where a > 0
+    root = math.sqrt(max(half_b**2 - a * c, 0.0))  # where a > 0, only rounding makes it negative
     if a > 0:
         return (half_b - root) / a, (half_b + root) / a, True
-    # Opening downwards with roots of either sign, the set is [positive root, ∞) and a part below zero.
+    # The parabola opens downwards and its roots have both signs: the set is [positive root, ∞) and a part below zero.
     return (c / (half_b + root) if c > 0 else 0.0), math.inf, False
 
 
 def long_run_covariance(series_TxC: np.ndarray) -> tuple[np.ndarray, int]:
-    """Covariance of √T·(mean of a stationary series), (C, C), and its degrees of freedom K.
+    """Covariance (C, C) of √T·(mean of a stationary series), and its degrees of freedom K.
 
     Raises:
       ValueError: for fewer than 3 steps.
@@ -142,7 +135,7 @@ def long_run_covariance(series_TxC: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def autocorrelation_time(series: np.ndarray) -> float:
-    """1 + 2·Σ autocorrelations, summed over pairs of lags until a pair turns negative (Geyer 1992); at least 1."""
+    """1 + 2·Σ autocorrelations, at least 1. The sum takes lags in pairs and stops at a negative pair (Geyer 1992)."""
     centred = series - series.mean()
     num_steps = len(series)
     power = np.abs(np.fft.rfft(centred, 2 * num_steps)) ** 2
@@ -155,9 +148,19 @@ def autocorrelation_time(series: np.ndarray) -> float:
     return max(1.0, 2 * float(pairs.sum()) - 1)
 
 
+def _effective_steps(tr_g2_Tx2, long_run_cov):
+    # The effective number of steps of the linearised ratio, which is Q̄·S − S̄·Q up to a factor.
+    trace_cov, grad_sq_norm = tr_g2_Tx2.mean(0)
+    direction = np.array([grad_sq_norm, -trace_cov])
+    one_step = direction @ np.cov(tr_g2_Tx2.T) @ direction
+    long_run = direction @ long_run_cov @ direction
+    return float(len(tr_g2_Tx2) * one_step / long_run) if long_run > 0 else float(len(tr_g2_Tx2))
+
+
 def _degrees_of_freedom(series_TxC):
-    # An AR(1) of coefficient r bends the spectrum at zero by a factor 1 − (ω²/2)·2r/(1 − r)² to second order, and its
-    # mean over the K lowest frequencies ω = πk/T by 1 − (π²K²/6T²)·2r/(1 − r)².
+    # For an AR(1) of coefficient r, the spectrum at a low frequency ω is the spectrum at zero times
+    # 1 − (ω²/2)·2r/(1 − r)², to second order. Its mean over the K lowest frequencies ω = πk/T is the spectrum at zero
+    # times 1 − (π²K²/6T²)·2r/(1 − r)².
     num_steps = len(series_TxC)
     time = max(autocorrelation_time(column) for column in series_TxC.T)
     r = (time - 1) / (time + 1)

@@ -1,10 +1,11 @@
-"""Noise scales of optimizers that don't live in Euclidean space: ℓ1 for sign descent and Adam, spectral for Muon.
+"""Noise scales in the norms of other optimizers: ℓ1 for sign descent and Adam, spectral for Muon.
 
-arXiv 2602.03001: B_ℓ1 = ‖σ‖₁²/‖G‖₁² with σ the standard deviations of the one-example gradient's coordinates, and
-B_spectral = (tr C^{1/2})²/‖G‖_*² with C its covariance along a matrix's shorter side. Noise makes the norm of an
-average gradient too large, so ‖G‖ is bounded from both sides: from above by E‖ĝ‖ ≥ ‖G‖ (Jensen), from below by
-E⟨dual(h₁), h₂⟩ ≤ ‖G‖ with h₁, h₂ the gradients of two independent halves and dual the sign or the polar factor, whose
-dual norm is at most 1.
+arXiv 2602.03001 defines them. B_ℓ1 = ‖σ‖₁²/‖G‖₁²; σ are the standard deviations of the coordinates of the one-example
+gradient. B_spectral = (tr C^{1/2})²/‖G‖_*²; C is the covariance of that gradient along a matrix's shorter side.
+
+Noise makes the norm of an average gradient too large, so this module gives two bounds on ‖G‖. The upper bound is
+E‖ĝ‖ ≥ ‖G‖ (Jensen). The lower bound is E⟨dual(h₁), h₂⟩ ≤ ‖G‖, where h₁ and h₂ are the gradients of two independent
+halves of the batch and dual is the sign or the polar factor, whose dual norm is at most 1.
 """
 
 import math
@@ -18,38 +19,39 @@ import numpy as np
 from scaling_jax.noise_scale import accumulate
 from scaling_jax.noise_scale.accumulate import path_name
 
-RIDGE = 3e-7  # of the trace of the raw second moment; a few roundings in float32
+RIDGE = 3e-7  # as a part of the trace of the raw second moment; a few rounding errors of float32
 
 
 class NormBounds(NamedTuple):
-    """One step's noise and bounds on the gradient in a norm; float32 scalars of which means over steps make sense."""
+    """One step's noise, and bounds on the norm of the gradient; float32 scalars. Average each of them over steps."""
 
     noise: jax.Array  # ‖σ‖₁ or tr C^{1/2}, bias corrected
-    grad_low: jax.Array  # in expectation at most ‖G‖; may be negative
-    grad_high: jax.Array  # in expectation at least ‖G‖
+    grad_low: jax.Array  # its expectation is at most ‖G‖; may be negative
+    grad_high: jax.Array  # its expectation is at least ‖G‖
 
 
 def bounds(series: NormBounds) -> tuple[float, float]:
-    """(low, high) of the noise scale in examples from a series of steps, each quantity averaged over them first.
+    """(low, high) of the noise scale in examples, from the averages over a series of steps.
 
-    They bound what the gradient's norm leaves open; the noise's own correction is taken as exact. `high` is inf where
-    the mean of grad_low isn't positive.
+    The range comes from the bounds on ‖G‖ only; the bias correction of the noise is taken as exact. `high` is inf if
+    the mean of `grad_low` isn't positive.
     """
     noise, grad_low, grad_high = (float(np.mean(np.asarray(x, np.float64))) for x in series)
     return noise**2 / grad_high**2, noise**2 / grad_low**2 if grad_low > 0 else math.inf
 
 
 def l1(loss_fn: Callable, *, num_microbatches: int, axis_name=None) -> Callable[..., NormBounds]:
-    """‖σ‖₁ and bounds on ‖G‖₁ from the spread of small gradients.
+    """‖σ‖₁ and bounds on ‖G‖₁, from the spread of small gradients.
 
-    Each coordinate's standard deviation over n small batches is divided by c₄(n), which is exact for normal gradients.
+    The standard deviation of each coordinate over n small batches is divided by c₄(n). This correction is exact for
+    normally distributed gradients.
 
     Args:
       loss_fn, axis_name: as for `value_and_grad`.
-      num_microbatches: even; the first half of them is the first independent half.
+      num_microbatches: even; the first half of the microbatches is the first independent half.
 
     Returns:
-      `(params, batch, *extra) -> NormBounds`, for one more gradient of the batch; see `every`.
+      `(params, batch, *extra) -> NormBounds`. It costs one more gradient of the batch; see `every`.
     """
 
     def measure(params, batch, *extra):
@@ -64,7 +66,7 @@ def l1(loss_fn: Callable, *, num_microbatches: int, axis_name=None) -> Callable[
         mean = jax.tree.map(_mid, first, second)
 
         def std(sq1, sq2, g):
-            # Below zero by rounding only, where all small gradients agree.
+            # Only rounding makes this negative, where all small gradients agree.
             return jnp.sqrt(jnp.maximum(_mid(sq1, sq2) - jnp.square(g), 0.0) * (n / (n - 1)))
 
         small_batch = split.local_batch // num_microbatches
@@ -85,19 +87,22 @@ def spectral(
 ) -> Callable[..., NormBounds]:
     """tr C^{1/2} and bounds on ‖G‖_*, summed over all matrices among the parameters.
 
-    C is the covariance along a matrix's shorter side. Along either side tr C^{1/2} is at least the noise's mean ‖·‖_*;
-    the paper leaves open which way a layer's matrix lies, and for noise without structure the shorter is the tighter.
-    tr Ĉ^{1/2} is too small by about a/(degrees of freedom): the halves, with about half of them, give a (Richardson).
-    The cost grows as the shorter side's cube; leave embeddings out, as Muon does.
+    C is the covariance along a matrix's shorter side. The paper doesn't say which side to take. Along either side,
+    tr C^{1/2} is at least the mean ‖·‖_* of the noise; for noise without structure, the shorter side is closer to it.
+
+    tr Ĉ^{1/2} is too small by about a/(degrees of freedom). The halves of the batch have about half of the degrees of
+    freedom, so comparing them with the whole batch gives a (Richardson extrapolation).
+
+    The cost grows as the cube of the shorter side; leave embeddings out, as Muon does.
 
     Args:
       loss_fn, axis_name: as for `value_and_grad`.
       num_microbatches: even; at least 4 small batches on all devices together.
-      stacked: parameter path -> whether its leading axis counts layers, each with a matrix of its own.
-      select: parameter path -> whether a matrix is used.
+      stacked: parameter path -> True if the leading axis counts layers, each with its own matrix.
+      select: parameter path -> True if the matrix is used.
 
     Returns:
-      `(params, batch, *extra) -> NormBounds`, for one more gradient of the batch; see `every`.
+      `(params, batch, *extra) -> NormBounds`. It costs one more gradient of the batch; see `every`.
     """
 
     def matrices(tree) -> list[jax.Array]:
@@ -121,7 +126,7 @@ def spectral(
 
         def noise(count, mean_sq, mean):
             def covariance(sq, g):
-                # Rounding may leave eigenvalues just below zero, from which the iteration would run away.
+                # Rounding may make an eigenvalue slightly negative, and then the iteration would diverge.
                 ridge = RIDGE * jnp.trace(sq, axis1=1, axis2=2)[:, None, None] * jnp.eye(sq.shape[-1])[None]
                 return (sq - _gram(g) + ridge) * (small_batch * count / (count - 1))
 
@@ -137,9 +142,9 @@ def spectral(
 
 
 def every(k: int, step: jax.Array, measure: Callable[..., Any], *args) -> tuple[jax.Array, Any]:
-    """`(True, measure(*args))` on steps that k divides, `(False, zeros)` on the others, which cost nothing.
+    """`(True, measure(*args))` if k divides `step`, else `(False, zeros)` at no cost.
 
-    `step` must be the same on all devices, and not be mapped by `vmap`, which would run both branches.
+    `step` must be the same on all devices. Don't map `step` with `vmap`, which would run `measure` at every step.
     """
     zeros = jax.tree.map(
         lambda s: accumulate.mark_varying(jnp.zeros(s.shape, s.dtype), accumulate.varying(s)),
@@ -147,6 +152,47 @@ def every(k: int, step: jax.Array, measure: Callable[..., Any], *args) -> tuple[
     )
     measured = step % k == 0
     return measured, jax.lax.cond(measured, lambda: measure(*args), lambda: zeros)
+
+
+def trace_sqrt(a_NxN: jax.Array, num_iterations: int = 18) -> jax.Array:
+    """tr A^{1/2} of a positive semidefinite matrix, by the coupled Newton–Schulz iteration.
+
+    An eigenvalue below (2/3)^{2·num_iterations} of the Frobenius norm (below 2e-7 of it after 18 iterations)
+    contributes too little. More iterations would amplify float32's rounding errors in eigenvalues near zero.
+
+    Source: Higham 2008, "Functions of Matrices", eq. 6.35.
+    """
+    size = jnp.sqrt(jnp.sum(jnp.square(a_NxN)))
+    size = jnp.where(size > 0, size, 1.0)
+    identity = jnp.eye(a_NxN.shape[-1], dtype=a_NxN.dtype)
+
+    def step(_, yz):
+        y, z = yz
+        t = 1.5 * identity - 0.5 * _matmul(z, y)
+        return _matmul(y, t), _matmul(t, z)
+
+    # z starts at the identity. Adding 0·a makes shard_map see that z varies along the same axes as `a`.
+    y, _ = jax.lax.fori_loop(0, num_iterations, step, (a_NxN / size, identity + 0 * a_NxN))
+    return jnp.trace(y) * jnp.sqrt(size)
+
+
+def polar_factor(g_MxN: jax.Array, num_iterations: int = 30) -> jax.Array:
+    """UVᵀ of the singular value decomposition UDVᵀ, by the Newton–Schulz iteration. Its spectral norm is at most 1.
+
+    A singular value below (2/3)^num_iterations of the Frobenius norm becomes less than 1. A zero matrix gives zeros.
+
+    Source: Higham 2008, "Functions of Matrices", eq. 8.20.
+    """
+    g = g_MxN if g_MxN.shape[0] <= g_MxN.shape[1] else g_MxN.T
+    size = jnp.sqrt(jnp.sum(jnp.square(g)))
+    x = g / jnp.where(size > 0, size, 1.0)
+    x = jax.lax.fori_loop(0, num_iterations, lambda _, x: 1.5 * x - 0.5 * _matmul(_matmul(x, x.T), x), x)
+    return x if g.shape == g_MxN.shape else x.T
+
+
+def nuclear_norm(g_MxN: jax.Array) -> jax.Array:
+    """Sum of singular values."""
+    return jnp.sum(polar_factor(g_MxN) * g_MxN)
 
 
 def _gradients(loss_fn, split, microbatch, extra):
@@ -167,7 +213,7 @@ def _count(num_microbatches, num_devices, at_least):
     n = num_microbatches * num_devices
     if num_microbatches % 2 or n < at_least:
         raise ValueError(
-            f"{num_microbatches} microbatches on {num_devices} devices don't make two halves of "
+            f"{num_microbatches} microbatches on {num_devices} devices don't make two halves of at least "
             f"{at_least // 2} small batches: use an even num_microbatches >= {at_least}"
         )
     return n
@@ -199,47 +245,6 @@ def _mid(a, b):
 
 def _sum(tree):
     return sum((jnp.sum(x) for x in jax.tree.leaves(tree)), start=jnp.zeros(()))
-
-
-def trace_sqrt(a_NxN: jax.Array, num_iterations: int = 18) -> jax.Array:
-    """tr A^{1/2} of a positive semidefinite matrix, by the coupled Newton–Schulz iteration.
-
-    An eigenvalue below (2/3)^{2·num_iterations} of the Frobenius norm (2e-7 of it after 18 iterations) contributes too
-    little. More iterations would amplify float32's rounding of eigenvalues near zero.
-
-    Source: Higham 2008, "Functions of Matrices", eq. 6.35.
-    """
-    size = jnp.sqrt(jnp.sum(jnp.square(a_NxN)))
-    size = jnp.where(size > 0, size, 1.0)
-    identity = jnp.eye(a_NxN.shape[-1], dtype=a_NxN.dtype)
-
-    def step(_, yz):
-        y, z = yz
-        t = 1.5 * identity - 0.5 * _matmul(z, y)
-        return _matmul(y, t), _matmul(t, z)
-
-    # z starts at the identity, made from `a` so that shard_map sees it vary wherever `a` does.
-    y, _ = jax.lax.fori_loop(0, num_iterations, step, (a_NxN / size, identity + 0 * a_NxN))
-    return jnp.trace(y) * jnp.sqrt(size)
-
-
-def polar_factor(g_MxN: jax.Array, num_iterations: int = 30) -> jax.Array:
-    """UVᵀ of the singular value decomposition UDVᵀ, by the Newton–Schulz iteration; its spectral norm is at most 1.
-
-    A singular value below (2/3)^num_iterations of the Frobenius norm gets a factor less than 1. Zero gives zero.
-
-    Source: Higham 2008, "Functions of Matrices", eq. 8.20.
-    """
-    g = g_MxN if g_MxN.shape[0] <= g_MxN.shape[1] else g_MxN.T
-    size = jnp.sqrt(jnp.sum(jnp.square(g)))
-    x = g / jnp.where(size > 0, size, 1.0)
-    x = jax.lax.fori_loop(0, num_iterations, lambda _, x: 1.5 * x - 0.5 * _matmul(_matmul(x, x.T), x), x)
-    return x if g.shape == g_MxN.shape else x.T
-
-
-def nuclear_norm(g_MxN: jax.Array) -> jax.Array:
-    """Sum of singular values."""
-    return jnp.sum(polar_factor(g_MxN) * g_MxN)
 
 
 def _matmul(a, b):

@@ -16,17 +16,17 @@ from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
 class Moments(NamedTuple):
     """Squared gradient norms at two batch sizes; batch sizes in examples.
 
-    The norms are float32 scalars, or pytrees of them where `norm` returns one (groups, several metrics).
+    The norms are float32 scalars. With groups, or a `norm` that returns several numbers, they are pytrees of scalars.
     """
 
     small_sq_norm: Any  # mean over small batches of |g_small|², never |mean|²
     big_sq_norm: Any  # |g_big|² of the whole batch
-    small_batch: Any  # a number, or one for each step of a series
+    small_batch: Any  # one number; for a series of steps, one number per step
     big_batch: Any
 
 
 def unbiased(m: Moments) -> tuple[Any, Any]:
-    """Unbiased |G|² and tr(Σ) from one step (A.2, A.3); either may be negative, their ratio is biased."""
+    """Unbiased (|G|², tr(Σ)) from one step (A.2, A.3). Either may be negative, and their ratio is biased."""
     grad_sq_norm = jax.tree.map(
         lambda small, big: (m.big_batch * big - m.small_batch * small) / (m.big_batch - m.small_batch),
         m.small_sq_norm,
@@ -52,41 +52,42 @@ def value_and_grad(
 ):
     """`jax.value_and_grad` of a mean loss that also returns the `Moments` of its gradient.
 
-    Works inside jit, pmap, shard_map (both `check_vma` settings) and vmap, and inside an outer vmap over runs.
+    It works inside jit, pmap, shard_map (with and without `check_vma`) and vmap, and inside an outer vmap over runs.
 
     Args:
-      loss_fn: `(params, batch, *extra) -> scalar`, the mean over the leading axis of every leaf of `batch`, without
-        collectives of its own. Token weights that differ between examples need a fixed denominator, not the batch's
-        own sum of weights (`fixed_denominator`, `check_mean_loss`). `extra` goes to every microbatch as it is; what
-        differs by example (dropout keys) belongs in `batch`.
-      num_microbatches: parts each device's batch is split into; their gradients are the small ones of "two_batch".
-      axis_name: mapped axis (or axes) over which devices hold different parts of the batch; None on one device.
-      has_aux: `loss_fn` returns `(loss, aux)`; `aux` has floating leaves and is averaged as the loss is.
-      method: "two_batch" compares microbatches and devices with the whole. "per_example" compares single examples
-        with the whole: the sharpest, for losses built from `taps`. "norm_layers" does so for LayerNorm and RMSNorm
-        parameters only, a cheap proxy (Gray et al. 2024, arXiv 2411.00999): its noise scale is theirs. The whole
-        model's was 1.4 to 2.1 times that, falling as the loss fell from 2.4 to 1.6 nats, in a 2x64 model of bytes:
-        measure the factor on yours (one run of "per_example" with groups tells both).
-      norm: for "two_batch": gradients -> scalar or pytree of scalars, each a quadratic form of the gradient: `sq_norm`
-        by default, `adam_norms(...)`, `curvature(...)`, or a function that returns a dict of several.
-      groups: parameter path (`layers/query`) -> group name; the norms become dicts that add up to the whole.
-      stacked: parameter path -> whether the leading axis is one of layers that the loss scans over. Groups then see
+      loss_fn: `(params, batch, *extra) -> scalar`, the mean over the leading axis of every leaf of `batch`. It has no
+        collectives of its own. If token weights differ between examples, divide by a fixed denominator, not by the
+        batch's own sum of weights (`fixed_denominator`, `check_mean_loss`). Every microbatch gets the same `extra`;
+        put what differs by example (dropout keys) in `batch`.
+      num_microbatches: parts of each device's batch. "two_batch" takes their gradients as the small ones.
+      axis_name: mapped axis (or axes) along which devices hold different parts of the batch; None on one device.
+      has_aux: `loss_fn` returns `(loss, aux)`. The leaves of `aux` are floats; they are averaged like the loss.
+      method: "two_batch" compares microbatches and devices with the whole batch. "per_example" compares single
+        examples with the whole batch: it is the most precise, and needs a loss built from `taps`. "norm_layers" does
+        this for the parameters of LayerNorm and RMSNorm only (Gray et al. 2024, arXiv 2411.00999). It is cheap, but
+        gives the noise scale of these parameters. In a 2x64 model of bytes, the noise scale of the whole model was
+        2.1 times as large at a loss of 2.4 nats and 1.4 times at 1.6 nats. Measure this factor on your model: one run
+        of "per_example" with groups gives both.
+      norm: for "two_batch": gradients -> scalar or pytree of scalars, each a quadratic form of the gradient. The
+        default is `sq_norm`; `adam_norms(...)`, `curvature(...)` and a function that returns a dict of several also do.
+      groups: parameter path (`layers/query`) -> group name. The norms become dicts, whose values add up to the whole.
+      stacked: parameter path -> True if the leading axis counts layers that the loss scans over. `groups` then gets
         `layers/query/0`, `layers/query/1`, ...
-      is_norm_layer: parameter path -> whether "norm_layers" uses it.
+      is_norm_layer: parameter path -> True if "norm_layers" uses the parameter.
 
     Returns:
-      `(params, batch, *extra) -> ((loss, moments), grads)`, or `((loss, moments, aux), grads)`; loss, aux and grads
-      are those of the whole batch, grads in the parameters' dtypes.
+      `(params, batch, *extra) -> ((loss, moments), grads)`, or `((loss, moments, aux), grads)`. Loss, aux and grads
+      are means over the whole batch; grads have the dtypes of the parameters.
 
     Raises:
-      ValueError: (at trace time) if the small batch would be the whole batch, or doesn't divide it; if the parts of
-        the batch disagree, or devices hold the same batch.
+      ValueError: at trace time, if the small batch is the whole batch or doesn't divide it, if the leaves of the batch
+        differ in their number of examples, or if devices hold the same batch.
       TypeError: if a parameter isn't floating point.
     """
     if method not in ("two_batch", "per_example", "norm_layers"):
         raise ValueError(f"method={method!r} must be 'two_batch', 'per_example' or 'norm_layers'")
     if norm is not None and (groups is not None or method != "two_batch"):
-        raise ValueError("norm goes with method='two_batch' and without groups")
+        raise ValueError("norm works only with method='two_batch' and without groups")
     two_batch = method == "two_batch"
 
     def selected(name):
@@ -104,7 +105,7 @@ def value_and_grad(
         small_batch = split.local_batch // num_microbatches if two_batch else 1
         if small_batch == big_batch:
             raise ValueError(
-                f"small and whole batch are both {big_batch} examples, which leaves nothing to compare: use "
+                f"small batch and whole batch are both {big_batch} examples, so there is nothing to compare: use "
                 + ("num_microbatches >= 2 or more devices" if two_batch and big_batch > 1 else "a larger batch")
             )
         if not any(map(selected, accumulate.names(params))):
@@ -123,7 +124,7 @@ def value_and_grad(
             return accumulate.check_outputs(loss, aux, split), grads, small_sq_norm
 
         (loss, aux), grads, small_sq_norm = accumulate.mean(one, split)
-        # A norm of the caller's may depend on the device, as one with each device's own Hessian does.
+        # The caller's norm may depend on the device: `curvature` uses each device's own Hessian.
         big_sq_norm = norm_of(grads) if norm is None else accumulate.mean_over_devices(norm(grads), split)
         moments = Moments(small_sq_norm, big_sq_norm, jnp.float32(small_batch), jnp.float32(big_batch))
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)

@@ -1,4 +1,7 @@
-"""Every example's own squared gradient norm, by taps: the small batch of one that makes the moments sharpest."""
+"""Squared gradient norms of single examples, through `taps`: moments with a small batch of one example.
+
+These are the most precise moments that a batch can give.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +15,20 @@ from scaling_jax.noise_scale.taps import Tapped
 
 
 def is_norm_layer(name: str) -> bool:
-    """Whether a parameter path belongs to a LayerNorm or RMSNorm: a part of it holds "norm" or starts with "ln"."""
+    """True for the parameter path of a LayerNorm or RMSNorm: one of its parts contains "norm" or starts with "ln"."""
     return any("norm" in part.lower() or part.lower().startswith("ln") for part in name.split("/"))
 
 
 def loss_and_leaf_norms(loss_fn, params, batch, extra, *, has_aux, tapped, stacked):
-    """A microbatch's loss, gradients and, per tapped parameter, mean squared norm of its examples' own gradients.
+    """A microbatch's loss and gradients, and the mean squared gradient norm of its examples for each tapped parameter.
 
     Args:
-      loss_fn: `(params, batch, *extra) -> mean loss`, over parameters some of which are `Tapped`.
-      tapped, stacked: predicates of the parameter path: which to tap, which have a leading axis of scanned layers.
+      loss_fn: `(params, batch, *extra) -> mean loss`; it gets `Tapped` in place of each tapped parameter.
+      tapped: parameter path -> True if the parameter is tapped.
+      stacked: parameter path -> True if the leading axis counts layers that the loss scans over.
 
     Returns:
-      `(value, grads, {path: () or, where stacked, (L,) float32})`.
+      `(value, grads, {path: norm})`; a norm is a float32 scalar, or (L,) if the parameter is stacked.
     """
     batch_size = jax.tree.leaves(batch)[0].shape[0]
     batch_axes = frozenset().union(*map(varying, jax.tree.leaves(batch)))
@@ -41,7 +45,7 @@ def loss_and_leaf_norms(loss_fn, params, batch, extra, *, has_aux, tapped, stack
         return loss_fn(jax.tree_util.tree_map_with_path(tap, params), batch, *extra)
 
     value, (grads, sq_norms) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=has_aux)(params, probes)
-    # Each example enters the mean loss with weight 1/B, so its own squared norm is B² the tapped one.
+    # Each example has weight 1/B in the mean loss, so its own squared norm is B² times the tapped one.
     return value, grads, {name: batch_size * jnp.sum(x, axis=-1) for name, x in sq_norms.items()}
 
 
@@ -53,14 +57,14 @@ def check_taps(
     stacked: Callable[[str], bool] = lambda name: False,
     rtol: float = 1e-3,
 ) -> None:
-    """Compare the taps with `jax.vmap(jax.grad)` on a small batch, parameter by parameter, once before training.
+    """Check the taps against `jax.vmap(jax.grad)` on a small batch. Call it once before training.
 
     Args:
       loss_fn, stacked: as for `value_and_grad(method="per_example")`.
-      rtol: of each parameter's mean squared norm; a few percent for bfloat16 compute.
+      rtol: relative tolerance of each parameter's mean squared norm; take a few percent for bfloat16 compute.
 
     Raises:
-      ValueError: naming the parameters whose per-example norms are wrong: untapped, or used twice.
+      ValueError: if the norms of a parameter are wrong, because it isn't tapped or is used twice. Names the parameters.
     """
 
     def one(example):
@@ -75,4 +79,7 @@ def check_taps(
         if not jnp.all(jnp.abs(got - want) <= rtol * want):
             wrong.append(f"{name} (tapped {jnp.sum(got):.4g}, exact {jnp.sum(want):.4g})")
     if wrong:
-        raise ValueError(f"per-example norms are wrong for {', '.join(wrong)}: tap every use, tie with embed_tied")
+        raise ValueError(
+            f"per-example norms are wrong for {', '.join(wrong)}: tap every use of a parameter, and use embed_tied and "
+            "unembed_tied for a table that is also the output head"
+        )

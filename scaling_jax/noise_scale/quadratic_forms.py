@@ -1,4 +1,4 @@
-"""Squared norms of gradient pytrees, of all parameters or group by group, and other quadratic forms of a gradient."""
+"""Squared norms of gradients, for all parameters or per group, and other quadratic forms of a gradient."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,15 +15,16 @@ def sq_norm(tree: Any) -> jax.Array:
 
 
 def leaf_sq_norms(tree: Any, stacked: Callable[[str], bool]) -> dict[str, jax.Array]:
-    """Squared norm of every leaf by its path; (L,) of them, layer by layer, where the leaf is stacked."""
+    """{path: squared norm} of every leaf; for a stacked leaf (L,), one norm per layer."""
     leaves = ((path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
     return {name: _sum_sq(x, keep_first=stacked(name)) for name, x in leaves}
 
 
 def add_up(sq_norms: Mapping[str, jax.Array], groups: Callable[[str], str] | None) -> Any:
-    """Leaf norms -> their sum; or, by group of their parameter path, {group: sum}.
+    """Sum of the leaf norms; with `groups`, {group: sum}.
 
-    The layers of a stacked leaf `layers/query` are grouped one by one, as `layers/query/0`, `layers/query/1`, ...
+    `groups` maps a parameter path to a group name. It gets each layer of a stacked leaf `layers/query` by itself, as
+    `layers/query/0`, `layers/query/1`, ...
     """
     if groups is None:
         return sum((jnp.sum(x) for x in sq_norms.values()), start=jnp.zeros(()))
@@ -34,22 +35,15 @@ def add_up(sq_norms: Mapping[str, jax.Array], groups: Callable[[str], str] | Non
     return total
 
 
-def _sum_sq(x, keep_first=False):
-    # Not jnp.vdot: TPUs and GPUs may round the inputs of a dot product to bfloat16 or tf32.
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares = jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
-    return jnp.sum(squares, axis=tuple(range(int(keep_first), x.ndim)))
-
-
 def adam_norms(nu: Any, eps: float = 1e-8) -> Callable[[Any], dict[str, jax.Array]]:
-    """A norm giving both |P^{-1/2}g|² ("adam_half") and |P⁻¹g|² ("adam_full"), with P = √ν̂ + eps.
+    """A norm that gives both |P^{-1/2}g|² ("adam_half") and |P⁻¹g|² ("adam_full"), with P = √ν̂ + eps.
 
-    The first is the noise scale in Adam's own metric, gᵀP⁻¹g; the second that of the update vector P⁻¹g.
+    "adam_half" gives the noise scale in Adam's own metric, gᵀP⁻¹g; "adam_full" gives that of the update P⁻¹g.
 
     Args:
-      nu: bias-corrected second moments, a pytree like the parameters, from before this step: ones that hold the step's
-        own gradient would bias both.
-      eps: Adam's.
+      nu: bias-corrected second moments from before this step, a pytree like the parameters. Second moments that
+        contain this step's gradient would bias both norms.
+      eps: Adam's epsilon.
     """
 
     def norm(grads):
@@ -62,15 +56,15 @@ def adam_norms(nu: Any, eps: float = 1e-8) -> Callable[[Any], dict[str, jax.Arra
 
 
 def curvature(loss_fn: Callable, params: Any, batch: Any, *extra) -> Callable[[Any], jax.Array]:
-    """The norm gᵀHg, whose noise scale is B_noise = tr(HΣ)/(GᵀHG); one Hessian-vector product per gradient.
+    """A norm that gives gᵀHg; its noise scale is B_noise = tr(HΣ)/(GᵀHG). Costs a Hessian-vector product per gradient.
 
     Args:
       loss_fn: `(params, batch, *extra) -> mean loss`.
-      batch: data for H, independent of the batch that the gradients come from. Devices may hold different shares:
-        each weighs its small gradients by its own Hessian, and the whole gradient is weighed by their mean.
+      batch: data for the Hessian H, independent of the gradients' batch. Devices may hold different parts of it. Each
+        device then uses its own H for its small gradients, and the mean of all H for the whole gradient.
 
     Returns:
-      `grads -> float32 scalar`, which may be negative where the loss isn't convex.
+      `grads -> float32 scalar`; it may be negative where the loss isn't convex.
     """
     axes = frozenset().union(*map(varying, jax.tree.leaves(batch)))
     params = jax.tree.map(lambda x: mark_varying(x, axes), params)
@@ -82,3 +76,10 @@ def curvature(loss_fn: Callable, params: Any, batch: Any, *extra) -> Callable[[A
         return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
     return norm
+
+
+def _sum_sq(x, keep_first=False):
+    # Not jnp.vdot: TPUs and GPUs may round the inputs of a dot product to bfloat16 or tf32.
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+    return jnp.sum(squares, axis=tuple(range(int(keep_first), x.ndim)))

@@ -1,12 +1,13 @@
-"""Layers that tell every example's squared gradient norm, without any per-example gradient being kept.
+"""Layers that give the squared gradient norm of every example, without keeping per-example gradients.
 
-A parameter travels as `Tapped(value, probe)`, where the probe is one zero per example. No output depends on the probe;
-its *cotangent* is set, in the backward pass, to the squared norm of each example's gradient of the value. A plain array
-in the parameter's place gives the plain layer, so one model serves both (Goodfellow 2015, arXiv 1510.01799; Li et al.
-2022, arXiv 2110.05679; Gray et al. 2024, arXiv 2411.00999).
+The model gets a parameter as `Tapped(value, probe)`; the probe is one zero per example. No output depends on the probe.
+The backward pass sets the *cotangent* of the probe to the squared norm of each example's gradient of the value. With a
+plain array instead of `Tapped`, a layer does the usual computation, so one model serves both (Goodfellow 2015, arXiv
+1510.01799; Li et al. 2022, arXiv 2110.05679; Gray et al. 2024, arXiv 2411.00999).
 
-Each use of a parameter adds its own norm to the probe. For a parameter used twice that misses the cross term; the
-`*_tied` pair has it for an embedding that is also the output head. `per_example.check_taps` finds what is missing.
+Each use of a parameter adds the squared norm of its own gradient to the probe. If a parameter is used twice, the cross
+term of both gradients is missing. `embed_tied` and `unembed_tied` add it for an embedding that is also the output head.
+`check_taps` finds parameters whose norms are wrong.
 """
 
 from functools import partial
@@ -18,13 +19,13 @@ import jax.numpy as jnp
 
 from scaling_jax.noise_scale.accumulate import mark_varying, varying
 
-MAX_ELEMENTS = 2**24  # of one layer's per-example gradients at a time; beyond it examples take turns
-MAX_ELEMENTS_ON_CPU = 2**20  # what caches hold
-FLOP_PER_BYTE = 10  # what a machine computes in the time that it moves a byte; H100 20 in float32, CPU cores 5 to 10
+MAX_ELEMENTS = 2**24  # of one layer's per-example gradients at a time; a larger batch is computed in chunks
+MAX_ELEMENTS_ON_CPU = 2**20  # about what the caches hold
+FLOP_PER_BYTE = 10  # operations in the time that memory moves one byte; an H100 has 20 in float32, CPU cores 5 to 10
 
 
 class Tapped(NamedTuple):
-    """A parameter and its probe, (B,) zeros in float32 with B the examples of the microbatch."""
+    """A parameter and its probe: (B,) float32 zeros, one per example of the microbatch."""
 
     value: jax.Array
     probe: jax.Array
@@ -35,16 +36,16 @@ class Tapped(NamedTuple):
 
 
 def einsum(spec: str, x, w):
-    """`jnp.einsum(spec, x, w)` of activations and a weight: dense layers, attention projections.
+    """`jnp.einsum(spec, x, w)` of activations and a weight, for dense layers and attention projections.
 
     Args:
-      spec: two operands, explicit output, no ellipsis: "btd,dhk->bthk". The first letter of `x` and of the output is
-        the example's, and isn't in `w`.
+      spec: two operands and an output, without an ellipsis: "btd,dhk->bthk". The first letter of `x` and of the output
+        stands for the example; `w` doesn't contain it.
       x: activations (B, …).
       w: array or `Tapped`.
 
     Raises:
-      ValueError: if the spec isn't of that form.
+      ValueError: if the spec doesn't have this form.
     """
     dims = _parse(spec)
     if not isinstance(w, Tapped):
@@ -54,17 +55,17 @@ def einsum(spec: str, x, w):
 
 
 def scale(x, w):
-    """x * w with `w`, array or `Tapped`, of the shape of x's last axes: the scale of LayerNorm or RMSNorm."""
+    """x * w for the scale of a LayerNorm or RMSNorm. `w`, an array or `Tapped`, has the shape of x's last axes."""
     return _tapped_elementwise(_scale, jnp.multiply, x, w)
 
 
 def add(x, w):
-    """x + w with `w`, array or `Tapped`, of the shape of x's last axes: biases, learned positions."""
+    """x + w for biases and learned positions. `w`, an array or `Tapped`, has the shape of x's last axes."""
     return _tapped_elementwise(_add, jnp.add, x, w)
 
 
 def embed(table, ids):
-    """table[ids]: (V, D) array or `Tapped`, integers (B, …) -> (B, …, D)."""
+    """table[ids]. `table` is a (V, D) array or `Tapped`, `ids` are integers (B, …); the result is (B, …, D)."""
     if not isinstance(table, Tapped):
         return table[ids]
     _check_probe(ids, table)
@@ -72,7 +73,7 @@ def embed(table, ids):
 
 
 def embed_tied(table, ids):
-    """`embed` for a table that is the output head too: -> (activations, link); hand the link to `unembed_tied`."""
+    """`embed` for a table that is also the output head: (activations, link). Pass the link to `unembed_tied`."""
     if not isinstance(table, Tapped):
         return table[ids], None
     _check_probe(ids, table)
@@ -81,7 +82,7 @@ def embed_tied(table, ids):
 
 
 def unembed_tied(x, table, ids, link):
-    """Logits (B, T, V) = x · tableᵀ of the table that `embed_tied(table, ids)` looked up; x (B, T, D), ids (B, S)."""
+    """Logits (B, T, V) = x · tableᵀ, after `embed_tied(table, ids)` gave the link. x is (B, T, D), ids are (B, S)."""
     if not isinstance(table, Tapped):
         return jnp.einsum("btd,vd->btv", x, table)
     _check_probe(x, table)
@@ -94,7 +95,7 @@ def _einsum(dims, x, w, probe):
 
 
 def _product(dims, x, w):
-    """The einsum, as one plain matrix product wherever it is one: XLA's CPU backend is up to 4 times as fast at it."""
+    """The einsum, as a single matrix product where possible; XLA's CPU backend does that up to 4 times as fast."""
     x_dims, w_dims, y_dims = dims
     leading = sum(d not in w_dims for d in x_dims)
     if x_dims[:leading] != y_dims[:leading] or w_dims != x_dims[leading:] + y_dims[leading:]:
@@ -111,7 +112,7 @@ def _einsum_fwd(dims, x, w, probe):
 def _einsum_bwd(dims, residuals, dy):
     x, w = residuals
     _, pullback = jax.vjp(partial(_product, dims), x, w)
-    dx, dw = pullback(dy)  # dw isn't computed where nothing uses it
+    dx, dw = pullback(dy)  # XLA leaves dw out if nothing uses it
     if _gram_is_cheaper(dims, x, w):
         xx, dd = (_gram(z, z_dims, dims) for z, z_dims in ((x, dims[0]), (dy, dims[2])))
         return dx, dw, jnp.sum(xx * dd, axis=tuple(range(1, xx.ndim)))
@@ -138,15 +139,15 @@ _einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
 def _chunk(num_examples, num_weights):
-    """How many examples' gradients are made at a time: the most that divide all of them and fit."""
+    """Number of examples whose gradients are computed at a time: the largest divisor of all examples that fits."""
     most = MAX_ELEMENTS_ON_CPU if jax.default_backend() == "cpu" else MAX_ELEMENTS
     return max(n for n in range(1, num_examples + 1) if num_examples % n == 0 and (n == 1 or n * num_weights <= most))
 
 
 def _gram_is_cheaper(dims, x, w):
-    """Whether inner products between positions take less time than to write per-example gradients and read them twice.
+    """True if inner products between positions take less time than writing and twice reading per-example gradients.
 
-    The gradients' own operations are those that the sum over examples needs anyway.
+    The operations that compute the per-example gradients aren't counted: the sum over examples needs them anyway.
     """
     x_dims, w_dims, y_dims = dims
     if set(x_dims) - set(w_dims + y_dims):
@@ -168,7 +169,7 @@ def _shared(dims):
 
 
 def _gram(z, z_dims, dims):
-    """Inner products between the positions of each example: (B, positions, positions again, shared letters)."""
+    """Inner products between the positions of each example: (B, positions, same positions again, shared letters)."""
     again = {d: d.upper() for d in _positions(dims)}
     other = "".join(again.get(d, d) for d in z_dims)
     out = "".join([z_dims[0], *again.keys(), *again.values(), *_shared(dims)])
@@ -226,7 +227,7 @@ def _embed_bwd(residuals, cotangents):
     dy_BxTxD = _f32(dy).reshape(len(ids), -1, dy.shape[-1])
     sq_norms = jax.vmap(_sq_norm_by_id)(ids.reshape(len(ids), -1), dy_BxTxD)
     if dlink is not None:
-        # |g_embed + g_head|² needs 2⟨g_embed, g_head⟩; the link brought the rows of g_head that were looked up.
+        # |g_embed + g_head|² contains 2⟨g_embed, g_head⟩; dlink has the rows of g_head that were looked up.
         sq_norms += 2 * jnp.sum(dy_BxTxD * dlink.reshape(dy_BxTxD.shape), axis=(1, 2))
     return pullback(dy)[0], None, sq_norms, dlink
 
@@ -235,7 +236,7 @@ _embed.defvjp(_embed_fwd, _embed_bwd)
 
 
 def _sq_norm_by_id(ids_T, dy_TxD):
-    """|gradient of the table|² of one example: rows of one id add up before they are squared."""
+    """|gradient of the table|² of one example. Rows with the same id are added before squaring."""
     _, segments = jnp.unique(ids_T, return_inverse=True, size=len(ids_T))
     return jnp.sum(jnp.square(jax.ops.segment_sum(dy_TxD, segments, len(ids_T))))
 
@@ -269,11 +270,15 @@ def _parse(spec):
     x_dims, _, w_dims = operands.partition(",")
     letters = x_dims + w_dims + y_dims
     if not (arrow and x_dims and w_dims and y_dims and letters.isalpha() and letters.islower()):
-        raise ValueError(f"einsum {spec!r}: two operands in small letters and an output, as in 'btd,df->btf'")
+        raise ValueError(f"einsum {spec!r} must have two operands in lower-case letters and an output: 'btd,df->btf'")
     if x_dims[0] != y_dims[0] or x_dims[0] in w_dims:
-        raise ValueError(f"einsum {spec!r}: the first letter of x and of the output is the example's, and not in w")
+        raise ValueError(
+            f"einsum {spec!r}: x and the output must start with the example's letter, and w must not have it"
+        )
     if any(len(set(dims)) < len(dims) for dims in (x_dims, w_dims, y_dims)) or set(w_dims) - set(x_dims + y_dims):
-        raise ValueError(f"einsum {spec!r}: every letter of w stands in x or the output, and none twice in a term")
+        raise ValueError(
+            f"einsum {spec!r}: no letter may occur twice in a term, and every letter of w must be in x or the output"
+        )
     return x_dims, w_dims, y_dims
 
 
@@ -284,15 +289,15 @@ def _spec(dims):
 def _check_probe(x, w):
     if w.probe.shape != x.shape[:1]:
         raise ValueError(
-            f"a probe of shape {w.probe.shape} for {x.shape[0]} examples: parameters that are scanned over need to be "
-            "named in `stacked`, and the first axis of activations is the example's"
+            f"the probe has shape {w.probe.shape} for {x.shape[0]} examples: name parameters that the loss scans over "
+            "in `stacked`, and make the example the first axis of activations"
         )
 
 
 def _tapped_elementwise(tapped, plain, x, w):
     value = w.value if isinstance(w, Tapped) else w
     if x.shape[x.ndim - value.ndim :] != value.shape or x.ndim <= value.ndim:
-        raise ValueError(f"a parameter of shape {value.shape} doesn't match the last axes of activations {x.shape}")
+        raise ValueError(f"a parameter of shape {value.shape} must match the last axes of the activations, {x.shape}")
     if not isinstance(w, Tapped):
         return plain(x, _expand(w, x))
     _check_probe(x, w)

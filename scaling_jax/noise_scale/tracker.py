@@ -1,4 +1,7 @@
-"""The noise scale of a series of steps: averages of both moments on the device, or offline, and one ratio last."""
+"""Moving averages of both moments over steps, on the device (`tracker`) and offline; the noise scale of windows.
+
+Always average the moments first and divide once at the end; the average of ratios is biased.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,17 +16,17 @@ from scaling_jax.noise_scale.moments import Moments, unbiased
 
 
 class TrackerState(NamedTuple):
-    """Exponential moving averages of both moments; all float32 but the counts, which are int32."""
+    """Exponential moving averages of both moments. The averages and the weight are float32, the counts int32."""
 
     grad_sq_norm: Any  # not yet debiased
-    trace_cov: Any
-    weight: jax.Array  # sum of the averages' weights, which debiases them
-    steps: jax.Array  # that entered the averages
-    flagged_steps: jax.Array  # left out because a moment was NaN or infinite
+    trace_cov: Any  # not yet debiased
+    weight: jax.Array  # sum of the weights; dividing by it debiases both averages
+    steps: jax.Array  # number of steps in the averages
+    flagged_steps: jax.Array  # number of steps left out because a moment was NaN or infinite
 
 
 class Tracker(NamedTuple):
-    """A pair of pure functions, as in Optax, and a third to read the state."""
+    """Three pure functions: `init` and `update` as in Optax, and `read` for the averages."""
 
     init: Callable[..., TrackerState]
     update: Callable[[Moments, TrackerState], TrackerState]
@@ -31,15 +34,18 @@ class Tracker(NamedTuple):
 
 
 def tracker(half_life: float) -> Tracker:
-    """Follow both moments by debiased moving averages; works under jit, vmap over runs, and scan.
+    """Debiased exponential moving averages of both moments. Works under jit, under scan and under vmap over runs.
 
     Args:
       half_life: in steps.
 
     Returns:
-      `init(like=0.0)`: `like` is a pytree like the moments' norms: a scalar, or {group: scalar}.
-      `update(moments, state)`: a step with a NaN or infinite moment changes nothing but `flagged_steps`.
-      `read(state)`: averaged (|G|², tr(Σ)); their ratio is the noise scale in examples. Zeros before the first step.
+      `init(like=0.0)`: the first state. `like` is a pytree like the moments' norms: a scalar, or {group: scalar}.
+      `update(moments, state)`: the next state. If a moment is NaN or infinite, only `flagged_steps` changes.
+      `read(state)`: averages (|G|², tr(Σ)), zeros before the first step. tr(Σ)/|G|² is the noise scale in examples.
+
+    Raises:
+      ValueError: if half_life isn't positive.
     """
     if not half_life > 0:
         raise ValueError(f"half_life={half_life} steps must be positive")
@@ -75,9 +81,9 @@ def tracker(half_life: float) -> Tracker:
 
 
 class MovingAverage:
-    """An exponential moving average of one moment, offline, debiased: the weights of what was added sum to 1.
+    """A debiased exponential moving average of one moment, offline; `half_life` in steps.
 
-    NaN before the first finite value; values that are NaN or infinite have no weight. `half_life` in steps.
+    Values that are NaN or infinite get no weight. The average is NaN before the first finite value.
     """
 
     def __init__(self, half_life: float):
@@ -87,7 +93,7 @@ class MovingAverage:
         self._total = self._weight = 0.0
 
     def add(self, value: float) -> float:
-        """The average with one more step's value."""
+        """Adds one step's value and returns the average."""
         self._total, self._weight = self._decay * self._total, self._decay * self._weight
         if np.isfinite(value):
             self._total += (1 - self._decay) * value
@@ -96,21 +102,24 @@ class MovingAverage:
 
 
 def ema(series, half_life: float) -> np.ndarray:
-    """`MovingAverage` of one moment after each step, (T,) -> (T,).
-
-    Divide two smoothed moments; never smooth a ratio. `half_life` in steps.
-    """
+    """`MovingAverage` of a series of one moment, (T,) -> (T,); `half_life` in steps."""
     average = MovingAverage(half_life)
     return np.array([average.add(x) for x in np.asarray(series, np.float64)])
 
 
 def windows(g2_series, tr_series, num_steps: int, confidence: float = 0.95) -> list[tuple[int, int, Estimate]]:
-    """The noise scale over consecutive windows: [(first step, step after the last, `Estimate`), ...].
+    """The noise scale in consecutive windows of `num_steps`: [(first step, step after the last, `Estimate`), ...].
 
-    A remainder shorter than `num_steps` joins the last window.
+    The last window also takes the remainder.
+
+    Raises:
+      ValueError: if a window has fewer than 3 steps, or more than the series.
     """
     if not 3 <= num_steps <= len(g2_series):
-        raise ValueError(f"windows of {num_steps} steps: pass between 3 and the series' {len(g2_series)}")
+        raise ValueError(
+            f"windows of {num_steps} steps can't be cut from {len(g2_series)} steps: pass num_steps between 3 and "
+            f"{len(g2_series)}"
+        )
     starts = range(0, len(g2_series) - num_steps + 1, num_steps)
     stops = [*starts[1:], len(g2_series)]
     return [

@@ -154,7 +154,7 @@ def test_check_taps_finds_an_untapped_use_and_a_missing_cross_term():
 
 def test_a_forgotten_stack_is_refused():
     fn = value_and_grad(lm.make_loss(), method="per_example")
-    with pytest.raises(ValueError, match="named in `stacked`"):
+    with pytest.raises(ValueError, match="`stacked`"):
         fn(lm.init(jax.random.key(0)), lm.tokens(jax.random.key(1), lm.LAYERS))
 
 
