@@ -91,8 +91,13 @@ class Results:
         return measure_spread(self.cells)
 
     def fit(self) -> ScanFit:
-        """Trade-offs and their law; raises UserError for an unfinished scan."""
-        return fit_scan(**columns(self.measurements))
+        """Trade-offs and their law; raises UserError for an unfinished scan, or one that measured no steps."""
+        table = columns(self.measurements)
+        if not table["steps"]:
+            raise UserError(
+                f"{self.folder}: runs were below every target loss when they were first evaluated: give lower targets"
+            )
+        return fit_scan(**table)
 
     def find(self, run: Run) -> RunRecord | None:
         """A run by its values; None if it isn't there."""

@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from scaling_jax.results import Results, read_results
+from scaling_jax.io import UserError
+from scaling_jax.results import Results, analyse, read_results
 from scaling_jax.results.measurements import SeedSpread, seed_notes
 from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.tasks import ModelConfig
@@ -21,7 +22,7 @@ EXPERIMENT = Experiment(
 )
 
 
-def scan_with(workdir, slower: float) -> Results:
+def scan_with(workdir, slower: float, experiment: Experiment = EXPERIMENT) -> Results:
     """Loss 4·step^−0.1; the second seed takes `slower` times the steps to every loss."""
 
     def train(run):
@@ -30,7 +31,7 @@ def scan_with(workdir, slower: float) -> Results:
         lines = evaluated_lines(run, ((step, 4 * (step / pace) ** -0.1) for step in steps))
         return write_run(workdir, run, lines, "reached")
 
-    write_scan(workdir, EXPERIMENT, train)
+    write_scan(workdir, experiment, train)
     return read_results(workdir)
 
 
@@ -58,3 +59,11 @@ def test_one_seed_has_no_spread(tmp_path):
     one = dataclasses.replace(EXPERIMENT, seeds=(0,))
     assert dataclasses.replace(scan_with(tmp_path, 1.0), experiment=one).seeds == []
     assert SeedSpread._fields[:3] == ("model", "batch_tokens", "target_loss")
+
+
+def test_a_scan_whose_targets_were_all_passed_early_asks_for_lower_ones(tmp_path):
+    subject = dataclasses.replace(EXPERIMENT.subjects[0], target_losses=(3.9, 3.5))
+    easy = scan_with(tmp_path, 1.0, dataclasses.replace(EXPERIMENT, subjects=(subject,)))
+    assert all(m.passed_early for m in easy.measurements)
+    with pytest.raises(UserError, match=f"{tmp_path}.* lower target"):
+        analyse(easy)
