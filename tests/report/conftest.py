@@ -1,6 +1,5 @@
 import pytest
 
-from scaling_jax.report.runs import read_runs
 from scaling_jax.results import analyse
 
 
@@ -10,5 +9,5 @@ def analysis(made_up):
 
 
 @pytest.fixture(scope="session")
-def runs(made_up):
-    return read_runs(*made_up)
+def runs(analysis):
+    return analysis.results.cells

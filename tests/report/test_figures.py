@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -8,17 +9,29 @@ from scaling_jax.io import UserError
 from scaling_jax.report import write_figures
 from scaling_jax.report.chart import Chart, draw, new_figure, save
 from scaling_jax.report.critical_batch import critical_batch_chart, three_measurements_chart
-from scaling_jax.report.noise_charts import noise_by_layer_chart, noise_chart, run_near_b_crit
-from scaling_jax.report.runs import part_windows
-from scaling_jax.report.scan_charts import batch_scan_chart, best_rate, pareto_chart, rate_search_chart
-from scaling_jax.report.scan_charts import residuals_chart, tradeoffs_chart
+from scaling_jax.report.noise_charts import SingleRun, loss_chart, noise_by_layer_chart, noise_chart, run_near_b_crit
+from scaling_jax.report.scan_charts import (
+    batch_scan_chart,
+    best_rate,
+    pareto_chart,
+    rate_search_chart,
+    residuals_chart,
+    tradeoffs_chart,
+)
 from scaling_jax.results.branches import BranchMeasurement
-from scaling_jax.results.runs import MomentsByPart, moments_by_part, ratio_of_means
+from scaling_jax.results.runs import part_windows, ratio_of_means
 from scaling_jax.training import read_metrics, run_folder
-from scaling_jax.training.records import write_metrics
+from scaling_jax.training.records import MetricsLine, course, write_metrics
 from tests.made_up_scan import PART_GRAD_SHARES, PART_NOISE_SHARES
 
 MODELS = ["1x16", "1x32"]
+
+
+def without_noise(analysis):
+    """The same with no noise scale measured."""
+    results = dataclasses.replace(analysis.results)
+    vars(results)["noise_scale"] = []  # what is computed once is kept there
+    return dataclasses.replace(analysis, results=results)
 
 
 def line(axis, label):
@@ -51,8 +64,8 @@ def test_the_law_is_dashed_and_named_in_the_legend(analysis):
     assert "L^{-5.0}" in law.get_label()
 
 
-def test_the_scan_has_a_panel_a_model_and_one_colour_bar(analysis, runs):
-    axes = batch_scan_chart(analysis, runs, MODELS).figure.axes
+def test_the_scan_has_a_panel_a_model_and_one_colour_bar(analysis):
+    axes = batch_scan_chart(analysis, MODELS).figure.axes
     assert len(axes) == 3
     assert [axis.get_xlabel() for axis in axes[:2]] == ["optimizer steps"] * 2
     assert axes[2].get_ylabel() == "test loss, nats per token"
@@ -94,7 +107,8 @@ def test_branches_are_drawn_beside_the_scan_and_the_noise_scale(analysis):
         BranchMeasurement("1x32", 1_024, 0, 1e6, 2.4, 1_300.0, 900.0, np.inf),
         BranchMeasurement("other", 1, 0, 1.0, 2.0, 1.0, 1.0, 1.0),
     ]
-    chart = three_measurements_chart(dataclasses.replace(analysis, branches=tuple(branches)), MODELS)
+    results = dataclasses.replace(analysis.results, branches=tuple(branches))
+    chart = three_measurements_chart(dataclasses.replace(analysis, results=results), MODELS)
     first, second = chart.figure.axes
     np.testing.assert_array_equal(line(second, "$B_{crit}$, from branches").get_data(), [[2.4], [1_300]])
     assert not [drawn for drawn in first.lines if "branches" in str(drawn.get_label())]
@@ -110,7 +124,7 @@ def test_the_noise_scale_over_training_is_the_one_that_was_made(runs):
 
 
 def test_the_noise_scale_by_layer_is_the_one_that_was_made_at_the_batch_next_to_b_crit(analysis, runs):
-    run = run_near_b_crit(analysis, runs, "1x16")
+    run = run_near_b_crit(analysis, "1x16")
     distances = np.abs(np.log([r.batch_tokens for r in runs]) - np.log(np.median(fitted_b_crits(analysis))))
     assert abs(np.log(run.batch_tokens) - np.log(np.median(fitted_b_crits(analysis)))) == distances.min()
     chart = noise_by_layer_chart([run])
@@ -121,25 +135,47 @@ def test_the_noise_scale_by_layer_is_the_one_that_was_made_at_the_batch_next_to_
         assert len(at) >= 8
         expected = np.interp(np.log(at), np.log(whole.get_xdata()), np.log(whole.get_ydata()))
         np.testing.assert_allclose(np.log(value), expected + np.log(ratio), atol=0.15)
-    assert any(mark.text.startswith(f"{run.group.name}, layer 1\nby ") for mark in chart.marks)
+    assert any(mark.text.startswith(f"{run.name}, layer 1\nby ") for mark in chart.marks)
 
 
 def fitted_b_crits(analysis):
     return [p.tradeoff.b_crit for p in analysis.fit.points if p.model == "1x16"]
 
 
-def test_parts_that_drown_in_noise_are_left_out_and_old_results_have_no_chart(analysis, runs):
+def lines_by_part(num_steps, moments_of_parts):
+    """A run's lines from each line's |G|² and tr(Σ) of its parts [lines, parts], at 64 and 128 tokens."""
+    grad_sq_norm, trace_cov = moments_of_parts
+    lines, last = [], 0
+    for k, steps in enumerate(num_steps.tolist()):
+        last += steps
+        values = {"step": last, "tokens": 128 * last, "batch_tokens": 128, "small_batch_tokens": 64}
+        values |= {name: [1.0] * steps for name in ("train_loss", "small_sq_norm", "big_sq_norm")}
+        for size, tokens in (("small", 64), ("big", 128)):
+            values[f"{size}_sq_norm_by_layer"] = (grad_sq_norm[k] + trace_cov[k] / tokens).tolist()
+        lines.append(MetricsLine.read(values))
+    return lines
+
+
+def test_parts_that_drown_in_noise_are_left_out_and_old_results_have_no_chart(analysis):
     draws = np.random.default_rng(0)
     num_steps, clean = draws.integers(1, 30, 60), 1 + 0.01 * draws.standard_normal(60)
     drowned = draws.standard_normal(60) / np.sqrt(num_steps)
-    moments = MomentsByPart(num_steps, np.stack([clean, drowned, clean], 1), np.ones((60, 3)))
-    found = part_windows(moments, analysis.experiment.subjects[0].model, 128)
+    moments = np.stack([clean, drowned, clean], 1), np.full((60, 3), 64.0)
+    lines = lines_by_part(num_steps, moments)
+    found = part_windows(course(lines))
     assert [len(windows) for windows in found.values()] == [7, 0, 7]
-    np.testing.assert_allclose([w.value for w in found["embedding"]], 64, rtol=0.02)  # tokens; a sequence has 64
-    run = run_near_b_crit(analysis, runs, "1x16")
-    (axis,) = noise_by_layer_chart([run._replace(noise_by_part=found)]).figure.axes
+    np.testing.assert_allclose([w.value for w in found["embedding"]], 64, rtol=0.02)  # tokens
+    run = run_near_b_crit(analysis, "1x16")
+    measured = dataclasses.replace(run.record, course=course(lines))
+    (axis,) = noise_by_layer_chart([run._replace(record=measured)]).figure.axes
+    assert len(line(axis, "embedding").get_xdata()) == 7
     assert not len(line(axis, "layer 1").get_xdata())
-    assert run_near_b_crit(analysis, [r._replace(noise_by_part={}) for r in runs], "1x16") is None
+    old = [
+        dataclasses.replace(r, course=r.course._replace(small_sq_norm_by_part=None, big_sq_norm_by_part=None))
+        for r in analysis.results.runs
+    ]
+    results = dataclasses.replace(analysis.results, runs=tuple(old))
+    assert run_near_b_crit(dataclasses.replace(analysis, results=results), "1x16") is None
 
 
 def test_intervals_of_means_over_unequal_numbers_of_steps_cover():
@@ -154,32 +190,54 @@ def test_intervals_of_means_over_unequal_numbers_of_steps_cover():
 
 
 @pytest.mark.parametrize("damage", [[1.0], "x", [[1.0], 2.0, 3.0]])
-def test_damaged_norms_by_layer_are_named(made_up, tmp_path, damage):
-    run = made_up[0].run(made_up[0].groups[0], 0)
-    sound = read_metrics(run_folder(made_up[1], run))
-    write_metrics(tmp_path, [*sound[:-1], sound[-1] | {"big_sq_norm_by_layer": damage}])
-    with pytest.raises(UserError, match=r"metrics\.jsonl: norms by layer are damaged"):
-        moments_by_part(tmp_path, run)
-    write_metrics(tmp_path, [{"step": 1, "big_sq_norm": [1.0]}, *sound[1:]])  # by an older version
-    assert moments_by_part(tmp_path, run) is None
+@pytest.mark.parametrize("both", [True, False])
+def test_damaged_norms_by_layer_are_named(made_up, tmp_path, damage, both):
+    run = made_up[0].run(made_up[0].cells[0], 0)
+    path = tmp_path / "metrics.jsonl"
+    sound = (run_folder(made_up[1], run) / "metrics.jsonl").read_text().splitlines()
+    damaged = json.loads(sound[-1]) | {"big_sq_norm_by_layer": damage}
+    if both:
+        damaged["small_sq_norm_by_layer"] = damage
+    path.write_text("\n".join([*sound[:-1], json.dumps(damaged), ""]))
+    with pytest.raises(UserError, match=rf"metrics\.jsonl line {len(sound)} is damaged .*remove"):
+        read_metrics(tmp_path)
+
+
+def test_a_run_whose_first_line_lacks_norms_by_layer_has_none(made_up, tmp_path):
+    """By an older version."""
+    first, *later = read_metrics(run_folder(made_up[1], made_up[0].run(made_up[0].cells[0], 0)))
+    first = dataclasses.replace(first, small_sq_norm_by_part=None, big_sq_norm_by_part=None)
+    write_metrics(tmp_path, [first, *later])
+    assert part_windows(course(read_metrics(tmp_path))) == {}
 
 
 def test_the_best_rate_is_ringed_and_one_at_the_edge_flagged(runs):
-    group = next(r for r in runs if r.model == "1x16")
-    target = len(group.group.subject.target_losses) // 2
-    best = best_rate(group, target)
+    cell = next(r for r in runs if r.model == "1x16")
+    target = len(cell.subject.target_losses) // 2
+    best = best_rate(cell, target)
     assert not best.at_edge
-    rule = group.group.subject.learning_rates.rate(group.batch_tokens, 0)
+    rule = cell.subject.learning_rates.rate(cell.batch_tokens, 0)
     assert best.learning_rate == rule
-    cut = group._replace(tried=[t for t in group.tried if t.rate_index >= 0])
+    cut = cell._replace(tried=[t for t in cell.tried if t.run.learning_rate >= rule])
     assert best_rate(cut, target).at_edge
     colours = []
-    for one in (group, cut):
+    for one in (cell, cut):
         axis = rate_search_chart([one], ["1x16"]).figure.axes[0]
         ring = axis.lines[-1]
         assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([best.learning_rate], [best.steps])
         colours.append(ring.get_color())
     assert colours[0] != colours[1]
+
+
+def test_single_runs_are_drawn_with_their_losses_and_their_noise_scale(analysis):
+    runs = [SingleRun(record) for record in analysis.results.runs if record.run.model.name == "1x16"]
+    axis = loss_chart(runs, ["1x16"]).figure.axes[0]
+    for drawn, run in zip(axis.lines, runs, strict=True):
+        course = run.record.course
+        np.testing.assert_array_equal(drawn.get_data(), [course.eval_tokens, course.eval_losses])
+    axis = noise_chart(runs, ["1x16"]).figure.axes[0]
+    drawn = [line.get_ydata() for line in axis.lines if line.get_linestyle() == "-" and len(line.get_xdata()) > 5]
+    assert len(drawn) == len(runs)
 
 
 def test_marks_fall_on_their_points():
@@ -205,7 +263,7 @@ def test_marks_fall_on_their_points():
 def test_every_axis_has_a_label(analysis, runs, law):
     if not law:
         fit = dataclasses.replace(analysis.fit, law=None, errors=None)
-        analysis = dataclasses.replace(analysis, fit=fit, noise=[])
+        analysis = without_noise(dataclasses.replace(analysis, fit=fit))
     for chart in (
         critical_batch_chart(analysis),
         three_measurements_chart(analysis, ["1x16"]),
@@ -213,8 +271,9 @@ def test_every_axis_has_a_label(analysis, runs, law):
         residuals_chart(analysis, ["1x16"]),
         pareto_chart(analysis),
         noise_chart(runs, ["1x16"]),
-        noise_by_layer_chart([run_near_b_crit(analysis, runs, "1x16")]),
+        noise_by_layer_chart([run_near_b_crit(analysis, "1x16")]),
         rate_search_chart(runs, ["1x16"]),
+        loss_chart([SingleRun(analysis.results.runs[0])], ["1x16"]),
     ):
         axis, *bars = chart.figure.axes
         assert axis.get_xlabel(), chart.name

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 
 from scaling_jax.io import UserError
-from scaling_jax.report import write_report
+from scaling_jax.report import write_report, write_runs_report
 from scaling_jax.report.chart import draw
-from scaling_jax.report.page import charts, page, table
-from scaling_jax.report.provenance import command, without_home
-from scaling_jax.report.sections import sections
+from scaling_jax.report.page import charts, page, table, without_home
 from scaling_jax.report.scan_charts import tradeoffs_chart
-from scaling_jax.results import analyse
+from scaling_jax.report.sections import command, sections
+from scaling_jax.report.words import short
+from scaling_jax.results import analyse, read_results
 from scaling_jax.results.branches import read_branches
+from scaling_jax.results.runs import last_noise_scale
 from scaling_jax.scanning.experiment import DEMO, QUICK
+from scaling_jax.training import run_folder
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 CHARTS = 2 + 7 * 2  # two of all models, seven of each of two models
@@ -67,12 +69,39 @@ def results(made_up, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def document(results):
-    text = write_report(analyse(results), results).read_text(encoding="utf-8")
+    return read(write_report(analyse(results), results))
+
+
+@pytest.fixture(scope="module")
+def single_runs(made_up, tmp_path_factory):
+    """A folder as `train` leaves it: one run, two that go on, one of them not evaluated yet."""
+    workdir = tmp_path_factory.mktemp("report") / "trained"
+    for index, cell in enumerate(made_up[0].cells[:3]):
+        source = run_folder(made_up[1], made_up[0].run(cell, 0))
+        shutil.copytree(source, workdir / "runs" / source.name)
+        if index:
+            (workdir / "runs" / source.name / "result.json").unlink()
+    (workdir / "runs" / source.name / "metrics.jsonl").unlink()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def document_of_runs(single_runs):
+    return read(write_runs_report(read_results(single_runs)))
+
+
+def read(path):
+    text = path.read_text(encoding="utf-8")
     assert len(text) < 5e6
     return Document(text)
 
 
-def test_nothing_is_loaded_from_anywhere(document):
+both = pytest.mark.parametrize("kind", ["document", "document_of_runs"])
+
+
+@both
+def test_nothing_is_loaded_from_anywhere(kind, request):
+    document = request.getfixturevalue(kind)
     for tag, name, value in document.attributes:
         if name in ("src", "href", "xlink:href", "action", "data"):
             assert value.startswith(("#", "data:")), (tag, name, value)
@@ -82,10 +111,12 @@ def test_nothing_is_loaded_from_anywhere(document):
     assert "default-src 'none'" in policy
 
 
-def test_every_chart_is_there_with_values_at_its_points(document):
+@pytest.mark.parametrize(("kind", "charts"), [("document", CHARTS), ("document_of_runs", 2)])
+def test_every_chart_is_there_with_values_at_its_points(kind, charts, request):
+    document = request.getfixturevalue(kind)
     tags = [tag for tag, name, _ in document.attributes if name == "viewbox"]
     data = [json.loads(text) for text in document.text("script") if text.startswith("[")]
-    assert len(tags) == len(data) == CHARTS
+    assert len(tags) == len(data) == charts
     for marks in data:
         assert len(marks) > 4
         for x, y, text in marks:
@@ -95,10 +126,24 @@ def test_every_chart_is_there_with_values_at_its_points(document):
             assert "nan" not in text
 
 
-def test_no_id_comes_twice_and_every_reference_has_its_target(document):
+@both
+def test_no_id_comes_twice_and_every_reference_has_its_target(kind, request):
+    document = request.getfixturevalue(kind)
     ids = [value for _, name, value in document.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert {value[1:] for _, name, value in document.attributes if name == "href" and value[0] == "#"} <= set(ids)
+
+
+def test_every_single_run_is_in_the_table_with_its_noise_scale_and_how_it_ended(document_of_runs, single_runs):
+    cells = document_of_runs.text("td")
+    first, second, _ = read_results(single_runs).runs
+    assert first.result.status in cells
+    assert cells.count("not done") == 2
+    for record in (first, second):
+        assert f"{len(record.course.batch_tokens):,}" in cells
+        assert f"{record.course.eval_losses[-1]:.4f}" in cells
+        noise = last_noise_scale(record.course)
+        assert f"{short(noise.value)} [{short(noise.low)}, {short(noise.high)}]" in cells
 
 
 def test_the_law_is_said_in_words(document, analysis):
@@ -113,7 +158,7 @@ def test_flags_runs_versions_fingerprint_and_command_are_there(document, analysi
     cells, facts = document.text("td"), document.text("dd")
     for note in analysis.notes:
         assert note in document.text("li")
-    assert cells.count("reached") == sum(len(group.tried) for group in runs)
+    assert cells.count("reached") == sum(len(cell.tried) for cell in runs)
     assert {"made up", "0.1.0"} <= set(facts)
     assert "scaling-jax scan experiment.json --results again" in document.text("pre")
     assert json.loads(document.text("pre")[-1])["name"] == analysis.experiment.name
@@ -127,12 +172,20 @@ def test_branches_stand_beside_the_scan_at_the_same_loss(document):
     assert "900 – ∞" in cells
 
 
-def test_a_scan_without_branches_or_law_is_reported_and_hostile_names_stay_text(analysis, runs):
+def test_a_scan_without_branches_or_law_is_reported_and_hostile_names_stay_text(analysis, monkeypatch):
+    source = f"files:/home/jane/{HOSTILE}"
+    corpus = {"source": source, "sha256": HOSTILE}
+    runs = [
+        dataclasses.replace(record, run=dataclasses.replace(record.run, text=source), corpus=corpus)
+        for record in analysis.results.runs
+    ]
+    experiment = dataclasses.replace(analysis.experiment, text=source)
+    results = dataclasses.replace(analysis.results, experiment=experiment, runs=tuple(runs))
+    vars(results)["noise_scale"] = []  # what is computed once is kept there
     fit = dataclasses.replace(analysis.fit, law=None, errors=None, notes=("no law: why not",))
-    experiment = dataclasses.replace(analysis.experiment, text=f"files:/home/jane/{HOSTILE}")
-    told = dataclasses.replace(analysis, experiment=experiment, fit=fit, noise=[], notes=(HOSTILE,))
-    corpus = {"source": f"files:/home/jane/{HOSTILE}", "sha256": HOSTILE}
-    text = page(HOSTILE, sections(told, runs, corpus, {HOSTILE: HOSTILE}))
+    told = dataclasses.replace(analysis, results=results, fit=fit, notes=(HOSTILE,))
+    monkeypatch.setattr("scaling_jax.report.sections.versions", lambda: {HOSTILE: HOSTILE})
+    text = page(HOSTILE, sections(told))
     document = Document(text)
     assert "No law could be fitted: no law: why not." in document.text("li")
     assert "by branches" not in text
@@ -140,6 +193,7 @@ def test_a_scan_without_branches_or_law_is_reported_and_hostile_names_stay_text(
     assert document.text("h1") == [HOSTILE]
     assert HOSTILE in document.text("li")
     assert f"files:~/{HOSTILE}" in document.text("dd")
+    assert document.text("dd").count(HOSTILE) == 2  # a fingerprint and a version
     assert "jane" not in text
 
 
@@ -194,6 +248,7 @@ def test_a_damaged_branch_is_named_by_its_line(tmp_path, row):
 
 def test_an_old_report_outlives_a_failure(analysis, tmp_path):
     (tmp_path / "report.html").write_text("old")
+    results = dataclasses.replace(analysis.results, runs=())
     with pytest.raises(UserError, match="isn't complete"):
-        write_report(analysis, tmp_path)
+        write_report(dataclasses.replace(analysis, results=results), tmp_path)
     assert (tmp_path / "report.html").read_text() == "old"
