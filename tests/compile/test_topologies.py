@@ -15,6 +15,7 @@ def test_what_is_no_slice_is_refused_with_those_that_are(name):
 
 
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
+    topology.cache_clear()  # another test may have asked for it
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'scaling-jax\[tpu\]'"):
         topology("v5e:4x4")
