@@ -119,6 +119,12 @@ def test_an_old_scan_that_lacks_a_run_is_not_done(old):
     assert finished_runs(EXPERIMENT, cell, old / "small")
 
 
+def test_a_larger_scan_lacks_its_new_cells_alone(old):
+    larger = dataclasses.replace(EXPERIMENT, batch_tokens=(*EXPERIMENT.batch_tokens, 4096), seeds=(0, 1, 2))
+    lacking = {cell for cell in larger.cells if finished_runs(larger, cell, old / "small") is None}
+    assert lacking == set(larger.cells) - set(EXPERIMENT.cells)
+
+
 def test_its_branches_are_measured_to_the_same_bytes(old):
     before = taken_away(old / "small", ["branches.csv"])
     results = read_results(old / "small")
