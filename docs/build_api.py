@@ -25,17 +25,17 @@ MODULES = (
     "advice",
     "scanning",
     "training",
-    "analysis",
+    "results",
     "report",
     "data",
-    "models",
+    "tasks",
     "parallel",
 )
 
 HEAD = """# API reference
 
 Built from the docstrings by `python docs/build_api.py`; don't edit it by hand. `import scaling_jax as sj` gives
-`sj.noise_scale`, `sj.fitting`, `sj.advice`, `sj.data` and `sj.models`, and these names directly:
+`sj.noise_scale`, `sj.fitting`, `sj.advice`, `sj.data` and `sj.tasks`, and these names directly:
 {}.
 
 """
@@ -95,7 +95,7 @@ def _class_parts(cls: type) -> Iterator[str]:
 def _method(node: ast.FunctionDef, source: str) -> Iterator[str]:
     doc = ast.get_docstring(node)
     if doc and (not node.name.startswith("_") or node.name == "__call__"):
-        is_property = any(isinstance(x, ast.Name) and x.id == "property" for x in node.decorator_list)
+        is_property = any(ast.unparse(x).endswith("property") for x in node.decorator_list)
         call = (
             re.sub(r"\s*\n\s*", " ", _signature(node, source))
             .removeprefix("def ")
