@@ -8,6 +8,7 @@ import pytest
 from scaling_jax.console.dashboards import Follower, Scalars, asked_for
 from scaling_jax.io import UserError
 from scaling_jax.noise_scale.tracker import ema
+from scaling_jax.training.records import MetricsLine
 
 
 def line(step, count, test_loss=None):
@@ -19,7 +20,7 @@ def line(step, count, test_loss=None):
         "tokens": 400 * step,
         "batch_tokens": 400,
         "small_batch_tokens": 100,
-        "train_loss": list(5.0 - 0.1 * steps),
+        "train_loss": (5.0 - 0.1 * steps).tolist(),
         "small_sq_norm": small.tolist(),
         "big_sq_norm": big.tolist(),
     }
@@ -57,7 +58,7 @@ def follower(tmp_path, writers):
 
 def test_every_step_has_its_loss_and_the_noise_scale_is_a_ratio_of_averages():
     scalars = Scalars()
-    said = dict(pair for one in (line(3, 3, 4.2), line(7, 4, 3.9)) for pair in scalars.of(one))
+    said = dict(pair for one in (line(3, 3, 4.2), line(7, 4, 3.9)) for pair in scalars.of(MetricsLine.read(one)))
     assert sorted(said) == list(range(1, 8))
     assert [said[step]["loss/train"] for step in said] == pytest.approx([4.9, 4.8, 4.7, 4.6, 4.5, 4.4, 4.3])
     expected = ema(300.0 * np.arange(1, 8), 20) / 2
@@ -67,7 +68,7 @@ def test_every_step_has_its_loss_and_the_noise_scale_is_a_ratio_of_averages():
 
 def test_losses_that_are_not_finite_are_left_out():
     one = line(1, 1) | {"train_loss": [None], "small_sq_norm": [None], "test_loss": None}
-    assert list(Scalars().of(one)) == [(1, {"tokens": 400})]
+    assert list(Scalars().of(MetricsLine.read(one))) == [(1, {"tokens": 400})]
 
 
 def test_lines_are_passed_on_once_as_they_come(tmp_path, follower, writers):

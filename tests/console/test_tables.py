@@ -4,7 +4,7 @@ from rich.console import Console
 
 from scaling_jax.console.tables import print_fit
 from scaling_jax.results.table import fit_table
-from tests.analysis.test_table import planted
+from tests.results.test_table import planted
 
 
 def printed(path):
