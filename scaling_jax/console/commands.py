@@ -95,6 +95,8 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
         return asked()
 
     keep_compiled_programs()
+    if is_first() and (note := _note_of_others(run, results)):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     with contextlib.ExitStack() as stack:
         followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
         asked = stack.enter_context(stop_on_signals())
@@ -112,6 +114,16 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
         f"records: {folder}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _note_of_others(run: Run, results: Path) -> str | None:
+    """That a new run starts where others are: somebody may have meant to continue one of them."""
+    folder = run_folder(results, run)
+    others = len(list(folder.parent.glob("*/config.json")))
+    if not others or (folder / "config.json").exists():
+        return None
+    what, beside = ("1 other run", "it") if others == 1 else (f"{others} other runs", "them")
+    return f"note: {results} holds {what}; these arguments start a new one beside {beside}"
 
 
 def _ending(run: Run, status: str) -> str:
