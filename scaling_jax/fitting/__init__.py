@@ -1,4 +1,4 @@
-"""From steps-to-loss measurements, anybody's, to critical batch sizes and their law, with intervals."""
+"""Critical batch sizes and their power law, with confidence intervals, from steps-to-loss data of any training code."""
 
 from scaling_jax.fitting.crossings import Crossings, steps_to_loss
 from scaling_jax.fitting.forms import FormFit, compare_forms

@@ -1,6 +1,6 @@
-"""When did a run reach a loss: a monotone fit of its evaluations, read off between them.
+"""Steps that a run needs to reach a loss, from a monotone fit to its evaluations.
 
-The fit is isotonic regression by pooling adjacent violators (Barlow et al. 1972).
+The fit is isotonic regression with pooled adjacent violators (Barlow et al. 1972).
 """
 
 import dataclasses
@@ -11,28 +11,28 @@ from scipy import optimize
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Crossings:
-    """Steps at which each target loss was reached, `[targets]` each; NaN where there is no such step."""
+    """Steps at which a run reached each target loss, `[targets]` each; NaN if there is no such step."""
 
     targets: np.ndarray  # nats per token
-    steps: np.ndarray  # on the monotone fit; the one to use
-    first: np.ndarray  # first time that the evaluations as they are come down to the target
-    last: np.ndarray  # last time that they do, and stay below to the end
+    steps: np.ndarray  # where the monotone fit reaches the target; use these
+    first: np.ndarray  # where the raw evaluations first fall to the target
+    last: np.ndarray  # where the raw evaluations last fall to the target and then stay below it
     not_reached: np.ndarray  # True: the fit ends above the target; steps > last_step (right-censored)
-    already_below: np.ndarray  # True: the first evaluation lies below the target; steps < first_step (left-censored)
+    already_below: np.ndarray  # True: the fit starts below the target; steps < first_step (left-censored)
     first_step: float
     last_step: float
 
 
 def steps_to_loss(steps, losses, targets) -> Crossings:
-    """Steps to each target loss, linear in log step between the blocks of a monotone decreasing fit.
+    """Steps to each target loss, from a monotone decreasing fit, with linear interpolation in log steps.
+
+    Never extrapolates. Steps are NaN if the run didn't reach the target (`not_reached`), or had passed it before the
+    first evaluation (`already_below`).
 
     Args:
       steps: `[n]`, optimizer steps of the evaluations, positive and increasing.
       losses: `[n]`, evaluation losses in nats per token.
       targets: `[targets]`, in any order.
-
-    Nothing is extrapolated: a target that the run didn't reach, or had passed before its first evaluation, is NaN and
-    marked as such.
 
     Raises:
       ValueError: for unequal lengths, steps that aren't positive and increasing, or values that aren't finite.
@@ -44,7 +44,7 @@ def steps_to_loss(steps, losses, targets) -> Crossings:
     block_ends = fit.blocks
     sizes = np.diff(block_ends)
     levels = fit.x[block_ends[:-1]]
-    # A pooled block says one loss for a stretch of steps; its middle is where the fit passes through that loss.
+    # A pooled block has one loss for a range of steps. Take the middle of the range as the step with this loss.
     middles = np.add.reduceat(log_steps, block_ends[:-1]) / sizes
 
     not_reached = targets < levels[-1]
@@ -65,7 +65,7 @@ def steps_to_loss(steps, losses, targets) -> Crossings:
 
 
 def _raw_crossings(log_steps, losses, target):
-    """First and last way down through the target; NaN where the curve starts below, or doesn't end below."""
+    """Steps of the first and the last fall to the target; NaN if the curve starts below, or doesn't end below."""
     above = losses > target
     down = np.flatnonzero(above[:-1] & ~above[1:])
 
@@ -77,18 +77,20 @@ def _raw_crossings(log_steps, losses, target):
         first = float(np.exp(log_steps[0]))
     else:
         first = between(down[0]) if above[0] and down.size else np.nan
-    # Below from the start, or a touch of the target that the strict comparison doesn't see: both are `first`.
+    # No fall is found if the curve is below from the start, or starts exactly at the target: then take `first`.
     last = between(down[-1]) if down.size else first
     return first, np.nan if above[-1] else last
 
 
 def _check(steps, losses, targets):
     if steps.ndim != 1 or steps.shape != losses.shape or steps.size == 0:
-        raise ValueError(f"steps {steps.shape} and losses {losses.shape} should be two lists of one length, at least 1")
+        raise ValueError(
+            f"steps {steps.shape} and losses {losses.shape} must be two lists of equal length, with at least 1 entry"
+        )
     for name, values in (("steps", steps), ("losses", losses), ("targets", targets)):
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
-            raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}; should be finite")
+            raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}; must be finite")
     bad = np.flatnonzero(np.diff(steps, prepend=0.0) <= 0)
     if bad.size:
-        raise ValueError(f"steps[{bad[0]}] is {steps[bad[0]]:g}; steps should be positive and increasing")
+        raise ValueError(f"steps[{bad[0]}] is {steps[bad[0]]:g}; steps must be positive and increasing")

@@ -1,14 +1,15 @@
-"""Which law do the critical batch sizes of a scan follow: of the loss, of the loss above a floor, of data, of size?
+"""Compares four forms of the law of B_crit: a power of the loss, of the loss above a floor, of data, or of model size.
 
-Every form is fitted to all runs at once (`joint`): log B_crit = level + slope·x, S_min free at each model and loss.
-  loss        x = log L           B_*/L^(1/alpha_B), Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.4
+Each form is fitted to all runs at once (`joint`): log B_crit = level + slope·x. S_min is free at each model and loss.
+  loss        x = log L           B_*/L^(1/alpha_B); Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.4
   above floor x = log(L - L_inf)  B_*/(L - L_inf)^(1/alpha)
   data        x = log D_min       ∝ D_min^beta, D_min = E_min; Bergsma et al. 2025 (arXiv 2505.13738)
-  size        x = log N           ∝ N^gamma; Zhang et al. 2024 (arXiv 2410.21676) found nearly none of it
+  size        x = log N           ∝ N^gamma; Zhang et al. 2024 (arXiv 2410.21676) found gamma close to 0
 
-They are compared by steps they didn't see: those of each run in turn (of many runs, 32 parts of them), and those at the
-lowest losses when fitted to the others. The criterion is Akaike's with the correction for few points; as a run's errors
-at neighbouring losses move together, its points count for as many as their covariance says are independent.
+The forms are compared by how well they predict steps that the fit didn't see. Two sets of steps are held out: each run
+in turn (with many runs, each of 32 parts of the runs), and the steps at the lowest losses. The criterion is Akaike's
+with the correction for few points. The errors of one run at neighbouring losses move together, so the criterion counts
+only as many points as their covariance says are independent.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from scaling_jax.fitting.resampling import fit_chain
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import fit_rows, loss_of
 
-FLOORS = 48
-MOST_FOLDS = 32  # of a scan's runs; where there are more, several are held out at once
+FLOORS = 48  # values of L_inf to try
+MOST_FOLDS = 32  # with more runs than this, several runs are held out at once
 VARIABLES = {
     "loss": "loss in nats per token",
     "above floor": "loss in nats per token",
@@ -40,12 +41,12 @@ class FormFit:
     variable: str  # with its unit
     constant: float  # tokens
     exponent: float
-    floor: float  # L_inf; 0 in forms without one
-    valid_range: tuple[float, float]  # of the variable, where B_crit was measured
+    floor: float  # L_inf; 0 in forms without a floor
+    valid_range: tuple[float, float]  # range of the variable in which B_crit was measured
     num_parameters: int
-    held_out_error: float  # root mean square of log steps, each run predicted by the others
-    low_loss_error: float  # the same, the lowest third of losses predicted by the others; NaN where it can't be
-    criterion: float  # Akaike's; smaller is better, differences below 2 say little
+    held_out_error: float  # root mean square error of log steps; each run is predicted from the other runs
+    low_loss_error: float  # the same, with the lowest third of losses predicted from the others; NaN if it can't be
+    criterion: float  # Akaike's; smaller is better, differences below 2 mean little
 
     def __call__(self, variable):
         """Critical batch size in tokens."""
@@ -62,18 +63,18 @@ def compare_forms(
     steps_tried=None,
     num_params: Mapping[str, float] | None = None,
 ) -> tuple[FormFit, ...]:
-    """Fits every form that the scan can tell of, best held-out error first.
+    """Fits every form that the scan has data for; the smallest held-out error comes first.
 
     Args:
-      model, batch_tokens, target_loss, steps, run, steps_tried: columns as of `fit_scan`. Bounds enter the fits; the
-        errors are those of measured steps.
-      num_params: of each model, non-embedding; without two different ones there is no form of the size.
+      model, batch_tokens, target_loss, steps, run, steps_tried: the columns of `fit_scan`. The fits use bounds too; the
+        errors are those of measured steps only.
+      num_params: {model: non-embedding parameters}. The form "size" needs two models of different size.
 
     Returns:
-      tuple of `FormFit`; empty where batches don't lie on both sides of B_crit at three losses or more.
+      tuple of `FormFit`; empty unless batches lie on both sides of B_crit at three losses or more.
 
     Raises:
-      ValueError: as `fit_scan` does; for a model without a number of parameters.
+      ValueError: as in `fit_scan`, and if a model has no number of parameters.
     """
     table = reached_by(scan_table(model, batch_tokens, target_loss, steps, run, steps_tried), 4)
     if not shows_both_sides(table, 0.95):
@@ -85,7 +86,7 @@ def compare_forms(
 
 def _size(num_params, name):
     if not num_params.get(name, 0) > 0:
-        raise ValueError(f"num_params of model {name} is {num_params.get(name)}; should be positive")
+        raise ValueError(f"num_params of model {name} is {num_params.get(name)}; must be positive")
     return float(num_params[name])
 
 
@@ -111,7 +112,7 @@ def _assess(form: str, table: ScanTable, sizes) -> FormFit:
 
 
 def _fit(form: str, table: ScanTable, sizes, held_out=None) -> tuple[np.ndarray, np.ndarray, JointFits]:
-    """x `[K, G]`, floors `[K]` and fits for every floor; one floor in forms that have none."""
+    """x `[K, G]`, floors `[K]` and the fit for each of K floors; one floor, 0, for forms without a floor."""
     seen = table if held_out is None else _without(table, held_out)
     floors = np.zeros(1)
     if form == "size":
@@ -138,13 +139,13 @@ def _centre(x, best):
 
 
 def _loss(fits: JointFits, table: ScanTable):
-    # One scale for all, or floors could buy a smaller loss by a smaller limit.
+    # One limit and one noise for all floors: otherwise a floor could get a smaller loss through a smaller limit.
     limit, noise = fits.limit.min(), fits.noise.min()
     return loss_of(fits.residuals, table.mask, table.bound, limit, noise).sum((-2, -1))
 
 
 def _without(table: ScanTable, held_out) -> ScanTable:
-    """The table less the points where `held_out`, `[G, n]`, is True."""
+    """The table without the points where `held_out`, `[G, n]`, is True."""
     return table._replace(mask=table.mask & ~held_out, bound=table.bound & ~held_out)
 
 
@@ -167,14 +168,17 @@ def _each_run_held_out(form, table, sizes) -> float:
 
 
 def _low_losses_held_out(form, table, sizes) -> float:
-    """B_crit's law from the higher losses; S_min at the lower ones, which no such law tells, from their own runs."""
+    """Error at the lowest third of losses, with the law of B_crit fitted at the higher losses.
+
+    No form predicts S_min, so S_min at the lower losses comes from the runs there.
+    """
     distinct = np.unique(table.losses)
     low = table.losses < distinct[len(distinct) // 3]
     high = table.select(~low)
     if np.unique(high.losses).size < 3 or not low.any():
         return float("nan")
     x_high, floors, fits = _fit(form, high, None if sizes is None else sizes[~low])
-    # A floor above the losses to come predicts nothing there.
+    # A floor above the held-out losses predicts nothing there.
     usable = floors < distinct[0] * 0.999
     loss = np.where(usable, _loss(fits, high), np.inf)
     best = int(np.argmin(loss))
@@ -193,11 +197,9 @@ def _low_losses_held_out(form, table, sizes) -> float:
 
 
 def _independent_points(table: ScanTable) -> float:
-    """How many independent numbers the points are worth, by residuals of trade-offs that no form has touched."""
+    """Effective number of independent points, from the residuals of trade-offs fitted without any form."""
     fits = fit_rows(table.log_batch, table.log_steps, table.mask, table.bound)
-    errors = np.zeros((table.run_index.max() + 1, table.target_index.max() + 1))
-    g, i = np.nonzero(table.mask)
-    errors[table.run_index[g, i], table.target_index[g]] = fits.residuals[g, i]
+    errors = table.by_run(fits.residuals)
     covariance = errors.T @ errors
     of_a_run = np.trace(covariance) ** 2 / max(np.sum(covariance**2), 1e-300)
     return float((table.mask.sum() - len(table.models)) * min(of_a_run / errors.shape[1], 1.0))

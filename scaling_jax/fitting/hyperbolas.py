@@ -1,6 +1,7 @@
-"""Huber weights: points that lie far from a fit pull on it with bounded force.
+"""Robust fits of the hyperbola log S = log S_min + log(1 + B_crit/B), their intervals, and Huber weights.
 
-Huber 1964, "Robust estimation of a location parameter"; the scale is the median absolute residual.
+With Huber weights, a point far from the fit pulls on it with bounded force (Huber 1964, "Robust estimation of a
+location parameter"). The scale is the median absolute residual. All functions take many rows at once.
 """
 
 from typing import NamedTuple
@@ -8,19 +9,21 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-TUNING = 2.0  # residuals beyond this many scales are held back; at 1.345 clean scans of seven batches lose too much
+TUNING = 2.0  # weights fall beyond this many scales; the usual 1.345 loses too much precision with seven clean batches
+NUM_PARAMETERS = 2  # of a hyperbola
+REACH = 7.0  # search log B_crit this far beyond the batches; farther out, no data can tell values apart
 
 
 def huber_limit(residuals: np.ndarray, mask: np.ndarray, num_parameters: int) -> np.ndarray:
-    """Residual size from which Huber's loss turns linear, one per fit.
+    """Size of residuals above which Huber's loss is linear, one per fit.
 
     Args:
       residuals: `[..., n]`, any unit.
       mask: `[..., n]`, True where there is a point.
-      num_parameters: fitted to each row; their share of the freedom is given back to the scale.
+      num_parameters: number of parameters fitted to each row; corrects the scale for the lost degrees of freedom.
 
     Returns:
-      `[..., 1]`, infinite (least squares) where fewer than three degrees of freedom are left to judge outliers by.
+      `[..., 1]`; infinite (least squares) with fewer than three degrees of freedom, too few to judge outliers by.
     """
     count = mask.sum(-1, keepdims=True)
     ordered = np.sort(np.where(mask, np.abs(residuals), np.inf), axis=-1)
@@ -30,29 +33,30 @@ def huber_limit(residuals: np.ndarray, mask: np.ndarray, num_parameters: int) ->
     freedom = count - num_parameters
     with np.errstate(invalid="ignore"):
         scale = 1.4826 * 0.5 * (low + high) * np.sqrt(count / np.maximum(freedom, 1))
-    # The floor keeps data without noise from turning rounding errors into outliers.
+    # The floor of 1e-9 makes sure that rounding errors of noiseless data are no outliers.
     return np.where(freedom >= 3, np.maximum(TUNING * scale, 1e-9), np.inf)
 
 
 def huber_weights(residuals: np.ndarray, limit: np.ndarray) -> np.ndarray:
-    """Weights in (0, 1] of the least-squares fit that has Huber's fit as its fixed point."""
+    """Weights in (0, 1]; repeated weighted least squares with them gives Huber's fit."""
     size = np.abs(residuals)
     return np.where(size <= limit, 1.0, limit / np.maximum(size, np.finfo(float).tiny))
 
 
-NUM_PARAMETERS = 2
-REACH = 7.0  # log B_crit is looked for this far outside of the batches; beyond it nothing can be told apart
+def weighted_mean(values, weights) -> np.ndarray:
+    """Mean along the last axis, which is kept: `[..., n]` -> `[..., 1]`."""
+    return (weights * values).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
 
 
 class Hyperbolas(NamedTuple):
-    """Robust fits, `[...]` unless said otherwise; natural logs of tokens and steps."""
+    """Robust fits, `[...]` unless a shape is given; natural logs of tokens and steps."""
 
     log_b_crit: np.ndarray
     log_s_min: np.ndarray
     residuals: np.ndarray  # [..., n], zero where there is no point
-    information: np.ndarray  # inverse variance of log_b_crit per unit variance of log S
-    limit: np.ndarray  # [..., 1], where Huber's loss turns linear
-    weights: np.ndarray  # [..., n], what each point tells of the parameters: 1, or less where it is only a bound
+    information: np.ndarray  # inverse variance of log_b_crit if log S has variance 1
+    limit: np.ndarray  # [..., 1], above which Huber's loss is linear
+    weights: np.ndarray  # [..., n], information of each point: 1 if measured, less if it is only a bound
 
 
 def log_overhead(log_b_crit: np.ndarray, log_batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,13 +68,13 @@ def log_overhead(log_b_crit: np.ndarray, log_batch: np.ndarray) -> tuple[np.ndar
 
 
 def fit_hyperbolas(log_batch, log_steps, mask, start=None, num_rounds=3, num_iterations=6) -> Hyperbolas:
-    """Fits each row by damped Gauss-Newton along log B_crit, with Huber weights renewed each round.
+    """Fits each row by damped Gauss-Newton steps in log B_crit; each round renews the Huber weights.
 
     Args:
-      log_batch, log_steps: `[..., n]`, broadcast against each other; anything finite where `mask` is False.
+      log_batch, log_steps: `[..., n]`, broadcast against each other; any finite value where `mask` is False.
       mask: `[..., n]`, True where there is a point.
-      start: `[...]`, log B_crit to start from; None looks for the best of a grid.
-      num_rounds, num_iterations: fixed, so that results don't depend on what else is fitted along.
+      start: `[...]`, log B_crit to start from; None starts from the best of a grid.
+      num_rounds, num_iterations: fixed numbers, so that a row's result doesn't depend on the other rows.
     """
     points = mask.astype(float)
     lowest = np.min(np.where(mask, log_batch, np.inf), axis=-1, keepdims=True) - REACH
@@ -87,38 +91,38 @@ def fit_hyperbolas(log_batch, log_steps, mask, start=None, num_rounds=3, num_ite
         limit = huber_limit(residuals, mask, NUM_PARAMETERS)
 
     overhead, slope = log_overhead(position, log_batch)
-    level = _mean(log_steps - overhead, weights)
-    information = (points * (slope - _mean(slope, points)) ** 2).sum(-1)
+    level = weighted_mean(log_steps - overhead, weights)
+    information = (points * (slope - weighted_mean(slope, points)) ** 2).sum(-1)
     return Hyperbolas(position[..., 0], level[..., 0], residuals * points, information, limit, points)
 
 
 def deviance(log_b_crit, fit: Hyperbolas, log_batch, log_steps, mask) -> np.ndarray:
-    """How much worse than the fit a given log B_crit is: F-distributed with (1, n - 2) degrees of freedom if true.
+    """How much worse than the fit a given log B_crit is: rise of Huber's loss at the best log S_min, over its scale.
 
-    Huber's loss at the best log S_min, over the scale of the fit (Schrader and Hettmansperger 1980).
+    For the true log B_crit it is F-distributed with (1, n - 2) degrees of freedom (Schrader and Hettmansperger 1980).
     """
     points = mask.astype(float)
     overhead, _ = log_overhead(np.asarray(log_b_crit)[..., None], log_batch)
     loss_there = _loss_at_best_level(log_steps - overhead, points, fit.limit)
     loss_here = _huber_loss(fit.residuals, points, fit.limit)
-    inside = _mean(points * (np.abs(fit.residuals) <= fit.limit), points)[..., 0]
+    inside = weighted_mean(points * (np.abs(fit.residuals) <= fit.limit), points)[..., 0]
     pull = points * np.clip(fit.residuals, -fit.limit, fit.limit)
     variance = (pull**2).sum(-1) / np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1)
     return 2.0 * np.maximum(loss_there - loss_here, 0.0) * inside / np.maximum(variance, 1e-24)
 
 
 def profile_intervals(log_b_crit, deviance_at, log_batch, mask, confidence) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of {log B_crit that the data don't reject}, `[...]` each; infinite where they reject no further one.
+    """Lower and upper ends `[...]` of the log B_crit that the data don't reject; infinite if they reject none there.
 
     Args:
       log_b_crit: `[...]`, of the fits.
-      deviance_at: log B_crit `[...]` -> F-distributed `[...]`, such as `deviance`.
+      deviance_at: function of log B_crit `[...]` with F-distributed values `[...]`, such as `deviance`.
       log_batch, mask: `[..., n]`.
     """
     freedom = np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1)
     allowed = special.stdtrit(freedom, 0.5 + confidence / 2) ** 2
     ends = []
-    for beyond in (-30.0, 30.0):  # so far out that softplus is flat or a straight line to the last digit
+    for beyond in (-30.0, 30.0):  # so far out that log(1 + B_crit/B) is flat or a straight line to the last digit
         edge = (np.min if beyond < 0 else np.max)(
             np.where(mask, log_batch, np.inf if beyond < 0 else -np.inf), axis=-1
         ) + beyond
@@ -133,7 +137,7 @@ def profile_intervals(log_b_crit, deviance_at, log_batch, mask, confidence) -> t
 
 
 def one_sided(log_b_crit, deviance_at, log_batch, mask, confidence=0.995) -> np.ndarray:
-    """True, `[...]`, unless the data show at this confidence that B_crit lies between smallest and largest batch."""
+    """False `[...]` if the data show, at this confidence, that B_crit lies between the smallest and largest batch."""
     needed = special.stdtrit(np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1), confidence) ** 2
     smallest = np.min(np.where(mask, log_batch, np.inf), axis=-1)
     largest = np.max(np.where(mask, log_batch, -np.inf), axis=-1)
@@ -144,12 +148,12 @@ def one_sided(log_b_crit, deviance_at, log_batch, mask, confidence=0.995) -> np.
 
 
 def log_covariances(fit: Hyperbolas, log_batch, mask) -> np.ndarray:
-    """Covariance `[..., 2, 2]` of log S_min and log B_crit, linearised at the fit, as if points were independent."""
+    """Covariance `[..., 2, 2]` of log S_min and log B_crit, linearised at the fit; takes points as independent."""
     _, slope = log_overhead(fit.log_b_crit[..., None], log_batch)
     pull = np.clip(fit.residuals, -fit.limit, fit.limit)
-    inside = _mean(1.0 * (np.abs(fit.residuals) <= fit.limit), 1.0 * mask)[..., 0]
+    inside = weighted_mean(1.0 * (np.abs(fit.residuals) <= fit.limit), 1.0 * mask)[..., 0]
     variance = (pull**2).sum(-1) / np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1) / inside**2
-    centre = _mean(slope, fit.weights)[..., 0]
+    centre = weighted_mean(slope, fit.weights)[..., 0]
     of_position = variance / np.maximum(fit.information, 1e-300)
     of_level = variance / fit.weights.sum(-1) + centre**2 * of_position
     across = -centre * of_position
@@ -159,13 +163,13 @@ def log_covariances(fit: Hyperbolas, log_batch, mask) -> np.ndarray:
 def _linearise(position, log_batch, log_steps, points, limit):
     overhead, slope = log_overhead(position, log_batch)
     remainder = log_steps - overhead
-    residuals = remainder - _mean(remainder, points)
+    residuals = remainder - weighted_mean(remainder, points)
     weights = points
     if np.isfinite(limit).any():
         for _ in range(2):  # the level and the weights depend on each other
             weights = points * huber_weights(residuals, limit)
-            residuals = remainder - _mean(remainder, weights)
-    slope = slope - _mean(slope, weights)
+            residuals = remainder - weighted_mean(remainder, weights)
+    slope = slope - weighted_mean(slope, weights)
     return residuals, slope, weights, (weights * slope**2).sum(-1, keepdims=True)
 
 
@@ -174,12 +178,8 @@ def _best_of_grid(log_batch, log_steps, points, lowest, highest):
     positions = lowest + (highest - lowest) * fractions
     overhead, _ = log_overhead(positions, log_batch)
     remainder = log_steps - overhead
-    loss = (points * np.abs(remainder - _mean(remainder, points))).sum(-1, keepdims=True)
+    loss = (points * np.abs(remainder - weighted_mean(remainder, points))).sum(-1, keepdims=True)
     return np.take_along_axis(positions + 0 * loss, np.argmin(loss, axis=0, keepdims=True), axis=0)[0]
-
-
-def _mean(values, weights):
-    return (weights * values).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
 
 
 def _huber_loss(residuals, points, limit):
@@ -189,7 +189,7 @@ def _huber_loss(residuals, points, limit):
 
 
 def _loss_at_best_level(remainder, points, limit):
-    level = _mean(remainder, points)
+    level = weighted_mean(remainder, points)
     for _ in range(8):
-        level = _mean(remainder, points * huber_weights(remainder - level, limit))
+        level = weighted_mean(remainder, points * huber_weights(remainder - level, limit))
     return _huber_loss(remainder - level, points, limit)

@@ -1,11 +1,12 @@
-"""Laws of the literature for batch sizes, each with what it predicts and where it was measured.
+"""Published laws for batch sizes: what each predicts, its formula, and where it was measured.
 
-B_crit (twice the fewest steps, twice the fewest tokens), CBS20 (20 % more tokens than linear scaling) and B_opt (the
-batch with the lowest loss, or the fewest tokens, at a fixed budget) are different quantities: compare a law only with
-its own kind.
+The laws predict three different quantities. Compare only laws of the same quantity.
+  B_crit: a run needs twice the minimum number of steps and twice the minimum number of tokens.
+  CBS20: a run needs 20 % more tokens than with linear scaling.
+  B_opt: a run has the lowest loss at a fixed budget, or needs the fewest tokens to a loss.
 
-Merrill et al. 2025 (arXiv 2505.23971) has no entry: they measure B_crit along two runs, near 0 at first and about 4,096
-documents of 4,096 tokens in the end, and print no formula.
+Merrill et al. 2025 (arXiv 2505.23971) has no entry, because the paper has no formula. They measure B_crit along two
+runs: near 0 at the start, about 4,096 documents of 4,096 tokens at the end.
 """
 
 import dataclasses
@@ -21,46 +22,47 @@ class PublishedLaw:
     key: str
     formula: str
     predicts: str  # "B_crit", "B_opt" or "CBS20"
-    variable: str  # what the law is a function of, with its unit
-    constant: float | None  # tokens; None: only the exponent could be sourced
+    variable: str  # the argument of the law, with its unit
+    constant: float | None  # tokens; None if we know only the exponent
     exponent: float
-    valid_range: tuple[float, float] | None  # of the variable, where the authors measured; None: not known to us
+    valid_range: tuple[float, float] | None  # range of the variable that the authors measured; None if unknown
     corpus: str
     tokenizer: str
     source: str
-    checked: str  # which numbers of the authors it was held against (tests/fitting), and what could not be sourced
+    checked: str  # the authors' numbers that tests/fitting compares the law with, and what we could not find
     variable_unit: float = 1.0
 
     def __call__(self, variable):
-        """Batch size in tokens; warns outside the range that the authors measured, or where it isn't known.
+        """Batch size in tokens. Warns outside the range that the authors measured, or if the range is unknown.
 
         Raises:
-          ValueError: for a law of which only the exponent is known.
+          ValueError: if only the exponent of the law is known.
         """
         if self.constant is None:
-            raise ValueError(f"{self.key} is known by its exponent only, {self.exponent:g}: use .ratio(to, start)")
+            raise ValueError(
+                f"only the exponent of {self.key} is known, {self.exponent:g}, so it can't give a batch size: use "
+                ".ratio(to, start)"
+            )
         values = np.asarray(variable, float)
         self._check_range(values)
         tokens = self.constant * (values / self.variable_unit) ** self.exponent
         return float(tokens) if values.ndim == 0 else tokens
 
     def ratio(self, to: float, start: float) -> float:
-        """Batch size at `to` over that at `start`; warns like a call."""
+        """(Batch size at `to`)/(batch size at `start`). Warns like a call."""
         self._check_range(np.array([to, start], float))
         return (to / start) ** self.exponent
 
     def _check_range(self, values: np.ndarray) -> None:
         if self.valid_range is None:
-            warnings.warn(
-                f"the range of {self.variable} that {self.key} was measured in isn't known here", stacklevel=3
-            )
+            warnings.warn(f"we don't know the range of {self.variable} in which {self.key} was measured", stacklevel=3)
             return
         low, high = self.valid_range
         outside = values[(values < low) | (values > high)]
         if outside.size:
             warnings.warn(
-                f"{self.key} was measured for {self.variable} between {low:g} and {high:g}; "
-                f"{outside.flat[0]:g} is outside",
+                f"{outside.flat[0]:g} is outside the range in which {self.key} was measured, {low:g} to {high:g} "
+                f"({self.variable})",
                 stacklevel=3,
             )
 
@@ -78,7 +80,7 @@ _KAPLAN = PublishedLaw(
     corpus="WebText2",
     tokenizer="GPT-2 byte-pair encoding, 50,257 tokens",
     source="Kaplan et al. 2020, arXiv 2001.08361, figure 10",
-    checked="the caption's doubling for 13 % less loss, and B ∝ C^0.24 of section 6.1; range: the figure's axis",
+    checked="the doubling for 13 % less loss in the caption, and B ∝ C^0.24 in section 6.1; range: the figure's axis",
 )
 
 _BERGSMA = PublishedLaw(
@@ -92,7 +94,7 @@ _BERGSMA = PublishedLaw(
     corpus="SlimPajama; models of 111M to 3.3B parameters, sequences of 2,048 tokens",
     tokenizer="50,257 tokens",
     source="Bergsma et al. 2025, arXiv 2505.13738, figure 1",
-    checked="the exponents, as others quote them; constants and range are in a figure that we couldn't read",
+    checked="the exponents, as others quote them; we could not read the figure with the constants and the range",
 )
 
 published = {
@@ -106,12 +108,13 @@ published = {
             constant=2e8,
             exponent=-1 / 0.21,
             source="Kaplan et al. 2020, arXiv 2001.08361, eq. 1.4 and 5.3",
-            checked="both constants, in the paper's text; alpha_C = 0.054 of eq. 6.4, which follows; figure 10's law",
+            checked="both constants, in the paper's text; alpha_C = 0.054 of eq. 6.4, which follows from them; figure "
+            "10's law",
         ),
         PublishedLaw(
             key="minicpm2024",
             formula="B_opt(L) = 1.21e9 tokens / L^6.24",
-            predicts="B_opt",  # the fewest tokens to the loss
+            predicts="B_opt",  # here: fewest tokens to the loss
             variable="loss on C4 in nats per token",
             constant=1.21e9,
             exponent=-6.24,
@@ -129,7 +132,7 @@ published = {
             variable="compute C = M·D in FLOPs, M non-embedding FLOPs per token",
             constant=0.2920,
             exponent=0.3271,
-            valid_range=(1e17, 2e19),  # of the fit; the authors found it good at 1e20, too
+            valid_range=(1e17, 2e19),  # of the fit; the authors found the law good at 1e20 too
             corpus="DeepSeek's own, Chinese and English",
             tokenizer="DeepSeek byte-level byte-pair encoding, 102,400 tokens",
             source="DeepSeek-AI 2024, arXiv 2401.02954, eq. 1",
@@ -147,7 +150,7 @@ published = {
             tokenizer=_UNKNOWN,
             source="Porian et al. 2024, arXiv 2406.19146; constant in tokens as quoted by Li et al. 2025, table 1",
             checked="0.00037·N^0.703 sequences of 2,048 tokens, as others quote it; range: the authors' list of "
-            "models, of which their batch sweep may have used the smaller ones only",
+            "models; their batch sweep may have used only the smaller models",
         ),
         PublishedLaw(
             key="steplaw2025",
@@ -161,7 +164,7 @@ published = {
             tokenizer=_UNKNOWN,
             source="Li et al. 2025, arXiv 2503.04715, eq. 1 and table 2",
             checked="the mean of the authors' 1,000 bootstrap fits, and the best batch of their released runs at 2e10 "
-            "tokens; the tokenizer isn't named where we could read",
+            "tokens; we could not find the tokenizer's name",
         ),
         PublishedLaw(
             key="zhang2024",
@@ -174,8 +177,8 @@ published = {
             corpus="C4",
             tokenizer=_UNKNOWN,
             source="Zhang et al. 2024, arXiv 2410.21676",
-            checked="CBS20 of the five models whose steps the authors published; the paper's own table of it we "
-            "couldn't read, nor the tokenizer's name",
+            checked="CBS20 of the five models whose steps the authors published; we could not read the paper's own "
+            "table of CBS20 or find the tokenizer's name",
             variable_unit=1e6,
         ),
         _BERGSMA,
@@ -192,12 +195,13 @@ published = {
 
 
 def of_kind(predicts: str) -> tuple[PublishedLaw, ...]:
-    """The laws of one quantity, the only ones that may be compared with each other.
+    """The laws that predict one quantity: "B_crit", "B_opt" or "CBS20".
 
     Raises:
-      ValueError: for anything but B_crit, B_opt and CBS20.
+      ValueError: for any other quantity.
     """
     laws = tuple(law for law in published.values() if law.predicts == predicts)
     if not laws:
-        raise ValueError(f"{predicts!r} is none of {', '.join(sorted({law.predicts for law in published.values()}))}")
+        kinds = ", ".join(sorted({law.predicts for law in published.values()}))
+        raise ValueError(f"no published law predicts {predicts!r}: use one of {kinds}")
     return laws

@@ -1,7 +1,7 @@
-"""From the runs of a batch-size scan to B_crit(L) and its law, with intervals that resample runs.
+"""The two-stage fit of a batch-size scan: B_crit at each model and loss, then the power law through them.
 
-McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.11, at each loss; Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.4,
-through the critical batch sizes.
+First stage: McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.11. Second stage: Kaplan et al. 2020 (arXiv 2001.08361),
+eq. 1.4. Intervals of the law come from resampled runs.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ class CriticalBatch:
     """One point of B_crit(L)."""
 
     model: str
-    loss: float  # target, nats per token
+    loss: float  # target loss, nats per token
     tradeoff: Tradeoff
-    not_reached: int  # runs of the model that didn't reach the target
-    bounds: int  # those of them that entered the fit, as more steps than they had
-    in_law: bool  # False: the data bound B_crit on one side at most, so that the law can't use it
+    not_reached: int  # number of the model's runs that didn't reach the target
+    bounds: int  # number of these that entered the fit as a bound: more steps than they had
+    in_law: bool  # False if the interval of B_crit is open on a side, so the law can't use the point
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ScanFit(LawFit):
-    """Trade-offs of every model and target loss, and the one law through them."""
+    """The trade-off at every model and target loss, and one law through their B_crit."""
 
     points: tuple[CriticalBatch, ...]  # by model in order of appearance, then by falling loss
     notes: tuple[str, ...]  # what was left out, and why
@@ -45,22 +45,22 @@ def fit_scan(
     resamples: int | None = None,
     seed: int = 0,
 ) -> ScanFit:
-    """Fits a whole scan, given as columns of one long table with a row for each run and target loss.
+    """Fits a whole scan. The arguments are the columns of a table with one row for each run and target loss.
 
     Args:
       model: `[rows]`, names.
       batch_tokens: `[rows]`, tokens per step.
       target_loss: `[rows]`, nats per token.
-      steps: `[rows]`, optimizer steps to the target; NaN where the run didn't reach it.
-      steps_tried: `[rows]`, the steps that a run had which didn't reach the target, so that it enters as a bound; read
-        only where `steps` is NaN; None or NaN where unknown.
-      run: `[rows]`, what tells runs of one model and batch size apart (seeds); None where there is one of each.
+      steps: `[rows]`, optimizer steps to the target; NaN if the run didn't reach it.
+      run: `[rows]`, names that tell apart runs of one model and batch size (seeds); None if there is one run of each.
+      steps_tried: `[rows]`, total steps of a run that didn't reach the target. The fit then knows that the target needs
+        more steps. Used only where `steps` is NaN; None or NaN if unknown.
       confidence: of all intervals.
-      resamples: sets of run-level errors for the law's intervals, drawn from `seed`, so that the result repeats; 4,000
-        unless given, and down to 1,000 for large tables.
+      resamples: number of resamples for the law's intervals; None takes 4,000, and down to 1,000 for large tables.
+      seed: of the resamples; the same seed gives the same result.
 
     Raises:
-      ValueError: naming the row, for values out of range, unequal columns, or two rows for one run and target.
+      ValueError: for values out of range, columns of unequal length, or two rows for one run and target. Names the row.
     """
     table = scan_table(model, batch_tokens, target_loss, steps, run, steps_tried)
     notes = []
@@ -95,7 +95,8 @@ def fit_scan(
             )
         )
 
-    # An interval at 95 % looks bounded by luck now and then, at many losses at once as they share runs.
+    # Of 95 % intervals, some are bounded by chance, even at many losses at once, as losses share runs. So a law also
+    # takes `one_sided`, a stricter test.
     both_sides = {point.loss for point in points if point.in_law and not point.tradeoff.one_sided}
     law = errors = None
     if len(both_sides) < 3:

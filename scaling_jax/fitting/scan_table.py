@@ -1,7 +1,7 @@
-"""A long table of measurements as padded arrays: a fit for each model and target loss, the runs along the last axis.
+"""A long table of measurements as padded arrays: one row per model and target loss, its runs along the last axis.
 
-Dimension letters: G fits (model, target loss); n runs of the model that has most; R runs of all models; T target
-losses of all models.
+Dimension letters: G rows, each a fit (model, target loss); n runs of the model with most runs; R runs of all models; T
+target losses of all models.
 """
 
 from typing import NamedTuple
@@ -10,26 +10,37 @@ import numpy as np
 
 
 class ScanTable(NamedTuple):
-    """Natural logs of tokens and steps; where `mask` is False the other entries are fillers."""
+    """Measurements in natural logs of tokens and steps. Entries with neither `mask` nor `bound` have no meaning."""
 
     models: tuple[str, ...]  # of each fit, `[G]`
     losses: np.ndarray  # `[G]`, nats per token
     log_batch: np.ndarray  # `[G, n]`
-    log_steps: np.ndarray  # `[G, n]`, a lower bound of them where `bound` is True
+    log_steps: np.ndarray  # `[G, n]`, a lower bound where `bound` is True
     mask: np.ndarray  # `[G, n]`, True where the run reached the target
-    bound: np.ndarray  # `[G, n]`, True where it is known how many steps were not enough
+    bound: np.ndarray  # `[G, n]`, True where the run ended above the target after a known number of steps
     run_index: np.ndarray  # `[G, n]`, in 0..R-1
     target_index: np.ndarray  # `[G]`, in 0..T-1
-    not_reached: np.ndarray  # `[G]`, runs of the model that were measured and didn't reach the target
+    not_reached: np.ndarray  # `[G]`, number of runs that didn't reach the target
 
     def select(self, keep: np.ndarray) -> "ScanTable":
-        """The fits where `keep`, `[G]`, is True."""
+        """The rows where `keep`, `[G]`, is True."""
         models = tuple(model for model, kept in zip(self.models, keep, strict=True) if kept)
         return ScanTable(models, *(field[keep] for field in self[1:]))
 
+    def by_run(self, values: np.ndarray) -> np.ndarray:
+        """`values` `[..., G, n]` as `[..., R, T]`; zero where nothing was measured."""
+        out = np.zeros((*values.shape[:-2], self.run_index.max() + 1, self.target_index.max() + 1))
+        g, i = np.nonzero(self.mask)
+        out[..., self.run_index[g, i], self.target_index[g]] = values[..., g, i]
+        return out
+
 
 def scan_table(model, batch_tokens, target_loss, steps, run=None, steps_tried=None) -> ScanTable:
-    """Checks the columns of a long table and lays them out; `fit_scan` says what they hold."""
+    """The columns of a long table as arrays; `fit_scan` lists the columns.
+
+    Raises:
+      ValueError: for bad values, columns of unequal length, or two rows for one run and target. Names the row.
+    """
     model = [str(name) for name in model]
     batch_tokens, target_loss, steps = (np.asarray(x, float) for x in (batch_tokens, target_loss, steps))
     run = [""] * len(model) if run is None else [str(name) for name in run]
@@ -40,10 +51,11 @@ def scan_table(model, batch_tokens, target_loss, steps, run=None, steps_tried=No
     for i, key in enumerate(zip(model, batch_tokens.tolist(), run, target_loss.tolist(), strict=True)):
         if key in rows:
             raise ValueError(
-                f"row {i}: model {key[0]}, batch {key[1]:g} and target {key[3]:g} came before; tell runs apart by `run`"
+                f"row {i}: model {key[0]}, batch {key[1]:g} and target {key[3]:g} also have an earlier row; if these "
+                "are two runs, name them in `run`"
             )
         rows[key] = float(steps[i]), float(tried[i])
-    # Sorted, so that the order in which runs finished doesn't change the resampled numbers.
+    # Sorted, so that the resampled numbers don't depend on the order in which runs finished.
     runs = sorted({key[:3] for key in rows})
     targets = sorted({key[3] for key in rows}, reverse=True)
     runs_of = {name: [r for r, key in enumerate(runs) if key[0] == name] for name in dict.fromkeys(model)}
@@ -81,17 +93,17 @@ def _check(model, batch_tokens, target_loss, steps, run, tried):
     lengths = [len(model), *(x.shape for x in (batch_tokens, target_loss, steps)), len(run), tried.shape]
     if len(model) == 0 or any(length not in (len(model), (len(model),)) for length in lengths):
         raise ValueError(
-            f"columns model, batch_tokens, target_loss, steps, run, steps_tried should be equally long; got {lengths}"
+            f"columns model, batch_tokens, target_loss, steps, run, steps_tried must be equally long, but are {lengths}"
         )
     for name, values in (("batch_tokens", batch_tokens), ("target_loss", target_loss)):
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if bad.size:
-            raise ValueError(f"row {bad[0]}: {name} is {values[bad[0]]:g}; should be positive and finite")
+            raise ValueError(f"row {bad[0]}: {name} is {values[bad[0]]:g}; must be positive and finite")
     bad = np.flatnonzero(~(np.isnan(steps) | (np.isfinite(steps) & (steps > 0))))
     if bad.size:
         raise ValueError(
-            f"row {bad[0]}: steps is {steps[bad[0]]:g}; should be positive, or NaN for a target not reached"
+            f"row {bad[0]}: steps is {steps[bad[0]]:g}; must be positive, or NaN if the run didn't reach the target"
         )
     bad = np.flatnonzero(np.isnan(steps) & ~(np.isnan(tried) | (np.isfinite(tried) & (tried > 0))))
     if bad.size:
-        raise ValueError(f"row {bad[0]}: steps_tried is {tried[bad[0]]:g}; should be positive, or NaN if unknown")
+        raise ValueError(f"row {bad[0]}: steps_tried is {tried[bad[0]]:g}; must be positive, or NaN if unknown")

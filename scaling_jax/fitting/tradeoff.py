@@ -1,6 +1,7 @@
-"""The trade-off between optimizer steps and tokens at one loss, and its turning point, B_crit.
+"""The trade-off between optimizer steps and tokens at one loss, S = S_min·(1 + B_crit/B), fitted to runs and bounds.
 
-McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.11; Kaplan et al. 2020 (arXiv 2001.08361), eq. 5.1 to 5.3.
+McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.11; Kaplan et al. 2020 (arXiv 2001.08361), eq. 5.1 to 5.3. Runs that
+ended above the loss enter as bounds: they need more steps than they had.
 """
 
 import dataclasses
@@ -23,34 +24,37 @@ from scaling_jax.fitting.hyperbolas import (
     profile_intervals,
 )
 
+NUM_ITERATIONS = 25  # of the fit with bounds
+SMALLEST_NOISE = 1e-4  # of log steps; with no noise at all, a bound would be a wall that Newton steps can't get past
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tradeoff:
-    """(S/S_min - 1)(E/E_min - 1) = 1 with E = B·S: steps in optimizer steps, batches and E in tokens."""
+    """(S/S_min - 1)(E/E_min - 1) = 1 with E = B·S. S is in optimizer steps; B and E are in tokens."""
 
-    s_min: float
-    e_min: float
-    b_crit: float  # E_min/S_min: twice the least steps, twice the least tokens
-    b_crit_interval: tuple[float, float]  # ends are 0 or infinity where the data reject no smaller or no larger B_crit
-    one_sided: bool  # the data don't show batches on both sides of B_crit: read the interval, not the number
+    s_min: float  # minimum number of steps, with very large batches
+    e_min: float  # minimum number of tokens, with very small batches
+    b_crit: float  # E_min/S_min; at this batch size a run needs 2·S_min steps and 2·E_min tokens
+    b_crit_interval: tuple[float, float]  # 0 or infinity at an end if the data reject no smaller or no larger B_crit
+    one_sided: bool  # True: the data don't show batches on both sides of B_crit; read the interval, not the number
     confidence: float
     batch_tokens: np.ndarray = dataclasses.field(repr=False)
     steps: np.ndarray = dataclasses.field(repr=False)
     residuals: np.ndarray = dataclasses.field(repr=False)  # log(steps measured/steps fitted)
     bound_batch_tokens: np.ndarray = dataclasses.field(repr=False)  # runs that ended above the loss
-    bound_steps: np.ndarray = dataclasses.field(repr=False)  # and the steps that they had
+    bound_steps: np.ndarray = dataclasses.field(repr=False)  # the steps that these runs had
     log_covariance: np.ndarray = dataclasses.field(repr=False)  # `[2, 2]`, of log s_min and log b_crit
 
     def steps_at(self, batch_tokens):
-        """Steps to the loss at a batch size in tokens, S_min·(1 + B_crit/B)."""
+        """Steps to the loss at a batch size in tokens: S_min·(1 + B_crit/B)."""
         return self.s_min * (1.0 + self.b_crit / np.asarray(batch_tokens, float))
 
     def tokens_at(self, batch_tokens):
-        """Tokens to the loss at a batch size in tokens, E_min·(1 + B/B_crit)."""
+        """Tokens to the loss at a batch size in tokens: E_min·(1 + B/B_crit)."""
         return self.e_min * (1.0 + np.asarray(batch_tokens, float) / self.b_crit)
 
     def steps_interval(self, batch_tokens) -> tuple[np.ndarray, np.ndarray]:
-        """Ends of the interval of `steps_at`, by the delta method in logs (Student t)."""
+        """(low, high) of `steps_at`, by the delta method in logs (Student t)."""
         batch_tokens = np.asarray(batch_tokens, float)
         along = np.stack([np.ones_like(batch_tokens), self.b_crit / (self.b_crit + batch_tokens)], axis=-1)
         variance = np.einsum("...i,ij,...j->...", along, self.log_covariance, along)
@@ -59,32 +63,32 @@ class Tradeoff:
         return self.steps_at(batch_tokens) / factor, self.steps_at(batch_tokens) * factor
 
     def batch_at_overhead(self, overhead: float) -> float:
-        """Batch size in tokens that needs (1 + overhead)·E_min tokens; overhead 1 is B_crit itself."""
+        """Batch size in tokens at which a run needs (1 + overhead)·E_min tokens; overhead 1 gives B_crit."""
         return overhead * self.b_crit
 
     @property
     def cbs20(self) -> float:
-        """Batch size in tokens at 20 % over linear scaling (Zhang et al. 2024, arXiv 2410.21676): not B_crit.
+        """Batch size in tokens at which a run needs 20 % more tokens than E_min; this is not B_crit.
 
-        Read off this hyperbola, whose linear scaling is the limit of small batches; Zhang et al. start from the best
-        small batch that they ran.
+        After Zhang et al. 2024 (arXiv 2410.21676). They count the 20 % from the best small batch that they ran; here it
+        counts from E_min, the limit of small batches.
         """
         return self.batch_at_overhead(0.2)
 
 
 def fit_tradeoff(batch_tokens, steps, *, steps_tried=None, confidence: float = 0.95) -> Tradeoff:
-    """Fits S_min and E_min to the steps that runs at several batch sizes took to one loss, robustly in log space.
+    """Fits S_min and E_min to the steps to one loss at several batch sizes, robustly and in logs.
 
     Args:
       batch_tokens: `[n]`, tokens per step; a batch size may repeat (seeds).
-      steps: `[n]`, optimizer steps to the loss; NaN for a run that ended above it.
-      steps_tried: `[n]`, the steps that such a run had: it enters as a bound, steps > steps_tried. Read only where
-        `steps` is NaN; NaN there too leaves the run out.
-      confidence: of `b_crit_interval`, the set of B_crit that an F test on Huber's loss doesn't reject.
+      steps: `[n]`, optimizer steps to the loss; NaN if the run ended above it.
+      steps_tried: `[n]`, total steps of a run that ended above the loss; it enters as a bound, steps > steps_tried.
+        Used only where `steps` is NaN; NaN leaves the run out.
+      confidence: of `b_crit_interval`, which holds every B_crit that an F test on Huber's loss doesn't reject.
 
     Raises:
       ValueError: for values that aren't positive and finite, unequal lengths, or steps measured at fewer than three
-        distinct batch sizes.
+        batch sizes.
     """
     batch_tokens, steps, tried = _checked(batch_tokens, steps, steps_tried)
     mask = np.isfinite(steps)
@@ -94,9 +98,9 @@ def fit_tradeoff(batch_tokens, steps, *, steps_tried=None, confidence: float = 0
 
 
 def fit_tradeoffs(log_batch, log_steps, mask, confidence: float, bound=None) -> list[Tradeoff]:
-    """One fit for each row of `[rows, n]` natural logs; nothing is checked.
+    """One fit for each row of `[rows, n]` natural logs. Doesn't check its arguments.
 
-    Steps were measured where `mask` is True and are known to be more than `log_steps` where `bound` is.
+    Where `mask` is True, `log_steps` were measured. Where `bound` is True, the steps are more than `log_steps`.
     """
     bound = np.zeros_like(mask) if bound is None else bound
     tradeoffs: dict[int, Tradeoff] = {}
@@ -108,6 +112,108 @@ def fit_tradeoffs(log_batch, log_steps, mask, confidence: float, bound=None) -> 
             )
             tradeoffs |= dict(zip(rows.tolist(), found, strict=True))
     return [tradeoffs[row] for row in range(len(mask))]
+
+
+class BoundedHyperbolas(NamedTuple):
+    """Fits to measured points and bounds."""
+
+    hyperbolas: Hyperbolas
+    noise: np.ndarray  # `[..., 1]`, standard deviation of log steps
+
+
+def fit_bounded(log_batch, log_steps, mask, bound, start=None, num_rounds=3, num_iterations=6) -> BoundedHyperbolas:
+    """Fits each row to measured points and bounds.
+
+    Args:
+      log_batch, log_steps: `[..., n]`; where `bound` is True, `log_steps` is a lower bound.
+      mask: `[..., n]`, True where steps were measured.
+      bound: `[..., n]`, True where the steps are more than `log_steps`; never True where `mask` is.
+      start, num_rounds, num_iterations: of a first fit, to the measured points only; this fit starts from it.
+    """
+    alone = fit_hyperbolas(log_batch, log_steps, mask, start, num_rounds, num_iterations)
+    position, level, limit = alone.log_b_crit[..., None], alone.log_s_min[..., None], alone.limit
+    noise = noise_of(alone.residuals, mask, limit, NUM_PARAMETERS)
+    for _ in range(NUM_ITERATIONS):
+        overhead, slope = log_overhead(position, log_batch)
+        pull, weights = pull_of(log_steps - overhead - level, mask, bound, limit, noise)
+        total = weights.sum(-1, keepdims=True)
+        centred = slope - (weights * slope).sum(-1, keepdims=True) / total
+        step = (pull * centred).sum(-1, keepdims=True) / np.maximum(
+            (weights * centred**2).sum(-1, keepdims=True), 1e-12
+        )
+        step = np.clip(step, -0.5, 0.5)
+        level = level + np.clip((pull - weights * slope * step).sum(-1, keepdims=True) / total, -0.5, 0.5)
+        position = position + step
+        noise = noise_of(log_steps - log_overhead(position, log_batch)[0] - level, mask, limit, NUM_PARAMETERS)
+    overhead, slope = log_overhead(position, log_batch)
+    residuals = log_steps - overhead - level
+    _, weights = pull_of(residuals, mask, bound, np.inf, noise)
+    centred = slope - (weights * slope).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
+    information = (weights * centred**2).sum(-1)
+    fits = Hyperbolas(position[..., 0], level[..., 0], residuals * mask, information, limit, weights)
+    return BoundedHyperbolas(fits, noise)
+
+
+def deviance_with_bounds(log_b_crit, fit: BoundedHyperbolas, log_batch, log_steps, mask, bound) -> np.ndarray:
+    """`hyperbolas.deviance` of a fit with bounds: how much worse than the fit a given log B_crit is."""
+    worse = _loss_at(log_b_crit, fit, log_batch, log_steps, mask, bound)
+    best = _loss_at(fit.hyperbolas.log_b_crit, fit, log_batch, log_steps, mask, bound)
+    return 2.0 * np.maximum(worse - best, 0.0) / fit.noise[..., 0] ** 2
+
+
+def fit_rows(log_batch, log_steps, mask, bound, start=None, num_rounds=3, num_iterations=6) -> Hyperbolas:
+    """Fits rows `[..., G, n]`: rows with a bound by `fit_bounded`, the others by `fit_hyperbolas`.
+
+    `mask` and `bound` are `[G, n]`.
+    """
+    fits = fit_hyperbolas(log_batch, log_steps, mask, start, num_rounds, num_iterations)
+    rows = bound.any(-1)
+    if not rows.any():
+        return fits
+    bounded, _ = fit_bounded(
+        log_batch[rows],
+        log_steps[..., rows, :],
+        mask[rows],
+        bound[rows],
+        None if start is None else start[..., rows],
+        num_rounds,
+        num_iterations,
+    )
+    merged = []
+    for field, changed, per_point in zip(
+        fits, bounded, (0, 0, 1, 0, 1, 1), strict=True
+    ):  # 1: the field has a last axis
+        whole = np.broadcast_to(field, (*fits.log_b_crit.shape, *field.shape[field.ndim - per_point :])).copy()
+        whole[(..., rows, slice(None)) if per_point else (..., rows)] = changed
+        merged.append(whole)
+    return Hyperbolas(*merged)
+
+
+def loss_of(residuals, mask, bound, limit, noise) -> np.ndarray:
+    """Loss of each point: Huber's where steps were measured, -noise²·log probability where there is a bound."""
+    size = np.abs(residuals)
+    clipped = np.minimum(size, limit)
+    measured = mask * clipped * (size - 0.5 * clipped)
+    return measured - bound * noise**2 * special.log_ndtr(np.clip(-residuals / noise, -1e6, None))
+
+
+def pull_of(residuals, mask, bound, limit, noise) -> tuple[np.ndarray, np.ndarray]:
+    """For each point, minus the derivative of its loss by its fitted value, and the curvature for a Newton step."""
+    z = np.clip(residuals / noise, -30.0, 1e6)
+    hazard = np.exp(-0.5 * z**2 - 0.5 * np.log(2 * np.pi) - special.log_ndtr(-z))
+    weights = mask * (huber_weights(residuals, limit) if np.isfinite(limit).any() else 1.0)
+    curvature = np.clip(hazard * (hazard - z), 0.0, 1.0)
+    held_back = np.minimum(1.0, limit / np.maximum(noise * hazard, 1e-300))
+    return weights * residuals + bound * noise * hazard * held_back, weights + bound * curvature * held_back
+
+
+def noise_of(residuals, mask, limit, num_parameters: int, axis: int | tuple[int, ...] = -1) -> np.ndarray:
+    """Standard deviation of log steps along `axis`, with outliers clipped at `limit`; keeps the axis."""
+    count = mask.sum(axis, keepdims=True)
+    pull = mask * np.clip(residuals, -limit, limit)
+    inside = (mask & (np.abs(residuals) <= limit)).sum(axis, keepdims=True) / count
+    variance = (pull**2).sum(axis, keepdims=True) / np.maximum(count - num_parameters, 1) / np.maximum(inside, 0.5)
+    return np.maximum(np.sqrt(variance), SMALLEST_NOISE)
 
 
 def _fit_alike(log_batch, log_steps, mask, confidence, bound) -> list[Tradeoff]:
@@ -149,99 +255,24 @@ def _checked(batch_tokens, steps, steps_tried) -> tuple[np.ndarray, np.ndarray, 
     tried = np.full(steps.shape, np.nan) if steps_tried is None else np.asarray(steps_tried, float)
     if batch_tokens.ndim != 1 or not batch_tokens.shape == steps.shape == tried.shape:
         raise ValueError(
-            f"batch_tokens {batch_tokens.shape}, steps {steps.shape} and steps_tried {tried.shape} should be lists of "
-            "one length"
+            f"batch_tokens {batch_tokens.shape}, steps {steps.shape} and steps_tried {tried.shape} must be lists of "
+            "equal length"
         )
     for name, values in (("batch_tokens", batch_tokens), ("steps", steps), ("steps_tried", tried)):
         missing = np.isnan(values) & (name != "batch_tokens")
         bad = np.flatnonzero(~(missing | (np.isfinite(values) & (values > 0))))
         if bad.size:
-            raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]:g}; should be positive and finite")
+            raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]:g}; must be positive and finite")
     distinct = np.unique(batch_tokens[np.isfinite(steps)]).size
     if distinct < 3:
         raise ValueError(
-            f"{distinct} distinct batch sizes that got there can't show a trade-off of two parameters: give at least 3"
+            f"runs at {distinct} distinct batch sizes reached the loss, but fitting S_min and B_crit needs at least 3"
         )
     return batch_tokens, steps, tried
 
 
-NUM_ITERATIONS = 25
-PER_POINT = (0, 0, 1, 0, 1, 1)  # fields of Hyperbolas with an axis more than one number a row
-SMALLEST_NOISE = 1e-4  # of log steps; noiseless data would make a bound a wall that Newton's steps can't climb
-
-
-class BoundedHyperbolas(NamedTuple):
-    """Fits, and the noise of log steps that they took, `[..., 1]`."""
-
-    hyperbolas: Hyperbolas
-    noise: np.ndarray
-
-
-def fit_bounded(log_batch, log_steps, mask, bound, start=None, num_rounds=3, num_iterations=6) -> BoundedHyperbolas:
-    """Fits each row to measured points and bounds.
-
-    Args:
-      log_batch, log_steps: `[..., n]`; a lower bound of log steps where `bound` is True.
-      mask: `[..., n]`, True where steps were measured.
-      bound: `[..., n]`, True where they are known to be more than `log_steps`; never True where `mask` is.
-      start, num_rounds, num_iterations: of the fit to measured points alone, which this one starts from.
-    """
-    alone = fit_hyperbolas(log_batch, log_steps, mask, start, num_rounds, num_iterations)
-    position, level, limit = alone.log_b_crit[..., None], alone.log_s_min[..., None], alone.limit
-    noise = noise_of(alone.residuals, mask, limit, NUM_PARAMETERS)
-    for _ in range(NUM_ITERATIONS):
-        overhead, slope = log_overhead(position, log_batch)
-        pull, weights = pull_of(log_steps - overhead - level, mask, bound, limit, noise)
-        total = weights.sum(-1, keepdims=True)
-        centred = slope - (weights * slope).sum(-1, keepdims=True) / total
-        step = (pull * centred).sum(-1, keepdims=True) / np.maximum(
-            (weights * centred**2).sum(-1, keepdims=True), 1e-12
-        )
-        step = np.clip(step, -0.5, 0.5)
-        level = level + np.clip((pull - weights * slope * step).sum(-1, keepdims=True) / total, -0.5, 0.5)
-        position = position + step
-        noise = noise_of(log_steps - log_overhead(position, log_batch)[0] - level, mask, limit, NUM_PARAMETERS)
-    overhead, slope = log_overhead(position, log_batch)
-    residuals = log_steps - overhead - level
-    _, weights = pull_of(residuals, mask, bound, np.inf, noise)
-    centred = slope - (weights * slope).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
-    information = (weights * centred**2).sum(-1)
-    fits = Hyperbolas(position[..., 0], level[..., 0], residuals * mask, information, limit, weights)
-    return BoundedHyperbolas(fits, noise)
-
-
-def deviance_with_bounds(log_b_crit, fit: BoundedHyperbolas, log_batch, log_steps, mask, bound) -> np.ndarray:
-    """How much worse than the fit a given log B_crit is, like `hyperbolas.deviance`."""
-    worse = _loss_at(log_b_crit, fit, log_batch, log_steps, mask, bound)
-    best = _loss_at(fit.hyperbolas.log_b_crit, fit, log_batch, log_steps, mask, bound)
-    return 2.0 * np.maximum(worse - best, 0.0) / fit.noise[..., 0] ** 2
-
-
-def fit_rows(log_batch, log_steps, mask, bound, start=None, num_rounds=3, num_iterations=6) -> Hyperbolas:
-    """Fits `[..., G, n]` rows, of which those with a bound (`mask` and `bound` are `[G, n]`) by `fit_bounded`."""
-    fits = fit_hyperbolas(log_batch, log_steps, mask, start, num_rounds, num_iterations)
-    rows = bound.any(-1)
-    if not rows.any():
-        return fits
-    bounded, _ = fit_bounded(
-        log_batch[rows],
-        log_steps[..., rows, :],
-        mask[rows],
-        bound[rows],
-        None if start is None else start[..., rows],
-        num_rounds,
-        num_iterations,
-    )
-    merged = []
-    for field, changed, per_point in zip(fits, bounded, PER_POINT, strict=True):
-        whole = np.broadcast_to(field, (*fits.log_b_crit.shape, *field.shape[field.ndim - per_point :])).copy()
-        whole[(..., rows, slice(None)) if per_point else (..., rows)] = changed
-        merged.append(whole)
-    return Hyperbolas(*merged)
-
-
 def _loss_at(log_b_crit, fit: BoundedHyperbolas, log_batch, log_steps, mask, bound) -> np.ndarray:
-    """Huber's loss of the measured points less noise² · log probability of the bounds, at the best log S_min."""
+    """Huber's loss of the measured points minus noise² · log probability of the bounds, at the best log S_min."""
     overhead, _ = log_overhead(np.asarray(log_b_crit)[..., None], log_batch)
     limit, remainder = fit.hyperbolas.limit, log_steps - overhead
     level = (mask * remainder).sum(-1, keepdims=True) / mask.sum(-1, keepdims=True)
@@ -249,30 +280,3 @@ def _loss_at(log_b_crit, fit: BoundedHyperbolas, log_batch, log_steps, mask, bou
         pull, weights = pull_of(remainder - level, mask, bound, limit, fit.noise)
         level = level + np.clip(pull.sum(-1, keepdims=True) / weights.sum(-1, keepdims=True), -2.0, 2.0)
     return loss_of(remainder - level, mask, bound, limit, fit.noise).sum(-1)
-
-
-def loss_of(residuals, mask, bound, limit, noise) -> np.ndarray:
-    """Each point's loss: Huber's where steps were measured, -noise²·log probability where there is a bound."""
-    size = np.abs(residuals)
-    clipped = np.minimum(size, limit)
-    measured = mask * clipped * (size - 0.5 * clipped)
-    return measured - bound * noise**2 * special.log_ndtr(np.clip(-residuals / noise, -1e6, None))
-
-
-def pull_of(residuals, mask, bound, limit, noise) -> tuple[np.ndarray, np.ndarray]:
-    """Minus the slope of each point's loss in its fitted value, and the curvature that Newton's step takes."""
-    z = np.clip(residuals / noise, -30.0, 1e6)
-    hazard = np.exp(-0.5 * z**2 - 0.5 * np.log(2 * np.pi) - special.log_ndtr(-z))
-    weights = mask * (huber_weights(residuals, limit) if np.isfinite(limit).any() else 1.0)
-    curvature = np.clip(hazard * (hazard - z), 0.0, 1.0)
-    held_back = np.minimum(1.0, limit / np.maximum(noise * hazard, 1e-300))
-    return weights * residuals + bound * noise * hazard * held_back, weights + bound * curvature * held_back
-
-
-def noise_of(residuals, mask, limit, num_parameters: int, axis: int | tuple[int, ...] = -1) -> np.ndarray:
-    """Standard deviation of log steps along `axis`, which is kept, with outliers held back."""
-    count = mask.sum(axis, keepdims=True)
-    pull = mask * np.clip(residuals, -limit, limit)
-    inside = (mask & (np.abs(residuals) <= limit)).sum(axis, keepdims=True) / count
-    variance = (pull**2).sum(axis, keepdims=True) / np.maximum(count - num_parameters, 1) / np.maximum(inside, 0.5)
-    return np.maximum(np.sqrt(variance), SMALLEST_NOISE)

@@ -163,8 +163,8 @@ def test_the_laws_interval_covers_the_truth_with_bounds():
     ("steps", "tried", "message"),
     [
         ([10, 5, np.nan, 3], [np.nan, np.nan, -1, np.nan], r"steps_tried\[2\] is -1"),
-        ([10, 5, np.nan, np.nan], [np.nan, np.nan, 5, 5], "2 distinct batch sizes that got there"),
-        ([10, 5, 4, 3], [1], "one length"),
+        ([10, 5, np.nan, np.nan], [np.nan, np.nan, 5, 5], "2 distinct batch sizes"),
+        ([10, 5, 4, 3], [1], r"\(4,\) and .*\(1,\)"),
     ],
 )
 def test_bad_bounds_are_refused(steps, tried, message):

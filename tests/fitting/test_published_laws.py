@@ -1,5 +1,6 @@
 """Numbers that the papers print, and the batch sizes that their authors used by their own laws."""
 
+import re
 import warnings
 
 import numpy as np
@@ -101,9 +102,9 @@ def test_every_law_is_its_printed_formula_in_tokens(key, variable, tokens):
 
 def test_a_law_without_a_constant_gives_ratios_only():
     """Ten times the data, 2.4 times the best batch and 2.9 times the critical one (Bergsma et al. 2025)."""
-    with pytest.raises(ValueError, match=r"exponent only, 0\.383: use \.ratio"):
+    with pytest.raises(ValueError, match=r"bergsma2025-opt .*0\.383.*\.ratio"):
         published["bergsma2025-opt"](1e10)
-    with pytest.warns(UserWarning, match="isn't known here"):
+    with pytest.warns(UserWarning, match="bergsma2025-opt"):
         assert published["bergsma2025-opt"].ratio(1e11, 1e10) == pytest.approx(10**0.383)
     with pytest.warns(UserWarning, match="D_min"):
         assert published["bergsma2025-crit"].ratio(1e11, 1e10) == pytest.approx(10**0.462)
@@ -120,7 +121,7 @@ def test_a_law_without_a_constant_gives_ratios_only():
     ],
 )
 def test_a_law_warns_outside_the_range_that_it_was_measured_in(key, inside, outside):
-    with pytest.warns(UserWarning, match=rf"{key} was measured for .* between .* and .*; .* is outside"):
+    with pytest.warns(UserWarning, match=re.escape(f"{outside:g} ") + f".* {key} .* to "):
         published[key](np.array([inside, outside]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -128,7 +129,7 @@ def test_a_law_warns_outside_the_range_that_it_was_measured_in(key, inside, outs
 
 
 def test_a_law_of_unknown_range_says_so_whenever_it_is_used():
-    with pytest.warns(UserWarning, match="minicpm2024 was measured in isn't known here"):
+    with pytest.warns(UserWarning, match="loss on C4 .* minicpm2024"):
         published["minicpm2024"](2.5)
 
 
@@ -145,5 +146,5 @@ def test_kinds_are_never_mixed():
     assert kinds["B_crit"] == {"kaplan2020", "kaplan2020-rounded", "bergsma2025-crit"}
     assert kinds["CBS20"] == {"zhang2024"}
     assert sum(map(len, kinds.values())) == len(published)
-    with pytest.raises(ValueError, match="'CBS' is none of B_crit, B_opt, CBS20"):
+    with pytest.raises(ValueError, match="'CBS'.* B_crit, B_opt, CBS20"):
         of_kind("CBS")
