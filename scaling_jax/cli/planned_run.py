@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_jax.data.tokenizers import most_ids
 from scaling_jax.io import UserError
 from scaling_jax.io.config import with_overrides
 from scaling_jax.scanning.records import load_run
 from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
-from scaling_jax.training.run import read_stages
+from scaling_jax.training.run import check_positive, read_stages
 
 _EITHER = (("max_tokens", "max_steps"), ("warmup_tokens", "warmup_steps"))
 
@@ -42,8 +43,10 @@ def planned_run(
         if "batch_tokens" in given:
             raise UserError("give --batch-tokens or --ramp, not both")
         first, *later = read_stages(ramp)
-        given |= {"batch_tokens": first.batch_tokens, "ramp": tuple(later)}
         factor = first.learning_rate_factor
+        check_positive(f"learning_rate_factor of the first stage of {ramp}", factor)
+        later = [dataclasses.replace(s, learning_rate_factor=s.learning_rate_factor / factor) for s in later]
+        given |= {"batch_tokens": first.batch_tokens, "ramp": tuple(later)}
     for end, other in (("max_tokens", "max_steps"), ("max_steps", "max_tokens")):
         if end in given:
             given.setdefault(other, None)
@@ -53,6 +56,8 @@ def planned_run(
     else:
         run = _from_flags(given, overrides, model, context)
     run = with_overrides(run, with_other_halves(overrides))
+    if run_file is None:
+        run = with_vocabulary(run, most_ids(run.tokenizer), overrides)
     return run if factor == 1.0 else dataclasses.replace(run, learning_rate=run.learning_rate * factor)
 
 
@@ -72,7 +77,7 @@ def with_other_halves(overrides: Sequence[str]) -> list[str]:
 
 def _changed(run: Run, model: str | None, context: int | None):
     size = run.model if model is None else model_config(model, vocab_size=run.model.vocab_size)
-    return dataclasses.replace(size, context=context or run.model.context)
+    return dataclasses.replace(size, context=run.model.context if context is None else context)
 
 
 def _from_flags(given: dict[str, Any], overrides: Sequence[str], model: str | None, context: int | None) -> Run:
@@ -84,7 +89,7 @@ def _from_flags(given: dict[str, Any], overrides: Sequence[str], model: str | No
     ):
         if not said.intersection(keys):
             raise UserError(f"give {flag}, or a file that defines RUN = Run(…)")
-    size = model_config(model or "2x64", context=context or 64)
+    size = model_config(model or "2x64", context=64 if context is None else context)
     # What an override says takes the place of these.
     values: dict[str, Any] = {"batch_tokens": 2 * size.context, "learning_rate": 1.0}
     if not given.keys() & {"max_tokens", "max_steps"}:

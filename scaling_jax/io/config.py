@@ -19,7 +19,8 @@ C = TypeVar("C")
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _SIZE = re.compile(
-    r"(?P<number>[\d_,]*\.?\d+(?:[eE][+-]?\d+)?)(?:(?:\^|\*\*)(?P<power>\d+))?(?P<unit>k|M|G|T|Ki|Mi|Gi)?"
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|[\d_]*\.?\d+)(?:[eE][+-]?\d+)?)"  # 1,5 may mean 1.5: it is neither
+    r"(?:(?:\^|\*\*)(?P<power>\d+))?(?P<unit>k|M|G|T|Ki|Mi|Gi)?"
 )
 
 

@@ -91,13 +91,13 @@ def parse_experiment(path: Path, remedy: str) -> Experiment:
     """An experiment.json; raises UserError as `read_experiment`."""
     try:
         values = json.loads(path.read_bytes())
-        schema = values.pop("schema", 1)
+        schema = values.pop("schema", 1) if isinstance(values, dict) else 1
         if not isinstance(schema, int) or schema > SCHEMA:
             raise UserError(f"its schema, {schema}, is of a later version")
         return from_dict(Experiment, values)
     except UserError as error:
         raise UserError(f"{path} is of another version or damaged ({error}): {remedy}") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't read {path} ({error}): {remedy}") from None
 
 
