@@ -11,6 +11,7 @@ import numpy as np
 from scaling_jax.io import UserError
 
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+_GPT2_IDS = 50_257
 _GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
@@ -126,6 +127,15 @@ def bpe_vocabulary(name: str) -> int | None:
     if kind == "bpe":
         raise UserError(f"tokenizer {name!r}: give its vocabulary as a number above 257, such as bpe:4096")
     raise UserError(f"unknown tokenizer {name!r}: choose bytes, gpt2 or bpe:<vocabulary>, such as bpe:4096")
+
+
+def most_ids(name: str) -> int:
+    """The vocabulary of a tokenizer by its name; a trained one has fewer ids where its text is short.
+
+    Raises:
+      UserError: if there is no such tokenizer.
+    """
+    return bpe_vocabulary(name) or (Bytes.vocab_size if name == "bytes" else _GPT2_IDS)
 
 
 def load_tokenizer(name: str, folder: Path) -> Tokenizer:
