@@ -1,10 +1,8 @@
 """What the documentation shows is run as it stands there, and what it names is there."""
 
 import json
-import os
 import re
 import runpy
-import shlex
 import tomllib
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 import scaling_jax as sj
 from experiments import noisy_quadratic as quadratic
-from scaling_jax.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -141,30 +138,6 @@ def test_every_page_is_in_the_index():
 def test_the_api_page_is_that_of_the_docstrings():
     """If it isn't: python docs/build_api.py."""
     assert runpy.run_path(str(DOCS / "build_api.py"))["page"]() == (DOCS / "api.md").read_text()
-
-
-def commands():
-    """Every different `scaling-jax …` of the pages' shell blocks, as words."""
-    found = {}
-    for page in PAGES:
-        for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|\|", line):
-                words = [os.path.basename(word) for word in shlex.split(part, comments=True)]
-                if "scaling-jax" in words:
-                    words = words[words.index("scaling-jax") + 1 :]
-                    found[" ".join(words)] = words
-    return [pytest.param(words, id=line) for line, words in sorted(found.items())]
-
-
-@pytest.mark.parametrize("words", commands())
-def test_commands_have_the_options_that_pages_give_them(words, monkeypatch, capsys):
-    command = words[:2] if words[0] == "data" else words[:1]
-    monkeypatch.setattr("sys.argv", ["scaling-jax", *command, "--help"])
-    with pytest.raises(SystemExit):
-        main()
-    help_text = capsys.readouterr().out
-    assert f"scaling-jax {' '.join(command)}" in help_text
-    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", help_text))
 
 
 def test_versions_agree():

@@ -1,0 +1,3 @@
+from tests.robustness.conftest import cli
+
+__all__ = ["cli"]
