@@ -1,5 +1,5 @@
-"""The world outside: files, locks, stores, worker processes. Knows nothing of models, runs or scans."""
+"""Configuration, files, locks, buckets and worker processes. This package knows nothing of models, runs or scans."""
 
 
 class UserError(ValueError):
-    """A user's mistake: the message says what, where and what to do about it, in one line."""
+    """An error that the user can correct. The message says in one line what is wrong, where, and what to do."""

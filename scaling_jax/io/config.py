@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back: exact, with unknown keys refused; values replaced by `key=value`."""
+"""Frozen dataclasses to JSON and back, their hashes, and overrides such as `key=value`."""
 
 import contextlib
 import dataclasses
@@ -19,21 +19,21 @@ C = TypeVar("C")
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _SIZE = re.compile(
-    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|[\d_]*\.?\d+)(?:[eE][+-]?\d+)?)"  # 1,5 may mean 1.5: it is neither
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|[\d_]*\.?\d+)(?:[eE][+-]?\d+)?)"  # refuses 1,5, which may mean 1.5
     r"(?:(?:\^|\*\*)(?P<power>\d+))?(?P<unit>k|M|G|T|Ki|Mi|Gi)?"
 )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dataclasses as plain JSON values; tuples become lists."""
+    """A dataclass as JSON values; nested dataclasses become dicts and tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
-    """The inverse of `to_dict`.
+    """The inverse of `to_dict`. `where` is the key of `values` in an outer config, for messages.
 
     Raises:
-      UserError: naming the key that is unknown, missing or of the wrong type, and what was expected.
+      UserError: if a key is unknown or missing, or its value has the wrong type. Names the key and what is expected.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where.rstrip('.') or cls.__name__} = {values!r}: expected an object of keys and values")
@@ -42,7 +42,7 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     for key in values:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(fields)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"its keys are {', '.join(fields)}"
             raise UserError(f"unknown key {where + key!r} for {cls.__name__}: {hint}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -53,21 +53,24 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
 def read_config(cls: type[C], path: Path, remedy: str) -> C:
     """A config from a JSON file that this package wrote.
 
+    Args:
+      remedy: what the user can do if the file can't be read, for messages.
+
     Raises:
-      UserError: naming the file, what is wrong with it and the remedy.
+      UserError: if the file can't be read. Names the file, what is wrong and the remedy.
     """
     try:
         return from_dict(cls, json.loads(path.read_text(encoding="utf-8")))
     except UserError as error:
-        raise UserError(f"{path} is of another version or damaged ({error}): {remedy}") from None
+        raise UserError(f"{path} is from another version, or damaged ({error}): {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't read {path} ({error}): {remedy}") from None
 
 
 def differing(config: Any) -> dict[str, Any]:
-    """The values that differ from their defaults, and those that have none, as plain JSON values.
+    """The values without a default, and those that differ from their default, as JSON values.
 
-    A field that a later version adds, with a default that means what was before, changes nothing here.
+    So a new field doesn't change the result, if its default stands for the behaviour before.
     """
     values = {}
     for field in dataclasses.fields(config):
@@ -79,19 +82,20 @@ def differing(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: Any) -> str:
-    """Twelve hex digits of what differs from the defaults."""
+    """A hash of `differing(config)`, twelve hex digits."""
     return hashlib.sha256(json.dumps(differing(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def with_overrides(config: C, overrides: Sequence[str]) -> C:
-    """A config with some values replaced.
+    """A copy of the config with some values replaced.
 
     Args:
       overrides: such as "max_tokens=2e6", "seeds=[0,1]", "optimizer.beta2=0.95", "subjects.0.learning_rates.peak=1e-2".
         Numbers may be sizes: see `size`.
 
     Raises:
-      UserError: naming the key that isn't there, with the closest one, or the value that doesn't fit.
+      UserError: if there is no such key, or the value doesn't fit. Names the key and the closest valid key, or the
+        value.
     """
     values = to_dict(config)
     for override in overrides:
@@ -110,14 +114,14 @@ def with_overrides(config: C, overrides: Sequence[str]) -> C:
 
 
 def size(text: str) -> float:
-    """A number such as 4096, 1e6, 2^18, 2k (2,000), 64Ki (65,536), 1.5M or 10G.
+    """The value of a number such as 4096, 1e6, 2^18, 2k (2,000), 64Ki (65,536), 1.5M or 10G.
 
     Raises:
-      ValueError: if it is none.
+      ValueError: if the text isn't such a number.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no number such as 4096, 1e6, 2^18, 2k or 64Ki")
+        raise ValueError(f"{text!r} isn't a number such as 4096, 1e6, 2^18, 2k or 64Ki")
     number = float(match["number"].replace("_", "").replace(",", ""))
     try:
         return number ** float(match["power"] or 1) * _UNITS[match["unit"] or ""]
@@ -126,18 +130,18 @@ def size(text: str) -> float:
 
 
 class _New(dict):
-    """An optional part that isn't there yet: it takes any key until `from_dict` checks them."""
+    """A new value for an optional config that is None. It takes any key; `from_dict` checks the keys later."""
 
     def __missing__(self, key: str) -> None:
         return None
 
 
 def _place(values: Any, key: str, override: str) -> Any:
-    """The key, or the index, by which a dict or list of values holds what is to change."""
+    """`key` as a key of a dict or an index of a list, checked."""
     if isinstance(values, _New):
         return key
     if not isinstance(values, (dict, list)):
-        raise UserError(f"--set {override}: what comes before {key!r} is a value and has no parts")
+        raise UserError(f"--set {override}: the key before {key!r} holds a single value; remove {key!r}")
     known = list(values) if isinstance(values, dict) else [str(k) for k in range(len(values))]
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
@@ -147,7 +151,7 @@ def _place(values: Any, key: str, override: str) -> Any:
 
 
 class _Typed(str):
-    """Text that somebody typed where a number may be meant; which it is, the field's type tells."""
+    """Text from an override. The type of the field decides whether it is text or a number."""
 
 
 def _parse(text: str) -> Any:

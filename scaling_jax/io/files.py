@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: text, JSON, CSV; JSON lines, appended and followed while they grow."""
+"""Files: text, JSON and CSV written whole or not at all; JSON lines appended, read, and followed while they grow."""
 
 import contextlib
 import csv
@@ -15,15 +15,15 @@ import numpy as np
 
 try:
     from orjson import loads as parse_json  # eight times as fast
-except ImportError:  # on a machine that has few packages
+except ImportError:  # orjson isn't installed
     from json import loads as parse_json  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, which takes the place of `path` once it is complete and on disk; after an error it is gone.
+    """A new file to write. It replaces `path` once it is complete and on disk; after an error it is deleted.
 
-    Its own name while it is written is `.<name>.<process>.unfinished`.
+    Until then its name is `.<name>.<process>.unfinished`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
@@ -35,25 +35,25 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         file.close()
         os.replace(unfinished, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
+        with contextlib.suppress(OSError):  # on a full disk, the rest of the buffer can't be written
             file.close()
         unfinished.unlink(missing_ok=True)
         raise
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Either the old file or all of the new one, whatever happens in between; text in UTF-8."""
+    """Writes a file so that `path` always holds the whole old or the whole new content. Text is in UTF-8."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON; refuses NaN and infinity, which JSON lacks."""
+    """Writes indented JSON. Raises ValueError for NaN and infinity, which JSON doesn't have."""
     write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_rows(path: Path, kind: type[NamedTuple], rows: Sequence[NamedTuple]) -> None:
-    """CSV: a line for each row of a kind of tuple under its fields' names; ten digits, and nothing for NaN."""
+    """Writes CSV: a header with the fields of `kind`, then a line per row. Floats have ten digits; NaN is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(kind._fields)
@@ -62,8 +62,50 @@ def write_rows(path: Path, kind: type[NamedTuple], rows: Sequence[NamedTuple]) -
 
 
 def as_json(value: Any) -> str:
-    """Named tuples and dataclasses as objects; NaN and infinity, which JSON lacks, as null."""
+    """Indented JSON of any value. Named tuples and dataclasses become objects; NaN and infinity become null."""
     return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Appends a JSON line. Closes the file each time, so that other machines see the line at once."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes a file of JSON lines, whole or not at all."""
+    write_whole(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of each complete line. Leaves out a last line without a line end, cut off by a crash."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield number, line
+
+
+class Tail:
+    """The JSON lines that a file gains from now on, or from its start. If the file shrinks, reads it from its start."""
+
+    def __init__(self, path: Path, from_start: bool = False):
+        self.path = path
+        self._read = 0 if from_start or not path.exists() else path.stat().st_size
+
+    def new(self) -> list[Any]:
+        """The lines added since the last call. Raises ValueError for a line that isn't JSON."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            if self.path.stat().st_size < self._read:
+                self._read = 0
+            file.seek(self._read)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [parse_json(line) for line in whole.splitlines()]
 
 
 def _cell(value: Any) -> Any:
@@ -86,45 +128,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def append_line(path: Path, value: Any) -> None:
-    """Adds a line; the file is closed each time, so that other machines see it at once."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
-
-
-def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """The whole file anew, or the old one."""
-    write_whole(path, "".join(json.dumps(value) + "\n" for value in values))
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each whole line with its number, from 1; a last line without an end, cut off by a crash, isn't one."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                yield number, line
-
-
-class Tail:
-    """Lines that a file gains from now on, or from its start; a file that became shorter is read from its start."""
-
-    def __init__(self, path: Path, from_start: bool = False):
-        self.path = path
-        self._read = 0 if from_start or not path.exists() else path.stat().st_size
-
-    def new(self) -> list[Any]:
-        """What was added since the last call; raises ValueError for a line that isn't JSON."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            if self.path.stat().st_size < self._read:
-                self._read = 0
-            file.seek(self._read)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return [parse_json(line) for line in whole.splitlines()]

@@ -1,4 +1,7 @@
-"""Who works on a run, a scan or a text that is packed: a lock file, which the system frees when its process ends."""
+"""Lock files: only one process at a time writes a run, a scan or a packed text.
+
+The system frees a lock when the process that holds it ends.
+"""
 
 import contextlib
 import os
@@ -15,18 +18,19 @@ from scaling_jax.io import UserError
 def locked(
     path: Path, what: str, *, seconds: float = 60.0, wait: bool = False, insist: bool = False
 ) -> Iterator[int | None]:
-    """Holds a lock file; yields its descriptor, for processes that shall hold it as well; None on Windows.
+    """Holds a lock file. Yields its descriptor (None on Windows); a child process that inherits it holds the lock too.
 
-    A holder that has ended may have left processes that still save their runs: they are waited for.
+    If the process that took the lock has ended, its children may still hold the lock while they save. `locked` waits
+    for them.
 
     Args:
-      what: is locked, for messages.
-      seconds: to wait at most.
-      wait: for a holder that lives, too.
-      insist: refuse a file system without locks instead of doing without.
+      what: the locked thing, for messages.
+      seconds: the longest wait.
+      wait: also wait for a process that is still running.
+      insist: raise an error if the file system has no locks, instead of going on without a lock.
 
     Raises:
-      UserError: naming the process that holds it, or if the file can't be written.
+      UserError: if another process holds the lock, or the file can't be written. Names the process or the folder.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,14 +51,14 @@ def locked(
 
 
 class LockState(NamedTuple):
-    """`held` is None where the system can't tell; `since` is when the lock was last taken, in seconds since 1970."""
+    """Whether a process holds a lock file."""
 
-    held: bool | None
-    since: float
+    held: bool | None  # None if the system can't tell
+    since: float  # time at which the lock was last taken, in seconds since 1970
 
 
 def lock_state(path: Path) -> LockState:
-    """Whether a process holds a lock file now; leaves the file as it is."""
+    """The state of a lock file now. Doesn't change the file."""
     try:
         file = path.open()
     except FileNotFoundError:
@@ -73,7 +77,7 @@ def lock_state(path: Path) -> LockState:
 
 
 def _take(file: IO[str], insist: bool) -> tuple[str, str] | None:
-    """Locks the file, or says which process of which machine holds it."""
+    """Locks the file and returns None; or returns (process id, machine) of the process that holds it."""
     try:
         import fcntl
 
@@ -89,7 +93,7 @@ def _take(file: IO[str], insist: bool) -> tuple[str, str] | None:
 
 
 def _ended(pid: str, host: str) -> bool:
-    """Whether a process is known to be gone: one of another machine isn't."""
+    """True if the process has surely ended. For a process of another machine we can't know."""
     if host not in ("", socket.gethostname()):
         return False
     try:

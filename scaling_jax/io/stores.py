@@ -1,13 +1,13 @@
-"""Where results are kept: in a folder, or in a Google Cloud Storage bucket through a working copy on this machine.
+"""Results in a Google Cloud Storage bucket, through a working copy on this machine; and the cache folder.
 
-What follows is about buckets; for a folder on disk `working_copy` gives the folder itself and the rest does nothing.
+For results in a folder on disk, `working_copy` returns the folder itself and the other functions do nothing.
 
-A command makes the copy equal to the bucket when it starts, reads and writes there, and publishes what has changed:
-a run's records with every checkpoint and at its end, so that the bucket always holds a state to go on from, and the
-records up to it. Checkpoints themselves are written to the bucket by all processes, past the copy.
+A command first makes the working copy equal to the bucket. It then reads and writes the copy, and publishes changes to
+the bucket: a run's records with every checkpoint and at the end of the run. So the bucket always holds a checkpoint to
+continue from, and the records up to it. Checkpoints don't go through the copy; all processes write them to the bucket.
 
-A bucket has no locks. Whoever claimed a run last may write its records; whoever had it before finds that out when it
-next publishes, and stops.
+A bucket has no locks. Only the process that claimed a run last may write its records. A process that had claimed the
+run before notices this when it next publishes, and stops.
 """
 
 import base64
@@ -28,8 +28,8 @@ from scaling_jax.io import UserError
 from scaling_jax.io.files import write_whole
 from scaling_jax.io.locks import lock_state
 
-_ADDRESS = re.compile(r"gs:/+([^/]+)/(.+?)/*")  # pathlib takes one of two slashes away
-_MARKER = ".bucket"  # holds the address of the working copy that it lies in
+_ADDRESS = re.compile(r"gs:/+([^/]+)/(.+?)/*")  # one slash is enough: pathlib removes the other
+_MARKER = ".bucket"  # file in a working copy with its address in the bucket
 _CLAIM = ".claim"
 _NOT_COPIED = ("checkpoints", "snapshots", "logs")  # folders
 
@@ -37,7 +37,7 @@ _claims: dict[Path, str] = {}
 
 
 def cache_folder() -> Path:
-    """For what can be made again: `$SCALING_JAX_CACHE`, else `scaling_jax` in the user's cache folder."""
+    """Folder for files that can be made again: `$SCALING_JAX_CACHE`, else `scaling_jax` in the user's cache folder."""
     chosen = os.environ.get("SCALING_JAX_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -45,20 +45,20 @@ def cache_folder() -> Path:
 
 
 def working_copy(results: str | Path, fetch: bool = True) -> Path:
-    """Where this machine reads and writes results: a copy of what `gs://bucket/folder` holds, or the folder given.
+    """The folder in which this machine reads and writes results: a copy of `gs://bucket/folder`, or the folder given.
 
     Args:
-      fetch: make the copy equal to the bucket, but for runs that this machine is training. Of several processes the
-        first alone should.
+      fetch: make the copy equal to the bucket, except runs that this machine is training. Of several processes, only
+        the first should do so.
 
     Raises:
-      UserError: if the address is incomplete or the bucket can't be read, or gcsfs isn't installed.
+      UserError: if the address is incomplete, the bucket can't be read, or gcsfs isn't installed.
     """
     if not str(results).startswith("gs:/"):
         return Path(results)
     match = _ADDRESS.fullmatch(str(results))
     if match is None:
-        raise UserError(f"results in a bucket need its name and a folder, such as gs://bucket/demo, not {results}")
+        raise UserError(f"{results} must name a bucket and a folder in it, such as gs://bucket/demo")
     copy = cache_folder().resolve() / "buckets" / match[1] / match[2]
     copy.mkdir(parents=True, exist_ok=True)
     (copy / _MARKER).write_text(f"gs://{match[1]}/{match[2]}")
@@ -68,17 +68,17 @@ def working_copy(results: str | Path, fetch: bool = True) -> Path:
 
 
 def in_bucket(folder: Path) -> bool:
-    """Whether a folder is part of a working copy."""
+    """True if the folder is part of a working copy."""
     return _address_of(folder) is not None
 
 
 def address(folder: Path) -> epath.Path:
-    """Where all processes find a folder: in the bucket of a working copy, else where it is."""
+    """The path of a folder for all processes: in the bucket if it is part of a working copy, else the folder itself."""
     return epath.Path(_address_of(folder) or folder.resolve())
 
 
 def claim(folder: Path) -> None:
-    """From now on this process alone may `publish` a folder of a working copy; others are stopped when they try."""
+    """Makes this process the only one that may `publish` a folder of a working copy. Others get an error."""
     if (found := _address_of(folder)) is None:
         return
     _claims[folder] = f"process {os.getpid()} of {socket.gethostname()} ({uuid.uuid4().hex})"
@@ -87,7 +87,7 @@ def claim(folder: Path) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Brings what changed in a folder of a working copy to its bucket, whole objects at a time, result.json last.
+    """Copies the changed files of a folder to its bucket, result.json last.
 
     Raises:
       UserError: if the bucket can't be written, or another process has claimed the folder since.
@@ -96,11 +96,11 @@ def publish(folder: Path) -> None:
         return
     with _named(found):
         if folder in _claims and (owner := _bucket().cat_file(f"{found}/{_CLAIM}").decode()) != _claims[folder]:
-            raise UserError(f"{found} is continued by {owner.split(' (')[0]} now: this one stops")
+            raise UserError(f"{found} now belongs to {owner.split(' (')[0]}, which continues it: this process stops")
         there = _objects(found)
         contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)}
         changed = [name for name, content in contents.items() if there.get(name) != _md5(content)]
-        for is_last in (False, True):  # together but for results, which say that the rest is there
+        for is_last in (False, True):  # result.json tells readers that the other files are complete
             _bucket().pipe({f"{found}/{name}": contents[name] for name in changed if _is_result(name) == is_last})
 
 
@@ -132,7 +132,7 @@ def _address_of(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those of a working copy that are also in the bucket."""
+    """The files of a working copy that belong in the bucket."""
     return [path for path in folder.rglob("*") if path.is_file() and _is_copied(path.relative_to(folder).as_posix())]
 
 
@@ -146,7 +146,7 @@ def _is_result(name: str) -> bool:
 
 
 def _objects(found: str) -> dict[str, str]:
-    """Names below an address, and their MD5 hashes."""
+    """{name below an address: MD5 hash} of the objects in the bucket."""
     prefix = found.removeprefix("gs://") + "/"
     objects = _bucket().find(prefix, detail=True)
     named = {name.removeprefix(prefix): entry.get("md5Hash", "") for name, entry in objects.items()}
@@ -162,17 +162,17 @@ def _bucket() -> Any:
     try:
         import gcsfs
     except ImportError:
-        raise UserError("results in gs:// need gcsfs: pip install 'scaling-jax[gcs]'") from None
+        raise UserError("results in gs:// need the package gcsfs: pip install 'scaling-jax[gcs]'") from None
     return gcsfs.GCSFileSystem(use_listings_cache=False)
 
 
 @contextlib.contextmanager
 def _named(found: str) -> Iterator[None]:
-    """Says what of Google's many errors the user can act on."""
+    """Turns any error of the Google libraries into a one-line UserError that names the address."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # gcsfs, aiohttp and google.auth each have their own
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{found} can't be read or written ({what}): check the bucket's name and your rights") from None
+        raise UserError(f"can't read or write {found} ({what}): check the bucket's name and your permissions") from None

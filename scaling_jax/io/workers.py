@@ -1,6 +1,6 @@
-"""Worker processes that take jobs, a JSON line each, on standard input, and answer in JSON lines on standard output.
+"""Worker processes: they read jobs as JSON lines on standard input, and answer with JSON lines on standard output.
 
-The end of the input, because whoever started them stops or died, asks a worker to leave.
+A worker ends when its input ends, because the parent process stops or has died.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ Message = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """How a worker is started: `python -P <arguments>`."""
+    """How to start a worker: `python -P <arguments>`."""
 
     arguments: tuple[str, ...]
-    environment: Mapping[str, str] | None = None  # the parent's unless given
-    core: int | None = None  # to which the process is pinned
-    log: Path | None = None  # of its standard error; removed if nothing was written
-    lock: int | None = None  # a file descriptor that it keeps open as long as it may write
+    environment: Mapping[str, str] | None = None  # None: the parent's
+    core: int | None = None  # pin the process to this core
+    log: Path | None = None  # file for standard error; removed if it stays empty
+    lock: int | None = None  # descriptor of a lock file, so that the worker holds the lock until it ends
 
 
 def available_cores() -> Sequence[int | None]:
-    """Cores that this process may use; None where the system can't pin processes."""
+    """The cores that this process may use; a None for each core if the system can't pin processes."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return [None] * (os.cpu_count() or 1)
@@ -47,17 +47,17 @@ def run_jobs(
     on_message: Callable[[Message], None] = lambda _: None,
     on_interrupt: Callable[[], None] = lambda: None,
 ) -> None:
-    """Gives each job to the next worker that is free, in order; returns when all are done.
+    """Gives the jobs, in order, to the next free worker. Returns when all jobs are done.
 
     Args:
       on_done: called with each job that is done.
-      on_message: called with what workers say meanwhile.
-      on_interrupt: called at once on Ctrl-C, before workers are waited for.
+      on_message: called with each message that a worker sends during a job.
+      on_interrupt: called at once on Ctrl-C, before waiting for the workers.
 
     Raises:
-      UserError: what a worker refused, or that it died, why, and where its log is.
+      UserError: if a worker raised it, or if a worker died. Names its exit code, its last line and its log.
       OSError: if a worker couldn't write.
-      KeyboardInterrupt: after the workers have left.
+      KeyboardInterrupt: after the workers have ended.
     """
     waiting = list(jobs)
     messages: queue.Queue[tuple[_Worker, Message | None]] = queue.Queue()
@@ -109,7 +109,7 @@ class _Worker:
                 text=True,
                 env=_with_package(os.environ if command.environment is None else command.environment),
                 pass_fds=() if command.lock is None else (command.lock,),
-                start_new_session=True,  # Ctrl-C reaches the parent alone, which then dismisses the workers
+                start_new_session=True,  # only the parent gets Ctrl-C; it then dismisses the workers
             )
         if command.core is not None:
             with contextlib.suppress(OSError):
@@ -120,7 +120,7 @@ class _Worker:
     def give(self, job: Any) -> None:
         self.job = job
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed by its output's end
+        with contextlib.suppress(BrokenPipeError):  # the worker has died; the end of its output will show this
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
 
@@ -140,15 +140,15 @@ class _Worker:
         died = f"a worker died (exit code {self.process.wait()})"
         log = self._command.log
         if log is None:
-            return f"{died}: the same command continues"
+            return f"{died}: run the same command again to continue"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"{died}{': ' + lines[-1].strip() if lines else ''}; its log: {log}"
+        return f"{died}{': ' + lines[-1].strip() if lines else ''}; see its log {log}"
 
     def _listen(self, messages: queue.Queue) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as lines:
             for line in lines:
-                with contextlib.suppress(json.JSONDecodeError):  # not ours: some library printed
+                with contextlib.suppress(json.JSONDecodeError):  # a library printed this line
                     message = json.loads(line)
                     if isinstance(message, dict):
                         messages.put((self, message))
@@ -156,12 +156,12 @@ class _Worker:
 
 
 def serve(work: Callable[[Any, Callable[[Message], None]], bool], on_end: Callable[[], None]) -> None:
-    """A worker's life: does each job that comes in, says that it is done, until the input ends.
+    """The main loop of a worker: does the jobs from standard input one after another, until the input ends.
 
     Args:
-      work: `(job, send) -> whether the job is done`; one that isn't ends the worker. What it sends reaches
-        `on_message`; a UserError or OSError that it raises ends the worker and reaches whoever started it.
-      on_end: called from another thread as soon as the input ends, while a job may be going on.
+      work: `(job, send) -> bool`: True if the job is done; False ends the worker. `send(message)` sends a message to
+        `on_message` in the parent. A UserError or OSError ends the worker, and the parent raises it.
+      on_end: called from another thread as soon as the input ends; a job may still be running.
     """
     jobs: queue.Queue[str | None] = queue.Queue()
 
@@ -171,10 +171,10 @@ def serve(work: Callable[[Any, Callable[[Message], None]], bool], on_end: Callab
         on_end()
         jobs.put(None)
 
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries that print don't garble the answers
+    answers, sys.stdout = sys.stdout, sys.stderr  # keeps what libraries print out of the answers
 
     def send(message: Message) -> None:
-        with contextlib.suppress(BrokenPipeError):  # whoever started this process died: the input ends as well
+        with contextlib.suppress(BrokenPipeError):  # the parent has died, so the input ends as well
             print(json.dumps(message), file=answers, flush=True)
 
     threading.Thread(target=listen, daemon=True).start()
@@ -185,13 +185,13 @@ def serve(work: Callable[[Any, Callable[[Message], None]], bool], on_end: Callab
             send({"done": True})
     except UserError as error:
         send({"refused": str(error)})
-    except OSError as error:  # no space left, for one
+    except OSError as error:  # such as "no space left on device"
         said = error.strerror or str(error)
         send({"errno": error.errno or errno.EIO, "error": said, "filename": error.filename})
 
 
 def _with_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """Workers run this very package, wherever it was imported from."""
+    """The environment, with PYTHONPATH changed so that workers import the same copy of this package."""
     package_root = str(Path(__file__).parents[2])
     return dict(environment) | {
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))

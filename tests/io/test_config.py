@@ -34,7 +34,7 @@ def test_overrides_replace_what_they_name_and_nothing_else():
         ("max_tokens", "write it as key=value"),
         ("max_tokens=many", "max_tokens = many: .*such as 4096, .*2k"),
         ("max_tokens=0.5", "max_tokens = 0.5: expected int"),
-        ("name.first=x", "what comes before 'first' is a value"),
+        ("name.first=x", "name.first=x: .*single value"),
         ("optimizer.name=lion", "optimizer.name = 'lion': choose from adam"),
         ("max_tokens=1.2345k", "max_tokens = 1234.5: expected int"),
         ("max_tokens=0.0005k", "max_tokens = 0.5: expected int"),

@@ -62,7 +62,7 @@ def test_whoever_had_a_run_before_another_machine_took_it_stops_and_changes_noth
     (theirs / "metrics.jsonl").write_text("1\n2\n")
     publish(theirs)
     (mine / "metrics.jsonl").write_text("1\n3\n")
-    with pytest.raises(UserError, match=f"{bucket}/res/runs/a is continued by process .* now: this one stops"):
+    with pytest.raises(UserError, match=f"{bucket}/res/runs/a .* process .*: this process stops"):
         publish(mine)
     assert objects(bucket)["res/runs/a/metrics.jsonl"] == b"1\n2\n"
 
@@ -103,12 +103,12 @@ def test_folders_that_belong_to_no_bucket_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("results", ["gs://", "gs://bucket", "gs:/bucket/"])
 def test_an_address_without_a_folder_is_refused(results):
-    with pytest.raises(UserError, match="need its name and a folder, such as gs://bucket/demo"):
+    with pytest.raises(UserError, match="such as gs://bucket/demo"):
         working_copy(results)
 
 
 def test_a_bucket_that_is_not_there_is_named(bucket):
-    with pytest.raises(UserError, match=r"gs://no-such-bucket/res can't be read or written \(.*\): check"):
+    with pytest.raises(UserError, match=r"gs://no-such-bucket/res \(.*\): check"):
         working_copy("gs://no-such-bucket/res")
 
 
