@@ -1,142 +1,242 @@
-"""Options that can't be: refused by name before anything is written."""
+"""Values that can't be: refused by name before anything is written."""
+
+import contextlib
+import functools
+import itertools
+import math
+from pathlib import Path
 
 import pytest
 
-TRAIN = {"learning-rate": "1e-3", "batch-tokens": "128", "max-steps": "3", "model": "1x16"}
-ADVISE = {"target-loss": "2.5"}
-HARDWARE = {"devices": "8", "tokens-per-second": "1e5"}
-NOT_POSITIVE = ("nan", "-1", "0", "inf", "-inf", "1e400")
-NO_NUMBER = ("many", "", "1,5", "½", "[1]")
-HUGE = "9" * 40
+from scaling_jax.advice import advise as advice_on
+from scaling_jax.advice.goal import Hardware
+from scaling_jax.cli import _whole
+from scaling_jax.cli.planned_run import planned_run
+from scaling_jax.data import prepare
+from scaling_jax.data.packing import inspect
+from scaling_jax.io import UserError
+from scaling_jax.results import analyse, read_results
+from scaling_jax.results.branches import check_tolerance
+from scaling_jax.results.status import read_status
+from scaling_jax.scanning.experiment import QUICK
+from scaling_jax.scanning.records import load_plan
+from scaling_jax.scanning.scan import scan
+from scaling_jax.training import train
+from tests.robustness.conftest import contents
+from tests.training.counting import CORPUS, RUN
+
+TRAIN = {"learning_rate": 1e-3, "batch_tokens": 128, "max_steps": 3}
+HARDWARE = {"devices": 8, "tokens_per_second": 1e5}
+NOT_POSITIVE = (math.nan, -1.0, 0.0, math.inf, -math.inf)
+HUGE = int("9" * 40)
 
 
-def options(given):
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+def each(**bad):
+    """(name, value) for each bad value of each option."""
+    return [pytest.param(name, value, id=f"{name}={value:.5g}") for name, values in bad.items() for value in values]
 
 
-def cases(command, given, **bad):
-    """(command, all options, which one is bad) for each bad value of each option."""
-    for name, values in bad.items():
-        option = name.replace("_", "-")
-        for value in values:
-            yield pytest.param(command, given | {option: value}, name, id=f"{command} {option}={value[:12]}")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    each(
+        learning_rate=NOT_POSITIVE,
+        target_loss=NOT_POSITIVE,
+        batch_tokens=(0, -1, HUGE),
+        max_steps=(0, -1, -HUGE),
+        max_tokens=(0, -1),
+        context=(0, -1),
+        seed=(-1, HUGE, 2**32, 2**31),
+    ),
+)
+def test_training_refuses_what_is_out_of_range(name, value):
+    flags, context = TRAIN | {name: value}, None
+    if name == "context":
+        context = flags.pop("context")
+    if name == "max_tokens":
+        del flags["max_steps"]
+    with pytest.raises(UserError, match=name):
+        planned_run(flags, model="1x16", context=context)
 
 
-TRAIN_CASES = [
-    *cases("train", TRAIN, learning_rate=NOT_POSITIVE, target_loss=NOT_POSITIVE),
-    *cases("train", TRAIN, batch_tokens=("0", "-1", HUGE), max_steps=("0", "-1", "-" + HUGE)),
-    *cases("train", TRAIN, context=("0", "-1"), seed=("-1", HUGE, "4294967296")),
-    *cases("train", TRAIN | {"max-steps": None}, max_tokens=("0", "-1")),
-]
-ADVISE_CASES = [
-    *cases("advise", ADVISE, budget_tokens=NOT_POSITIVE, ramp_fraction=NOT_POSITIVE),
-    *cases("advise", ADVISE, start_batch_tokens=("0", "-5"), max_batch_tokens=("0", "-1")),
-    *cases("advise", ADVISE | HARDWARE, tokens_per_second=NOT_POSITIVE, device_batch_tokens=("nan", "-1", "inf")),
-    *cases("advise", ADVISE | HARDWARE, devices=("0", "-1")),
-]
-UNREADABLE = [
-    *cases("train", TRAIN, **dict.fromkeys(("learning_rate", "batch_tokens", "max_steps", "seed"), NO_NUMBER)),
-    *cases("train", TRAIN, **dict.fromkeys(("max_tokens", "context", "target_loss"), NO_NUMBER)),
-    *cases("advise", ADVISE, **dict.fromkeys(("target_loss", "budget_tokens", "devices"), NO_NUMBER)),
-    *cases("advise", ADVISE, **dict.fromkeys(("max_batch_tokens", "ramp_fraction"), NO_NUMBER)),
-]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    each(
+        budget_tokens=NOT_POSITIVE,
+        fraction=NOT_POSITIVE,
+        start_batch_tokens=(0, -5),
+        max_batch_tokens=(0, -1),
+        target_loss=(*NOT_POSITIVE, 1e300, 1e-300),
+    ),
+)
+def test_advice_refuses_what_is_out_of_range(name, value, measured):
+    before = contents(measured.parent)
+    with pytest.raises(UserError, match="loss" if name == "target_loss" else name):
+        advice_on.advise(measured, **{"target_loss": 2.5} | {name: value})
+    assert contents(measured.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    each(tokens_per_second=NOT_POSITIVE, device_batch_tokens=(math.nan, -1.0, math.inf), devices=(0, -1)),
+)
+def test_hardware_that_cannot_be_is_refused(name, value):
+    with pytest.raises(UserError, match=name):
+        Hardware(**HARDWARE | {name: value})
+
+
+def test_numbers_of_a_hostile_size_are_answered_at_once(measured):
+    for name in ("start_batch_tokens", "max_batch_tokens"):
+        with contextlib.suppress(UserError):
+            advice_on.advise(measured, 2.5, **{name: HUGE})
+
+
+@pytest.mark.parametrize(
+    "text", ["many", "", "1,5", "½", "[1]", "-1", "0.5", "1e400", "9^99999", "nan", "inf", "2^0.5"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match=f"^'?{text.replace('[', '.').replace('^', '.')}"):
+        _whole([text])
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"model": "nope"}, "'nope'"),
+        ({"start_batch_tokens": 512, "max_batch_tokens": 256}, "512 to 256"),
+    ],
+)
+def test_advice_refuses_what_does_not_go_together(given, names, measured):
+    with pytest.raises(UserError, match=names):
+        advice_on.advise(measured, 2.5, **given)
+
+
+@pytest.mark.parametrize("path", ["/dev/null/x", ".", ""])
+def test_a_ramp_that_cannot_be_written_is_named(path, measured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages, before = advice_on.advise(measured, 2.5).stages, contents(tmp_path)
+    with pytest.raises(UserError, match=f"write {Path(path)}"):
+        advice_on.write_stages(Path(path), stages)
+    assert contents(tmp_path) == before
 
 
 @pytest.fixture
-def text(tmp_path):
-    """A text of its own for `train`: (options, folder)."""
+def text(tmp_path, monkeypatch):
+    """A source of its own."""
+    monkeypatch.setenv("SCALING_JAX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "text"
     folder.mkdir()
     for k in range(30):
         (folder / f"{k}.txt").write_text("how now brown cow " * 40)
-    return "--text", f"files:{folder}/*"
+    return f"files:{folder}/*"
 
 
-@pytest.mark.parametrize(("command", "given", "name"), TRAIN_CASES)
-def test_training_refuses_what_is_out_of_range(command, given, name, refuses, text):
-    refuses(command, *options(given), *text, names=name)
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"context": 0}, "context = 0"),
+        ({"workers": 0}, "workers = 0"),
+        ({"workers": -3}, "workers = -3"),
+        ({"tokenizer": "bpe:1"}, "bpe:1"),
+        ({"tokenizer": "../x"}, "../x"),
+        ({"source": "{}#field"}, "fields"),
+        ({"source": "http://x"}, "http://x"),
+        ({"source": ""}, "text source"),
+        ({"source": "files:"}, "files:"),
+        ({"source": "files:/nowhere/*"}, "/nowhere/.* matches no file"),
+    ],
+)
+def test_text_that_cannot_be_packed_is_refused(given, names, text, tmp_path):
+    given = {"source": text, "context": 64} | given
+    with pytest.raises(UserError, match=names):
+        prepare(**given | {"source": given["source"].format(text)})
+    assert not (tmp_path / "cache").exists() or not [p for p in (tmp_path / "cache").rglob("*.tokens")]
 
 
-@pytest.mark.parametrize(("command", "given", "name"), ADVISE_CASES)
-def test_advice_refuses_what_is_out_of_range(command, given, name, refuses, measured):
-    refuses(command, measured, *options(given), names=name, watched=(measured.parent,))
+def test_text_that_cannot_be_shown_is_refused(text):
+    with pytest.raises(UserError, match="isn't packed"):
+        inspect(text, 64, "bytes", 3)
+    prepare(text, 64)
+    with pytest.raises(UserError, match="rows"):
+        inspect(text, 64, "bytes", -1)
 
 
-@pytest.mark.parametrize(("command", "given", "name"), UNREADABLE)
-def test_what_is_no_number_is_refused_by_its_option(command, given, name, refuses, measured, text):
-    results = [measured] if command == "advise" else text
-    refuses(command, *results, *options(given), names=f"--{name.replace('_', '-')}", one_line=False)
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({"learning_rate": 1e-3, "max_steps": 9}, "--batch-tokens or --ramp"),
+        ({"learning_rate": 1e-3, "batch_tokens": 128}, "--max-tokens or --max-steps"),
+        ({"batch_tokens": 128, "max_steps": 9}, "--learning-rate"),
+        ({**TRAIN, "max_tokens": 9}, "max_steps and max_tokens"),
+        ({"learning_rate": 1.0, "ramp": Path(".")}, "ramp"),
+        ({"learning_rate": 1.0, "ramp": Path("/nowhere.json")}, "/nowhere.json"),
+        ({**TRAIN, "ramp": Path("/nowhere.json")}, "/nowhere.json|--batch-tokens or --ramp"),
+    ],
+)
+def test_a_run_that_is_not_all_said_is_refused(flags, names):
+    ramp = flags.pop("ramp", None)
+    with pytest.raises(UserError, match=names):
+        planned_run(flags, ramp=ramp)
 
 
-@pytest.mark.parametrize("loss", ["nan", "inf", "-1", "0", "1e300", "1e-300"])
-def test_a_loss_that_nothing_was_measured_at_is_refused(loss, refuses, measured):
-    refuses("advise", measured, "--target-loss", loss, names="loss", watched=(measured.parent,))
+@pytest.mark.parametrize(
+    ("function", "arguments", "names"),
+    [
+        (read_status, ["."], "holds no results"),
+        (read_status, [""], "holds no results"),
+        (read_status, ["/dev/null"], "/dev/null"),
+        (analyse, ["."], "holds no results"),
+        (read_results, ["gs://bucket"], "gs://bucket"),
+        (advice_on.advise, [Path("."), 2.0], "measurements.csv"),
+        (load_plan, [Path(".")], "experiment file"),
+        (load_plan, [Path("missing.py")], "missing.py"),
+        (check_tolerance, [math.nan], "tolerance = nan"),
+        (check_tolerance, [0.0], "tolerance = 0"),
+        (scan, [QUICK, "/proc/x"], "/proc/x"),
+        (scan, [QUICK, "/dev/null"], "/dev/null"),
+        (functools.partial(scan, executor_options=["num_gpus=1"]), [QUICK, "x"], "num_gpus=1"),
+        (functools.partial(train, corpus=CORPUS, num_devices=1), [RUN, "/dev/null"], "/dev/null"),
+    ],
+    ids=itertools.count(),
+)
+def test_folders_and_files_that_are_not_there_are_named(function, arguments, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((UserError, OSError), match=names) as refused:
+        function(*arguments)
+    assert "\n" not in str(refused.value)
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (("--model", "nope"), "'nope'"),
-        (("--devices", "8"), "--tokens-per-second"),
-        (("--tokens-per-second", "8"), "--devices"),
-        (("--start-batch-tokens", "512", "--max-batch-tokens", "256"), "512 to 256"),
-        (("--write-ramp", "/dev/null/x"), "/dev/null/x"),
-        (("--write-ramp", "."), "can't write"),
-        (("--write-ramp", ""), "can't write"),
+        ("train --learning-rate 1e-3 --batch-tokens 128 --max-steps 3 --seed 4294967296", "seed = 4294967296"),
+        ("advise {measured} --target-loss 2.5 --devices 8", "--tokens-per-second"),
+        ("advise {measured} --target-loss 2.5 --tokens-per-second 8", "--devices"),
+        ("report .", "holds no results"),
+        ("branch . --batch-tokens 128", "holds no results"),
+        ("compile x.py", "x.py"),
+        ("scan x.py --set a=1", "x.py"),
+        ("demo --results /proc/x", "/proc/x"),
+        ("--tyro-print-completion foo", "foo: completion is for bash, zsh, tcsh, fish"),
     ],
 )
-def test_advice_refuses_what_does_not_go_together(arguments, names, refuses, measured):
-    refuses("advise", measured, "--target-loss", "2.5", *arguments, names=names, watched=(measured.parent,))
+def test_commands_refuse_in_one_line(arguments, names, refuses, measured):
+    refuses(*arguments.format(measured=measured).split(), names=names, watched=(measured.parent,))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "names"),
+    "arguments",
     [
-        (("data", "prepare", "{text}", "--context", "0"), "context"),
-        (("data", "prepare", "{text}", "--workers", "0"), "workers"),
-        (("data", "prepare", "{text}", "--workers", "-3"), "workers"),
-        (("data", "prepare", "{text}", "--tokenizer", "bpe:1"), "bpe:1"),
-        (("data", "prepare", "{text}", "--tokenizer", "../x"), "../x"),
-        (("data", "prepare", "{text}#field"), "fields"),
-        (("data", "prepare", "http://x"), "http://x"),
-        (("data", "prepare", ""), "text source"),
-        (("data", "inspect", "{text}", "--rows", "-1"), "rows"),
-        (("data", "inspect", "{text}"), "isn't packed"),
-        (("train", "--learning-rate", "1e-3", "--max-steps", "9"), "exactly one of --batch-tokens and --ramp"),
-        (("train", "--learning-rate", "1", "--batch-tokens", "128", "--text", "{text}"), "max_steps"),
-        (("train", "--learning-rate", "1", "--ramp", "."), "ramp"),
-        (("train", "--learning-rate", "1", "--ramp", "/nowhere.json"), "can't read a ramp from /nowhere.json"),
-        (("train", *options(TRAIN | {"batch-tokens": "512"}), "--text", "{text}", "--results", "/dev/null"), "Not a"),
-        (("status", "."), "experiment.json"),
-        (("status", ""), "experiment.json"),
-        (("report", "."), "experiment.json"),
-        (("report", "/dev/null"), "/dev/null"),
-        (("branch", ".", "--batch-tokens", "128"), "experiment.json"),
-        (("advise", ".", "--target-loss", "2"), "measurements.csv"),
-        (("scan", "."), "experiment file"),
-        (("scan", "missing.py"), "no experiment file missing.py"),
-        (("scan", "x.py", "--set", "a=1"), "x.py"),
-        (("compile", "x.py"), "x.py"),
-        (("demo", "--dry-run", "--text", "files:"), "files:"),
-        (("demo", "--dry-run", "--text", "files:/nowhere/*"), "matches no file"),
-        (("demo", "--results", "/proc/x"), "can't write results to /proc/x"),
-        (("--tyro-print-completion", "foo"), "foo: completion is for bash, zsh, tcsh, fish"),
+        "train --learning-rate 1e-3 --max-steps 3 --batch-tokens many",
+        "train --max-steps 3 --batch-tokens 128 --learning-rate 1,5",
+        "advise x --target-loss 2.5 --max-batch-tokens ½",
+        "demo x --no-such-option 1",
+        "status x --no-such-option 1",
     ],
 )
-def test_other_commands_refuse_by_name(arguments, names, refuses, text):
-    refuses(*(word.format(text=text[1]) for word in arguments), names=names)
-
-
-def test_a_mistyped_text_leaves_the_folder_to_the_corrected_command(cli, tmp_path):
-    done = cli("demo", "--quick", "--text", "files:/nowhere/*", "--results", tmp_path / "results")
-    assert done.code == 2
-    assert "matches no file" in done.errors
-    assert not (tmp_path / "results" / "experiment.json").exists()
-
-
-@pytest.mark.parametrize("command", ["demo", "scan", "train", "branch", "fit", "report", "advise", "status", "compile"])
-def test_an_option_that_is_not_there_is_named(command, refuses):
-    refuses(command, "x", "--no-such-option", "1", names="--no-such-option", one_line=False)
+def test_an_option_that_cannot_be_read_is_named(arguments, refuses):
+    option = [word for word in arguments.split() if word.startswith("--")][-1]
+    refuses(*arguments.split(), names=option, one_line=False)
 
 
 @pytest.mark.parametrize("arguments", [(), ("bogus",), ("data",), ("data", "bogus"), ("fit",), ("fit", "a", "b")])
@@ -144,6 +244,8 @@ def test_a_command_that_is_incomplete_is_answered_with_help(arguments, refuses):
     refuses(*arguments, names="--help", one_line=False)
 
 
-def test_numbers_of_a_hostile_size_are_answered_at_once(cli, measured):
-    for option in ("--start-batch-tokens", "--max-batch-tokens"):
-        assert cli("advise", measured, "--target-loss", "2.5", option, HUGE).code in (0, 2)
+def test_a_mistyped_text_leaves_the_folder_to_the_corrected_command(cli, tmp_path):
+    done = cli("demo", "--quick", "--text", "files:/nowhere/*", "--results", tmp_path / "results")
+    assert done.code == 2
+    assert "/nowhere/*" in done.errors
+    assert not (tmp_path / "results" / "experiment.json").exists()
