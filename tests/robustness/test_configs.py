@@ -1,11 +1,18 @@
 """Overrides and experiment files that can't be: refused by key, or by file and line."""
 
 import json
+import re
 
 import pytest
 
-from scaling_jax.io.config import to_dict
+from scaling_jax.cli.planned_run import with_other_halves
+from scaling_jax.data import prepare
+from scaling_jax.io import UserError
+from scaling_jax.io.config import to_dict, with_overrides
+from scaling_jax.results import read_results
+from scaling_jax.results.status import read_status
 from scaling_jax.scanning.experiment import QUICK
+from scaling_jax.scanning.records import load_experiment, parse_experiment, read_experiment
 from tests.robustness.conftest import contents
 
 INTEGERS = ("max_tokens", "eval_tokens", "microbatch_tokens", "subjects.0.model.context", "subjects.0.model.n_layer")
@@ -36,8 +43,7 @@ OUT_OF_RANGE = [
     ("name", ".."),
     ("name", "../outside"),
     ("name", "a/b"),
-    ("tokenizer", "bpe:x"),
-    ("warmup_tokens", "5"),
+    ("warmup_tokens", "-5"),
 ]
 
 
@@ -48,20 +54,48 @@ def experiment(tmp_path):
     return path
 
 
+def overridden(*overrides):
+    """QUICK as `scan` takes overrides."""
+    return with_overrides(QUICK, with_other_halves(overrides))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [(key, value) for key in (*INTEGERS, *FLOATS, *LISTS) for value in WRONG_TYPE] + OUT_OF_RANGE,
 )
-def test_an_override_that_cannot_be_is_refused_by_its_key(key, value, refuses, experiment):
-    refuses("scan", experiment, "--dry-run", "--set", f"{key}={value}", names=key.rpartition(".")[2].removesuffix("s"))
+def test_an_override_that_cannot_be_is_refused_by_its_key(key, value):
+    with pytest.raises(UserError, match=key.rpartition(".")[2].removesuffix("s")) as refused:
+        overridden(f"{key}={value}")
+    assert "\n" not in str(refused.value)
+
+
+def test_overrides_that_exclude_each_other_are_refused():
+    assert overridden("warmup_tokens=5").warmup_steps is None
+    with pytest.raises(UserError, match="exactly one of warmup_steps and warmup_tokens"):
+        overridden("warmup_tokens=5", "warmup_steps=5")
+
+
+def test_a_tokenizer_that_is_none_is_refused():
+    with pytest.raises(UserError, match="bpe:x"):
+        prepare("python", 64, overridden("tokenizer=bpe:x").tokenizer)
 
 
 @pytest.mark.parametrize(
     "override",
     ["max_token=1", "=1", "a", "...=1", "subjects.9.model=1", "subjects.-1=1", "name.x=1", "ü=1", "\u202e=1"],
 )
-def test_an_override_of_nothing_is_refused_as_it_was_written(override, refuses, experiment):
-    refuses("scan", experiment, "--dry-run", "--set", override, names=f"--set {override}")
+def test_an_override_of_nothing_is_refused_as_it_was_written(override):
+    with pytest.raises(UserError) as refused:
+        overridden(override)
+    assert f"--set {override}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [("max_tokens=many", "max_tokens"), ("batch_tokens=[100,200,300]", "batch_tokens = 100"), ("a", "--set a")],
+)
+def test_the_command_refuses_an_override_in_one_line(override, names, refuses, experiment):
+    refuses("scan", experiment, "--dry-run", "--set", override, names=names)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +125,16 @@ def test_an_override_of_nothing_is_refused_as_it_was_written(override, refuses, 
         ),
     ],
 )
-def test_an_experiment_file_that_fails_is_named_with_its_line(source, names, refuses, tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(source)
-    refuses("scan", path, "--dry-run", names=names)
+def test_an_experiment_file_that_fails_is_named_with_its_line(source, names, tmp_path):
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(UserError) as refused:
+        load_experiment(tmp_path / "mine.py")
+    assert names in str(refused.value)
+
+
+def test_the_command_refuses_such_a_file_in_one_line(refuses, tmp_path):
+    (tmp_path / "mine.py").write_text("\n\nraise RuntimeError('broken\\nin two lines')")
+    refuses("scan", tmp_path / "mine.py", "--dry-run", names="mine.py line 3 can't be run: RuntimeError: broken in two")
 
 
 def broken_copies():
@@ -112,17 +152,46 @@ def broken_copies():
 
 
 @pytest.mark.parametrize(("text", "names"), list(broken_copies()))
-def test_a_damaged_or_older_experiment_is_refused_by_every_command(text, names, refuses, experiment):
+def test_a_damaged_or_older_experiment_is_refused_by_all_that_read_it(text, names, experiment):
     experiment.write_text(text)
+    before = contents(experiment.parent)
+    for read in (
+        load_experiment,
+        lambda path: parse_experiment(path, "remove it"),
+        lambda p: read_experiment(p.parent),
+    ):
+        with pytest.raises(UserError) as refused:
+            read(experiment)
+        said = str(refused.value)
+        assert names in said
+        assert str(experiment) in said
+        assert "\n" not in said
+    for read in (read_status, read_results):
+        with pytest.raises(UserError, match=re.escape(names)):
+            read(experiment.parent)
+    assert contents(experiment.parent) == before
+
+
+def test_commands_refuse_a_damaged_experiment_in_one_line(refuses, experiment):
+    experiment.write_text(json.dumps(to_dict(QUICK) | {"max_tokens": [None]}))
     for command in (("scan", experiment, "--dry-run"), ("status", experiment.parent), ("fit", experiment.parent)):
-        refuses(*command, names=names)
-    refuses("branch", experiment.parent, "--batch-tokens", "128", names=names)
+        refuses(*command, names="max_tokens", watched=(experiment.parent,))
+    refuses("branch", experiment.parent, "--batch-tokens", "128", names="max_tokens")
 
 
-def test_no_experiment_may_be_a_folder_or_in_another_encoding(refuses, experiment, tmp_path):
-    experiment.write_bytes(b"\xff\xfe" + json.dumps(to_dict(QUICK)).encode("utf-16-le"))
-    refuses("scan", experiment, "--dry-run", names="can't read")
-    refuses("scan", tmp_path, "--dry-run", names="no experiment file")
+def test_no_experiment_may_be_a_folder_or_in_another_encoding(experiment, tmp_path):
+    experiment.write_bytes(json.dumps(to_dict(QUICK) | {"name": "é"}, ensure_ascii=False).encode("latin-1"))
     (tmp_path / "mine.py").write_bytes(b"# \xff\n")
-    refuses("scan", tmp_path / "mine.py", "--dry-run", names="mine.py")
-    assert contents(tmp_path / "here") == {}
+    for path, names in (
+        (experiment, "can't read"),
+        (tmp_path, "no experiment file"),
+        (tmp_path / "mine.py", "mine.py"),
+    ):
+        with pytest.raises(UserError, match=names):
+            load_experiment(path)
+
+
+def test_an_experiment_of_a_later_version_is_refused(experiment):
+    experiment.write_text(json.dumps({"schema": 3} | to_dict(QUICK)))
+    with pytest.raises(UserError, match=r"experiment\.json .*3.* later"):
+        read_experiment(experiment.parent)
