@@ -1,6 +1,7 @@
-"""One per-device body, run on every device: pmap by default, shard_map or virtual replicas with the same numbers.
+"""Runs one function on every device: by pmap, by shard_map, or by vmap as virtual devices, all with the same results.
 
-The devices are those of all processes of the run (`processes.connect`), each process's beside each other.
+The devices are those of all processes of the run (`processes.connect`), in the order of the processes. `share_cores`
+and `keep_compiled_programs` set up JAX before it starts.
 """
 
 import operator
@@ -15,9 +16,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scaling_jax.io.stores import cache_folder
 from scaling_jax.io.workers import available_cores
 
-AXIS = "data"
-_RUNS = "runs"
+AXIS = "data"  # name of the mapped axis of devices
 Backend = Literal["pmap", "shard_map", "vmap"]
+
+_RUNS = "runs"  # name of the second axis, of runs
+_MOST_DEVICES = 8  # of a CPU; each device holds the whole training state
+_FLAGS = ("--xla_force_host_platform_device_count", "--xla_cpu_multi_thread_eigen")
 
 
 def spmd(
@@ -30,17 +34,19 @@ def spmd(
     split_outputs: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> Callable:
-    """Compiles `body`, which sees one device's share and names the devices' axis `AXIS`.
+    """Compiles `body` to run on every device; inside, the axis of devices is called `AXIS`.
 
-    Over several processes each deals out [its devices, …] of its own, and all give the same for the rest.
+    With several processes, each process passes the parts [its devices, …] of its own devices for a split argument, and
+    all processes pass equal values for the other arguments.
 
     Args:
-      body: its outputs must be equal on all devices (reduced over `AXIS`), or `split_outputs` given.
-      split: for each argument, whether its leading axis [num_devices, …] is dealt out; otherwise every device gets all.
-      num_devices: of all processes.
-      backend: `vmap` runs virtual replicas on one device.
-      split_outputs: whether each device's outputs are returned, with a leading axis [num_devices, …].
-      devices: for `shard_map`, those of another machine to compile for; this run's unless given.
+      body: sees the part of one device. Its outputs must be equal on all devices, unless `split_outputs` is given.
+      split: for each argument, True if its leading axis [num_devices, …] is split over the devices; False if every
+        device gets the whole argument.
+      num_devices: number of devices of all processes.
+      backend: `vmap` runs virtual devices on one device.
+      split_outputs: return the outputs of each device, with a leading axis [num_devices, …].
+      devices: for `shard_map`, the devices of another machine to compile for; None takes the devices of this run.
     """
     out_axes = 0 if split_outputs else None
     if backend == "pmap":
@@ -71,13 +77,13 @@ def spmd_of_runs(
     num_devices: int,
     donate_argnums: tuple[int, ...] = (),
 ) -> Callable:
-    """Compiles `body` for a mesh of `num_runs` × `num_devices` of this process's devices, by shard_map.
+    """Compiles `body` by shard_map for several runs at once, on a mesh of `num_runs` × `num_devices` of this process.
 
-    Each row of the mesh has runs of its own, and shares their batches along `AXIS`.
+    Each row of the mesh trains its own runs. The devices of a row split the batches along `AXIS`.
 
     Args:
-      body: its outputs must be equal along `AXIS`; they are returned with a leading axis [num_runs, …].
-      split: for each argument, how many leading axes of [num_runs, num_devices, …] it has, which are dealt out.
+      body: its outputs must be equal along `AXIS`; the result has a leading axis [num_runs, …].
+      split: for each argument, the number of its leading axes [num_runs, num_devices, …] that are split: 0, 1 or 2.
     """
     devices = np.array(_devices(num_runs * num_devices)).reshape(num_runs, num_devices)
     mesh = Mesh(devices, (_RUNS, AXIS), axis_types=(AxisType.Auto,) * 2)
@@ -85,18 +91,46 @@ def spmd_of_runs(
 
 
 def replicate(tree: Any, num_devices: int) -> Any:
-    """Copies of every array on `num_devices` of each process, placed once instead of at every call."""
+    """Places a copy of every array on `num_devices` of each process, so that calls needn't do it each time."""
     return _place(tree, num_devices, PartitionSpec())
 
 
 def deal_out(tree: Any, num_devices: int) -> Any:
-    """This process's arrays [num_devices, …], a part on each of its devices: what `spmd` splits, placed beforehand."""
+    """Places the parts of this process's arrays [num_devices, …] on its devices; for split arguments of `spmd`."""
     return _place(tree, num_devices, PartitionSpec(AXIS))
 
 
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """The devices along the one axis `AXIS`."""
+    """A mesh of the devices with one axis, `AXIS`."""
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def share_cores(batches_sequences: Sequence[int]) -> None:
+    """Sets XLA_FLAGS so that JAX's CPU backend shows one single-threaded device per core. Call it before JAX starts.
+
+    If the number of cores doesn't divide every batch, takes the largest smaller number that does and is more than half
+    of the cores. Does nothing if there is no such number, if the run has several processes, or if XLA_FLAGS already set
+    the number of devices or threads.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.distributed.is_initialized() or any(name in flags for name in _FLAGS):
+        return
+    cores = len(available_cores())
+    if cores > _MOST_DEVICES:
+        return
+    dividing = [n for n in range(cores, cores // 2, -1) if all(batch % n == 0 for batch in batches_sequences)]
+    if dividing and dividing[0] > 1:
+        os.environ["XLA_FLAGS"] = f"{flags} {_FLAGS[0]}={dividing[0]} {_FLAGS[1]}=false"
+
+
+def keep_compiled_programs() -> None:
+    """Caches compiled programs on disk, so that no process of this user compiles a program twice.
+
+    The cache is the folder JAX_COMPILATION_CACHE_DIR if it is set, else a folder in the package's cache folder.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _shard_map(
@@ -106,19 +140,19 @@ def _shard_map(
     split_outputs: tuple[str, ...],
     donate_argnums: tuple[int, ...],
 ) -> Callable:
-    """`body` on every device of a mesh; the axes named are leading axes of arguments and outputs, dealt out."""
+    """Compiles `body` for every device of a mesh. `split` names the leading axes of each argument that are split."""
 
     def local(*args):
         shares = (jax.tree.map(operator.itemgetter((0,) * len(s)), arg) for arg, s in zip(args, split, strict=True))
         return jax.tree.map(lambda x: x[(None,) * len(split_outputs)], body(*shares))
 
     in_specs, out_specs = tuple(PartitionSpec(*axes) for axes in split), PartitionSpec(*split_outputs)
-    # With the default check_vma, gradients inside the body would silently be summed over devices.
+    # With the default check_vma, JAX would sum gradients inside the body over devices, without a warning.
     sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return jax.jit(
         sharded,
         donate_argnums=donate_argnums,
-        # Said again, as arguments may lie on a mesh of other axes over the same devices.
+        # Needed because arguments may be placed on a mesh with other axes over the same devices.
         in_shardings=tuple(NamedSharding(mesh, spec) for spec in in_specs),
         out_shardings=NamedSharding(mesh, out_specs),
     )
@@ -135,20 +169,20 @@ def _place(tree: Any, num_devices: int, spec: PartitionSpec) -> Any:
 
     def place(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return x  # it is on all processes' devices already
-        # device_put would send the others every array, to compare it with theirs.
+            return x  # already on the devices of all processes
+        # device_put would send every array to the other processes, to compare it with theirs.
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     return jax.tree.map(place, tree)
 
 
 def _placing(compiled: Callable, split: Sequence[bool], split_outputs: bool, num_devices: int) -> Callable:
-    """`compiled`, over several processes, with arrays of all of them for arguments and results."""
+    """`compiled` for several processes: arguments and results are arrays over the devices of all processes."""
     out_spec = PartitionSpec(AXIS) if split_outputs else PartitionSpec()
     sharding = NamedSharding(data_mesh(_devices(num_devices)), out_spec)
     own_devices = num_devices // jax.process_count()
 
-    def of_all(x):  # pmap returns a process's own part
+    def of_all(x):  # pmap returns only the part of this process
         if not x.is_fully_addressable:
             return x
         shape = (num_devices, *x.shape[1:]) if split_outputs else x.shape
@@ -159,34 +193,3 @@ def _placing(compiled: Callable, split: Sequence[bool], split_outputs: bool, num
         return jax.tree.map(of_all, compiled(*placed))
 
     return placing
-
-
-_MOST_DEVICES = 8  # each holds the whole state
-_FLAGS = ("--xla_force_host_platform_device_count", "--xla_cpu_multi_thread_eigen")
-
-
-def share_cores(batches_sequences: Sequence[int]) -> None:
-    """Has JAX's CPU backend, once it starts, show as many devices of one thread as there are cores.
-
-    Fewer where only fewer divide every batch, down to more than half; otherwise nothing changes, as where a run has
-    several processes, or XLA_FLAGS say how many devices or threads there are.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if jax.distributed.is_initialized() or any(name in flags for name in _FLAGS):
-        return
-    cores = len(available_cores())
-    if cores > _MOST_DEVICES:
-        return
-    dividing = [n for n in range(cores, cores // 2, -1) if all(batch % n == 0 for batch in batches_sequences)]
-    if dividing and dividing[0] > 1:
-        os.environ["XLA_FLAGS"] = f"{flags} {_FLAGS[0]}={dividing[0]} {_FLAGS[1]}=false"
-
-
-def keep_compiled_programs() -> None:
-    """From now on, a program that any process of this user compiled before is not compiled again.
-
-    They are kept where JAX was told to (JAX_COMPILATION_CACHE_DIR), else in the package's cache folder.
-    """
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

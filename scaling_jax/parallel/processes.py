@@ -1,4 +1,4 @@
-"""The processes of one run: how they find each other, what they agree on, what asks them to end, how they do."""
+"""The processes of one run: how they connect, exchange values, and stop on signals, notices or a lost process."""
 
 import atexit
 import contextlib
@@ -23,48 +23,57 @@ from jax.experimental import multihost_utils
 
 from scaling_jax.io import UserError
 
-GONE = 75  # exit code where another process is gone: EX_TEMPFAIL of sysexits.h, "try again"
+GONE = 75  # exit code if another process is gone: EX_TEMPFAIL of sysexits.h, "try again"
 
 _CONNECT_SECONDS = 120
 _HEARTBEAT_SECONDS = 60
-_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")  # by mpirun or srun: how many processes
+_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")  # set by mpirun or srun: number of processes
 _PER_MACHINE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")  # such as 1, or 1(x4) on four machines
 _LOST = re.compile(r"gloo|nccl|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED", re.IGNORECASE)
+_MADE_BY = Path("/sys/class/dmi/id/product_name")  # "Google Compute Engine" there, also on TPU VMs
+_LONGEST_WAIT = 300  # seconds after which the metadata server answers even if nothing has changed
+_RETRY_SECONDS = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _Value = TypeVar("_Value")
 
 
 def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the other processes of a run, once, before anything asks for devices; does nothing where there are none.
+    """Connects to the other processes of a run. Does nothing if there are none. Call it before JAX looks at devices.
 
-    Without arguments JAX finds the others: on TPU slices, under `srun` and `mpirun`, in indexed jobs of Kubernetes. A
-    process that is alone on its machine takes all devices there; GPUs are otherwise shared out, one to each.
+    Without arguments, JAX finds the other processes: on TPU slices, under `srun` and `mpirun`, and in indexed jobs of
+    Kubernetes. A process that is alone on its machine takes all devices there. If several processes share a machine,
+    each takes one GPU.
 
     Args:
       coordinator: host:port on which process 0 listens.
+      num_processes: number of all processes.
       process_id: 0 … num_processes - 1.
 
     Raises:
-      UserError: if only some arguments are given, or the processes don't find each other in two minutes.
+      UserError: if only some arguments are given, if the processes don't connect within two minutes, or if they have
+        different numbers of devices.
     """
     if jax.distributed.is_initialized():
         return
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [flag for flag, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise UserError(f"--coordinator, --num-processes and --process-id go together: {', '.join(missing)} missing")
+        raise UserError(f"give --coordinator, --num-processes and --process-id together: {', '.join(missing)} missing")
     if num_processes == 1 or (missing and _first_of(_LAUNCHED) == "1"):
         return
     if coordinator is not None and process_id:
         _wait_for(coordinator)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which asks us to save
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, on which we save and stop
     alone_on_machine = re.fullmatch(r"1(\(x\d+\))?", _first_of(_PER_MACHINE) or "")
-    withdraw = _last_words(f"not all processes of this run came within {_CONNECT_SECONDS} seconds: start all of them")
+    withdraw = _last_words(
+        f"not all processes of this run connected within {_CONNECT_SECONDS} seconds: start all of them"
+    )
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
-            local_device_ids=[] if alone_on_machine else None,  # none named: all
+            local_device_ids=[] if alone_on_machine else None,  # an empty list means all devices
             cluster_detection_method=None if missing else "deactivate",
             initialization_timeout=_CONNECT_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
@@ -73,37 +82,42 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     except (ValueError, RuntimeError) as error:
         if missing and "should be defined" in str(error):  # no cluster
             return
-        raise UserError(f"can't join this run's other processes: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"can't connect to the other processes of this run ({str(error).splitlines()[0]}): check that all are "
+            "started, and reach each other"
+        ) from None
     finally:
         withdraw()
     atexit.register(_last_words("a process of this run is gone: run the same command again on all of them"))
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
-        raise UserError(f"this run's processes have different numbers of devices, {sorted(devices.values())}")
+        raise UserError(
+            f"the processes of this run have {sorted(devices.values())} devices: give each process the same number"
+        )
 
 
 def is_first() -> bool:
-    """Whether this process writes the results, and reports; every run has one that does."""
+    """True in the one process of a run that writes the results and prints."""
     return _alone() or jax.process_index() == 0
 
 
 def agree(*flags: bool) -> tuple[bool, ...]:
-    """Each flag, true in all processes where it is true in any; all must ask."""
+    """For each flag, True in all processes if it is True in any process. All processes must call this."""
     if _alone():
         return flags
     return tuple(map(bool, multihost_utils.process_allgather(np.array(flags)).any(axis=0)))
 
 
 def from_first(value: _Value) -> _Value:
-    """The first process's value, of anything that JSON keeps as it is, in all processes; all must ask."""
+    """The first process's value, in all processes. All processes must call this. The value must be JSON."""
     return value if _alone() else _from(0, value)
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """All processes leave this at once; what one of them raises inside, the others raise as a UserError in its words.
+    """Processes leave this block together. If one raises an error inside, the others raise a UserError with its text.
 
-    Inside, none may wait for another.
+    Inside the block, no process may wait for another.
     """
     if _alone():
         yield
@@ -123,9 +137,9 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leave_if_one_is_gone() -> Iterator[None]:
-    """Ends this process, with exit code `GONE`, on an error that comes of another process's end.
+    """Ends this process, with exit code `GONE`, on an error that means that another process has ended.
 
-    To clean up would be to wait for that process.
+    It ends at once, because the usual cleanup would wait for the other process.
     """
     try:
         yield
@@ -133,72 +147,16 @@ def leave_if_one_is_gone() -> Iterator[None]:
         raise
     except Exception as error:
         if not _alone() and _LOST.search(str(error)):
-            os._exit(GONE)  # `_last_words` says why
+            os._exit(GONE)  # `_last_words` prints the reason
         raise
 
 
-def _alone() -> bool:
-    """Whether there are no other processes, without a look at devices: that would take a GPU's memory."""
-    return not jax.distributed.is_initialized() or jax.process_count() == 1
-
-
-def _from(process: int, value: _Value) -> _Value:
-    is_source = jax.process_index() == process
-    mine = json.dumps(value).encode() if is_source else b""
-    num_bytes = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine)), is_source))
-    room = np.zeros(1 << max(10, num_bytes.bit_length()), np.uint8)  # a program is compiled for each size
-    room[: len(mine)] = np.frombuffer(mine, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(room, is_source)[:num_bytes].tobytes())
-
-
-def _first_of(variables: tuple[str, ...]) -> str | None:
-    return next((os.environ[name] for name in variables if name in os.environ), None)
-
-
-def _wait_for(coordinator: str) -> None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator is host:port, not {coordinator!r}")
-    until = time.monotonic() + _CONNECT_SECONDS
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise UserError(
-                    f"nothing listens at {coordinator} after {_CONNECT_SECONDS} seconds ({error}): "
-                    "is process 0 running there, with the same --coordinator?"
-                ) from None
-        time.sleep(0.5)
-
-
-def _last_words(line: str) -> Callable[[], None]:
-    """Has `line` printed when this process ends, unless what is returned was called.
-
-    XLA aborts from a thread of its own where the coordinator is gone or doesn't come, and no handler of ours runs.
-    """
-    if shutil.which("sh") is None:  # Windows
-        return lambda: None
-    script = "trap '' INT TERM HUP; read -r withdrawn || echo \"scaling-jax: $0\" >&2"
-    shell = subprocess.Popen(["sh", "-c", script, line], stdin=subprocess.PIPE)
-
-    def withdraw() -> None:
-        with contextlib.suppress(BrokenPipeError):
-            shell.communicate(b"\n")
-
-    return withdraw
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 class Asked:
-    """Called, it tells whether it has come, for `should_stop`."""
+    """Returns True once a signal or a notice has asked the process to stop; serves as `should_stop`."""
 
     def __init__(self) -> None:
-        self.by_hand = False  # by Ctrl-C
-        self.why = ""  # in words, where a notice came
+        self.by_hand = False  # True for Ctrl-C
+        self.why = ""  # the notice, in words; empty for a signal
         self._event = threading.Event()
 
     def __call__(self) -> bool:
@@ -215,10 +173,10 @@ class Asked:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Asked]:
-    """Yields what tells whether the process is asked to end; a second signal acts as it always does."""
+    """Yields an `Asked`, which returns True once the process is asked to stop. A second signal then acts as usual."""
     asked = Asked()
     watch_notices(asked.take_notice)
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield asked
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -237,19 +195,67 @@ def stop_on_signals() -> Iterator[Asked]:
             signal.signal(number, handler)
 
 
-_MADE_BY = Path("/sys/class/dmi/id/product_name")  # Google Compute Engine, also on TPU VMs
-_LONGEST_WAIT = 300  # seconds, for the metadata server to answer that nothing has changed
-_RETRY_SECONDS = 5.0
-
-
 def watch_notices(tell: Callable[[str], None]) -> None:
-    """Calls `tell` with what will happen, from a thread, once a notice comes; on others' machines never.
+    """Calls `tell` from a thread, with the reason in words, once Google announces that this machine will end.
 
-    A notice that is there already isn't told: whoever is started in spite of it trains until the end.
+    Does nothing on other machines. Ignores a notice that is there from the start: the process was started anyway.
     """
     host = os.environ.get("GCE_METADATA_HOST") or ("metadata.google.internal" if _on_google() else None)
     if host is not None:
         threading.Thread(target=_watch, args=(host, tell), daemon=True, name="notices").start()
+
+
+def _alone() -> bool:
+    """True if there are no other processes. Doesn't look at devices, which would take GPU memory."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def _from(process: int, value: _Value) -> _Value:
+    is_source = jax.process_index() == process
+    mine = json.dumps(value).encode() if is_source else b""
+    num_bytes = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine)), is_source))
+    room = np.zeros(1 << max(10, num_bytes.bit_length()), np.uint8)  # powers of 2, as JAX compiles once per size
+    room[: len(mine)] = np.frombuffer(mine, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(room, is_source)[:num_bytes].tobytes())
+
+
+def _first_of(variables: tuple[str, ...]) -> str | None:
+    return next((os.environ[name] for name in variables if name in os.environ), None)
+
+
+def _wait_for(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator {coordinator!r} must be host:port, such as 10.0.0.1:1234")
+    until = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"nothing listens at {coordinator} after {_CONNECT_SECONDS} seconds ({error}): "
+                    "is process 0 running there, with the same --coordinator?"
+                ) from None
+        time.sleep(0.5)
+
+
+def _last_words(line: str) -> Callable[[], None]:
+    """Prints `line` when this process ends, however it ends, unless the function returned was called before.
+
+    A shell prints it: if the coordinator is gone, XLA aborts from its own thread and Python handlers don't run.
+    """
+    if shutil.which("sh") is None:  # Windows
+        return lambda: None
+    script = "trap '' INT TERM HUP; read -r withdrawn || echo \"scaling-jax: $0\" >&2"
+    shell = subprocess.Popen(["sh", "-c", script, line], stdin=subprocess.PIPE)
+
+    def withdraw() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            shell.communicate(b"\n")
+
+    return withdraw
 
 
 def _watch(host: str, tell: Callable[[str], None]) -> None:
@@ -270,7 +276,7 @@ def _notice(instance: dict[str, Any]) -> str | None:
 
 
 def _instance(host: str) -> Iterator[dict[str, Any]]:
-    """What the metadata server says of the machine, now and whenever it changes."""
+    """The metadata server's description of this machine, now and after every change."""
     etag = "0"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
@@ -283,7 +289,7 @@ def _instance(host: str) -> Iterator[dict[str, Any]]:
             with direct.open(request, timeout=_LONGEST_WAIT + 30) as answer:
                 etag = answer.headers.get("ETag", "0")
                 found = json.load(answer)
-        except (OSError, ValueError):  # it restarts now and then
+        except (OSError, ValueError):  # the server restarts now and then
             time.sleep(_RETRY_SECONDS)
             continue
         yield found
