@@ -10,7 +10,8 @@ import pytest
 
 from scaling_jax.cli.main import main
 from scaling_jax.io.files import write_rows
-from scaling_jax.results.measurements import Measurement, measure
+from scaling_jax.results import read_results
+from scaling_jax.results.measurements import Measurement
 
 
 class Done(NamedTuple):
@@ -70,7 +71,7 @@ def scanned(made_up, tmp_path_factory):
     """A finished scan with its measurements.csv; whoever damages a file puts it back."""
     folder = tmp_path_factory.mktemp("scanned") / "scan"
     shutil.copytree(made_up[1], folder)
-    write_rows(folder / "measurements.csv", Measurement, measure(made_up[0], folder))
+    write_rows(folder / "measurements.csv", Measurement, read_results(folder).measurements)
     return folder
 
 
