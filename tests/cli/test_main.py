@@ -1,39 +1,118 @@
+import dataclasses
+import importlib.metadata
+import json
+import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import scaling_jax as sj
 from scaling_jax.io.stores import publish, working_copy
-from tests.training.test_buckets import move_to_another_machine, objects
+from scaling_jax.report.words import short
+from scaling_jax.results.runs import last_noise_scale
+from scaling_jax.scanning.experiment import QUICK
+from scaling_jax.scanning.records import write_experiment
+from scaling_jax.training import read_metrics, read_result
+from scaling_jax.training.records import course, read_run_config
+from tests.io.test_stores import move_to_another_machine, objects
 
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "scaling_jax.cli.main", *arguments], capture_output=True, text=True, check=False, timeout=100
+        [sys.executable, "-m", "scaling_jax.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Trains in one folder, by a process of its own, with arguments besides these."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "text").mkdir()
+    for k in range(30):
+        words = random.Random(k).choices("how now brown cow the quick fox jumps over the lazy dog".split(), k=300)
+        (folder / "text" / f"{k}.txt").write_text(" ".join(words))
+    model = ("train", "--model", "1x16", "--learning-rate", "3e-3", "--batch-tokens", "1Ki")
+    where = ("--text", f"files:{folder}/text/*", "--results", str(folder / "results"))
+    return lambda *arguments: run(*model, *where, *arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    """What a run of 120 steps said, and its folder."""
+    done = train("--max-steps", "120")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, Path(done.stdout.splitlines()[-1].removeprefix("records: "))
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2():
     """Of a process of its own; `tests/robustness` has the mistakes."""
     done = run("fit", "/nowhere")
     assert done.returncode == 2
-    assert "/nowhere holds no scan" in done.stderr
+    assert "/nowhere holds no results" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_one_run_is_trained_and_then_known(tmp_path):
-    (tmp_path / "text").mkdir()
-    for k in range(30):
-        (tmp_path / "text" / f"{k}.txt").write_text("how now brown cow " * 40)
-    command = ("train", "--model", "1x16", "--learning-rate", "1e-2", "--batch-tokens", "1024", "--max-steps", "12")
-    options = ("--text", f"files:{tmp_path}/text/*", "--results", str(tmp_path / "results"))
-    first, second = run(*command, *options), run(*command, *options)
-    assert first.returncode == second.returncode == 0, first.stderr
-    assert "step 12 of 12" in first.stdout
-    assert "exhausted after 12 steps, 12.3k tokens" in first.stdout
-    assert second.stdout.splitlines() == first.stdout.splitlines()[-1:]
+def test_the_version_is_the_packages(cli):
+    assert cli("--version").output == f"scaling-jax {importlib.metadata.version('scaling-jax')}\n"
+
+
+def test_one_run_is_trained_and_then_known(train, trained):
+    said, folder = trained
+    assert "note:" not in said
+    assert "step 120 of 120" in said
+    result = read_result(folder)
+    ending, noise, records = said.splitlines()[-3:]
+    assert "reached max_steps (120)" in ending
+    assert "123k tokens" in ending
+    assert f"{result.test_loss:.4f}" in ending
+    found = last_noise_scale(course(read_metrics(folder)))
+    assert found.resolved
+    for value in (found.value, found.low, found.high):
+        assert short(value) in noise
+    assert f"last {found.steps} steps" in noise
+    assert f"{found.confidence:.0%}" in noise.replace(" %", "%")
+    again = train("--max-steps", "120")
+    assert again.stdout.splitlines() == [ending, noise, records]
+
+
+def test_a_run_with_other_arguments_says_that_it_starts_beside_the_first(train, trained):
+    results = trained[1].parents[1]
+    said = train("--max-steps", "3", "--seed", "1").stdout.splitlines()
+    assert f"{results} holds 1 other run" in said[0]
+    assert "too few steps" in said[-2]
+    again = train("--max-steps", "3", "--seed", "1").stdout
+    assert "note:" not in again
+    third = train("--max-steps", "3", "--seed", "2").stdout.splitlines()
+    assert f"{results} holds 2 other runs" in third[0]
+    assert len(list(results.glob("runs/*/result.json"))) == 3
+
+
+def test_single_runs_have_a_status_and_a_report_and_no_fit(trained, cli, tmp_path):
+    results = shutil.copytree(trained[1].parents[1], tmp_path / "trained")
+    (results / "runs" / trained[1].name / "result.json").unlink()  # as if it had been lost
+    label = read_run_config(trained[1]).run.label
+    status = cli("status", results)
+    assert status.code == 0
+    (line,) = [line for line in status.output.splitlines() if line.startswith(label)]
+    assert "interrupted" in line
+    found = json.loads(cli("status", results, "--json").output)
+    assert found["what"] == "runs"
+    assert found["running"] is False
+    reported = cli("report", results)
+    assert reported.output.splitlines() == [f"report: {results}/report.html"]
+    assert label.split("-")[0] in (results / "report.html").read_text()
+    refused = cli("fit", results)
+    assert refused.code == 2
+    assert refused.errors.count("\n") == 1
+    assert str(results) in refused.errors
+    assert "no scan" in refused.errors
 
 
 @pytest.mark.long
@@ -66,8 +145,8 @@ def test_an_unknown_option_is_refused():
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['scaling-jax', '--help']\n"
-        "import scaling_jax.cli\n"
-        "try: scaling_jax.cli.main()\n"
+        "from scaling_jax.cli.main import main\n"
+        "try: main()\n"
         "except SystemExit: pass\n"
         "sys.exit(bool({'jax', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )
@@ -77,10 +156,17 @@ def test_help_imports_nothing_heavy():
 
 
 def test_a_scan_in_a_folder_of_another_experiment_is_refused(tmp_path):
-    (tmp_path / "experiment.json").write_text("{}\n")
+    write_experiment(tmp_path, dataclasses.replace(QUICK, tokenizer="gpt2"))
     done = run("demo", "--quick", "--results", str(tmp_path))
     assert done.returncode == 2
     assert "holds another experiment" in done.stderr
+    assert "'gpt2', not 'bytes'" in done.stderr
+    assert "--results" in done.stderr
+    (tmp_path / "experiment.json").write_text("{}\n")
+    damaged = run("demo", "--quick", "--results", str(tmp_path))
+    assert damaged.returncode == 2
+    assert f"{tmp_path}/experiment.json" in damaged.stderr
+    assert damaged.stderr.count("\n") == 1
 
 
 def test_every_public_name_is_there():

@@ -1,9 +1,12 @@
+import dataclasses
 import io
 import os
+import re
 import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -12,7 +15,8 @@ from scaling_jax.console.commands import ScanDisplay
 from scaling_jax.results import read_results
 from scaling_jax.scanning import Event, Experiment, LearningRates, Subject, powers_of_two
 from scaling_jax.tasks import ModelConfig
-from scaling_jax.training import Interrupted, Progress, Run
+from scaling_jax.training import Interrupted, Progress, Run, RunResult, run_folder
+from scaling_jax.training.records import MetricsLine, write_metrics
 
 EXPERIMENT = Experiment(
     name="small",
@@ -97,12 +101,63 @@ def workdir(made_up, tmp_path):
     return shutil.copytree(made_up[1], tmp_path / "scan")
 
 
+RUN = Run(ModelConfig(1, 16, 1), 128, 1e-3, max_steps=100)
+
+
+def lines_of(steps, grad_sq_norm, trace_cov):
+    """A line whose steps scatter around two moments by a tenth of tr(Σ)/B."""
+    draws = np.random.default_rng(0).normal(1, 0.1, (2, steps))
+    small, big = (grad_sq_norm + draw * trace_cov / tokens for draw, tokens in zip(draws, (64, 128), strict=True))
+    values = {"step": steps, "tokens": 128 * steps, "batch_tokens": 128, "small_batch_tokens": 64, "test_loss": 2.5}
+    norms = {"small_sq_norm": small.tolist(), "big_sq_norm": big.tolist()}
+    return [MetricsLine.read(values | norms | {"train_loss": [2.5] * steps})]
+
+
+@pytest.mark.parametrize(
+    ("run", "status", "ending"),
+    [
+        (RUN, "exhausted", "reached max_steps (100)"),
+        (dataclasses.replace(RUN, max_steps=None, max_tokens=12_800), "exhausted", "reached max_tokens (12,800)"),
+        (dataclasses.replace(RUN, target_loss=2.6), "reached", "reached the target loss (2.6)"),
+        (RUN, "diverged", "diverged"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("steps", "moments", "noise"),
+    [
+        (100, (1.0, 300.0), r"last 25 steps: \d+ tokens \[(\d+), (\d+)\]"),
+        (100, (0.0, 300.0), "last 25 steps: unresolved, at least"),
+        (19, (1.0, 300.0), "too few steps"),
+    ],
+)
+def test_training_ends_with_how_it_ended_and_its_noise_scale(
+    run, status, ending, steps, moments, noise, tmp_path, monkeypatch, capsys
+):
+    def train(run, results, **_):
+        write_metrics(run_folder(results, run), lines_of(steps, *moments))
+        return RunResult(run.run_id, status, steps, 128 * steps, 2.5, "")
+
+    monkeypatch.setattr(commands, "train", train)
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    commands.train_on_console(run, tmp_path, None)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert ending in first
+    assert f"{steps} steps" in first
+    assert "2.5000" in first
+    found = re.search(noise, second)
+    assert found
+    if found.groups():
+        low, high = map(int, found.groups())
+        assert low < 300 < high
+    assert third.endswith(str(run_folder(tmp_path, run)))
+
+
 def scans(workdir):
     commands.scan_on_console(EXPERIMENT, workdir)
 
 
 def trains(workdir):
-    commands.train_on_console(Run(ModelConfig(1, 16, 1), 128, 1e-3, max_steps=5), workdir, None)
+    commands.train_on_console(RUN, workdir, None)
 
 
 def branches(workdir):
