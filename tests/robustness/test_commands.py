@@ -1,6 +1,7 @@
 """What the command line promises of every command: help with an example, JSON, exit codes, completion."""
 
 import json
+import re
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_machines_get_json(cli, scanned, measured):
 
 
 def test_debug_shows_where_an_error_came_from(cli):
-    with pytest.raises(UserError, match="no experiment file"):
+    with pytest.raises(UserError, match=r"none\.py"):
         cli("scan", "none.py", "--debug")
     assert cli("scan", "none.py").code == 2
 
@@ -56,8 +57,8 @@ def test_debug_shows_where_an_error_came_from(cli):
     ("error", "code", "said"),
     [
         (UserError("what\nwhere"), 2, "scaling-jax: what where\n"),
-        (OSError(28, "No space left on device", "/x"), 2, "'/x': what was done is kept, the same command continues\n"),
-        (KeyboardInterrupt(), 130, "the same command continues where it was\n"),
+        (OSError(28, "No space left on device", "/x"), 2, "No space left on device: '/x'.* same command continues.*\n"),
+        (KeyboardInterrupt(), 130, ".*same command continues.*\n"),
     ],
 )
 def test_exit_codes_are_those_documented(error, code, said, cli, monkeypatch):
@@ -67,5 +68,6 @@ def test_exit_codes_are_those_documented(error, code, said, cli, monkeypatch):
     monkeypatch.setattr(app, "cli", fail)
     done = cli("demo")
     assert done.code == code
-    assert done.errors.endswith(said)
+    assert re.search(f"{said}$", done.errors)
+    assert done.errors.count("\n") == 1
     assert f"{code} " in DESCRIPTION.replace("\n", " ")

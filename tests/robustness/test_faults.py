@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from scaling_jax.training import journal, read_metrics, records, train
-from scaling_jax.training.records import write_json
+from scaling_jax.io.files import write_json
+from scaling_jax.training import journal, records, train
 from tests.robustness.conftest import contents
 from tests.training.counting import CORPUS, RUN
 
@@ -22,7 +22,11 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    return train(RUN, folder, corpus=CORPUS, num_devices=1), read_metrics(folder / "runs" / RUN.run_id)
+    return train(RUN, folder, corpus=CORPUS, num_devices=1), metrics(folder)
+
+
+def metrics(folder):
+    return (folder / "runs" / RUN.run_id / "metrics.jsonl").read_bytes()
 
 
 def full_disk(*_, **__):
@@ -79,7 +83,7 @@ def test_a_run_whose_disk_is_full_continues_to_the_same_end(lines, undisturbed, 
         with pytest.raises(OSError, match="No space left"):
             train(RUN, tmp_path, corpus=CORPUS, num_devices=1, checkpoint_seconds=0)
     result = train(RUN, tmp_path, corpus=CORPUS, num_devices=1)
-    assert (result, read_metrics(tmp_path / "runs" / RUN.run_id)) == undisturbed
+    assert (result, metrics(tmp_path)) == undisturbed
 
 
 def test_clocks_that_jump_change_no_result(undisturbed, tmp_path, monkeypatch):
@@ -89,5 +93,5 @@ def test_clocks_that_jump_change_no_result(undisturbed, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "time", clock)
     seen = []
     result = train(RUN, tmp_path, corpus=CORPUS, num_devices=1, on_progress=seen.append)
-    assert (result, read_metrics(tmp_path / "runs" / RUN.run_id)) == undisturbed
+    assert (result, metrics(tmp_path)) == undisturbed
     assert all(p.tokens_per_second > 0 for p in seen)

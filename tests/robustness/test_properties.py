@@ -35,7 +35,7 @@ experiments = st.builds(
     subjects=st.lists(subjects, min_size=1, max_size=3, unique_by=lambda s: s.model.name).map(tuple),
     batch_tokens=st.lists(st.integers(2, 2**12).map(lambda n: n * 64), min_size=3, max_size=6, unique=True).map(tuple),
     max_tokens=st.integers(1, 10**15),
-    seeds=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3, unique=True).map(tuple),
+    seeds=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3, unique=True).map(tuple),
     optimizer=st.builds(OptimizerConfig, beta2=st.floats(0, 0.999), clip_norm=st.none() | positive),
 )
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scaling_jax.advice.advise import advise
 from scaling_jax.io import UserError
 from scaling_jax.results.table import fit_table, read_table
 from tests.robustness.conftest import contents
@@ -41,9 +42,12 @@ def with_cell(column, value):
     + [(column, value) for column in ("batch_tokens", "target_loss") for value in ("", "nan")]
     + [("model", ""), ("target_loss", "20"), ("passed_early", "perhaps"), ("passed_early", "2")],
 )
-def test_a_cell_that_cannot_be_is_refused_by_line_and_column(column, value, refuses, tmp_path):
+def test_a_cell_that_cannot_be_is_refused_by_line_and_column(column, value, tmp_path):
     path = table(tmp_path / "mine.csv", with_cell(column, value))
-    refuses("fit", path, names=f"line 3, column {column} is", watched=(tmp_path,))
+    with pytest.raises(UserError) as refused:
+        fit_table(path)
+    assert f"{path} line 3, column {column} is" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +73,21 @@ def test_a_cell_that_cannot_be_is_refused_by_line_and_column(column, value, refu
         (b'{"model": "m"}', "no column model"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused(content, names, refuses, tmp_path):
+def test_a_file_that_is_no_table_is_refused(content, names, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_bytes(content)
-    refuses("fit", path, names=names, watched=(tmp_path,))
-    refuses("advise", path, "--target-loss", "2.5", names="mine.csv", watched=(tmp_path,))
+    for read in (fit_table, lambda path: advise(path, 2.5)):
+        with pytest.raises(UserError) as refused:
+            read(path)
+        assert str(path) in str(refused.value)
+        assert names in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_commands_refuse_a_table_in_one_line(refuses, tmp_path):
+    path = table(tmp_path / "mine.csv", with_cell("steps", "-1"))
+    refuses("fit", path, names="line 3, column steps is", watched=(tmp_path,))
+    refuses("advise", path, "--target-loss", "2.5", names="line 3, column steps is", watched=(tmp_path,))
 
 
 def test_a_table_that_may_not_be_read_is_refused(refuses, tmp_path, monkeypatch):
