@@ -26,8 +26,10 @@ One TPU machine, from nothing to results:
 
 A spot pod from the queue, made again whenever it is preempted, until the command is done:
 
-  tpu_setup.sh babysit my-pod --zone us-west4-a --type v5litepod-256 --queued --spot --recreate \
-      -- train --model 12x768 … --results gs://my-bucket/gpt
+  tpu_setup.sh babysit my-pod --zone us-east5-b --type v6e-32 --queued --spot --recreate \
+      -- train gpt.py --results gs://my-bucket/gpt
+
+gpt.py is a file of this checkout that defines the run; docs/running.md has one.
 
 Commands; each may be repeated, and goes on where it was:
   create   a TPU of --type, on demand or --spot, at once or --queued; waits until it is ready

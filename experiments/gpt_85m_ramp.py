@@ -1,12 +1,14 @@
 """Does a growing batch save steps at 85M parameters? Constant, by Kaplan et al.'s law, and by the live noise scale.
 
-    scaling-jax compile experiments/gpt_85m_ramp.py --topology v5e:8x8        (needs no TPU)
-    python experiments/gpt_85m_ramp.py
+    scaling-jax compile experiments/gpt_85m_ramp.py --topology v6e:4x4        (needs no TPU)
+    scaling-jax train experiments/gpt_85m_ramp.py --name 'ramp by the law' --results results/gpt_85m_ramp     (one run)
+    python experiments/gpt_85m_ramp.py                                                   (all four, and their comparison)
 
-The 12×768 model of kaplan_3m_85m.py, on the same text, down to 3.2 nats per token: constant batches of 2^16 and 2^18
-tokens; a ramp from 2^16 that keeps the batch below half of B_crit = 2.1e8·L^-4.8 (arXiv 2001.08361, figure 10), with
-loss over steps by eq. 1.6 there; and one whose batch doubles once the measured tr(Σ)/|G|² is sure to be twice the
-doubled batch. Learning rates go with √B. batch_ramp.py is the same at a laptop's size, and was run.
+The 12×768 model of kaplan_3m_85m.py, on the same text, down to 3.2 nats per token. Four runs: constant batches of 2^16
+and 2^18 tokens; a ramp from 2^16 that keeps the batch below half of B_crit = 2.1e8·L^-4.8 (arXiv 2001.08361, figure 10),
+with loss over steps by eq. 1.6 there; and a ramp whose batch doubles once the measured tr(Σ)/|G|² is sure to be twice
+the doubled batch. Learning rates go with √B. AdamW, weight decay, clipping and bfloat16 as is usual for such a model.
+batch_ramp.py is the same at a laptop's size, and was run.
 
 NOT RUN YET, on any machine. What to expect, and what it would cost, by the same two laws:
 
@@ -17,7 +19,7 @@ NOT RUN YET, on any machine. What to expect, and what it would cost, by the same
     ramp by the noise scale   as by the law, where the noise scale is B_crit
 
 2.6e19 FLOPs in all: about 90 chip-hours on v5e or 19 on H100s at 40 % of their peak. A batch of 2^16 tokens is 64
-sequences, which no more than 64 chips can share.
+sequences: 16 chips take 4 each. A v5e chip needs microbatch_tokens=4_096.
 """
 
 import dataclasses
@@ -40,13 +42,19 @@ BASE = Run(
     model=model_config("12x768", context=1_024, vocab_size=50_257, compute_dtype="bfloat16"),
     batch_tokens=2**16,
     learning_rate=5e-4,
-    optimizer=OptimizerConfig(beta1_half_life_tokens=1.7e6, beta2_half_life_tokens=2e7),  # 0.9 and 0.991 at 2^18
+    optimizer=OptimizerConfig(
+        "adamw",
+        beta1_half_life_tokens=1.7e6,  # β1 = 0.9 at 2^18 tokens
+        beta2_half_life_tokens=2e7,  # β2 = 0.991 at 2^18
+        weight_decay=0.1,
+        clip_norm=1.0,
+    ),
     warmup_steps=400,
     text="tfds:c4/en",
     tokenizer="gpt2",
     target_loss=TARGET_LOSS,
     max_tokens=20_000_000_000,
-    microbatch_tokens=4_096,
+    microbatch_tokens=2**14,
     eval_tokens=2**18,
     eval_growth=1.03,
 )
