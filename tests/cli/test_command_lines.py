@@ -101,7 +101,12 @@ def test_command_lines_that_are_shown_are_taken(words, parse):
 
 @pytest.mark.parametrize("words", [line for line in command_lines() if line.values[0][0] == "train"])
 def test_runs_that_are_shown_can_be_planned(words, tmp_path, monkeypatch, capsys):
+    """With the files that pages show."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "ramp.json").write_text('[{"tokens": 0, "batch_tokens": 128}, {"tokens": 1280, "batch_tokens": 256}]')
+    defined = [block for page in PAGES for block in blocks(page, "python") if re.search(r"^RUN = ", block, re.M)]
+    for path in [tmp_path / word for word in words if word.endswith(".py") and "/" not in word]:
+        path.write_text(defined[0])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["scaling-jax", *words, "--dry-run"])
     main()
@@ -120,7 +125,7 @@ def mentions():
         prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
         for span in re.findall(r"`(?:\S*/)?scaling-jax ([^`]*)`", prose):
             words = span.split()
-            if words != ["…"] and not words[0].startswith("--tyro"):
+            if words[0] != "…" and not words[0].startswith("--"):
                 found[" ".join(words)] = words
     return [pytest.param(words, id=line) for line, words in sorted(found.items())]
 
