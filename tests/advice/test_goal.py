@@ -38,13 +38,13 @@ def test_the_model_that_got_lowest_comes_first_and_others_are_named():
     fit = fitted()
     assert models_of(fit) == ("model1", "model0")
     assert losses_of(fit, "model0")[0] > 2.0
-    with pytest.raises(UserError, match="no trade-off of a model 'model2' to advise from: choose from model1, model0"):
+    with pytest.raises(UserError, match=r"'model2' .*choose from model1, model0"):
         goal(fit, 2.2, "model2")
 
 
 @pytest.mark.parametrize("loss", [1.5, 3.5])
 def test_losses_that_were_not_measured_are_refused_unless_asked_for(loss):
-    with pytest.raises(UserError, match=r"outside of 1\.75 to 2\.9, where model model1 was measured"):
+    with pytest.raises(UserError, match=rf"loss {loss:g} .*1\.75 to 2\.9, .*model1"):
         goal(fitted(), loss)
     far = goal(fitted(), loss, extrapolate=True)
     assert far.extrapolated
@@ -107,7 +107,7 @@ def test_the_largest_batch_within_a_budget_spends_it():
     assert to.tokens(batch) == pytest.approx(1.5 * to.e_min)
     rows = choices(to, (0.9 * batch, 1.1 * batch), budget_tokens=1.5 * to.e_min)
     assert [row.within_budget for row in rows] == [True, False]
-    with pytest.raises(UserError, match=r"needs more than .* tokens to loss 2 at any batch size; the budget is"):
+    with pytest.raises(UserError, match=r"tokens to loss 2 .*budget"):
         largest_within(to, 0.9 * to.e_min)
 
 

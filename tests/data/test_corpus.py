@@ -23,7 +23,7 @@ def test_a_file_that_is_cut_is_refused(packed, name):
     source, folder = packed
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-2])
-    with pytest.raises(UserError, match=rf"{name} has {len(content) - 2:,} bytes instead of {len(content):,}: remove "):
+    with pytest.raises(UserError, match=rf"{name} .*{len(content) - 2:,} bytes .*{len(content):,}.*remove {folder}"):
         prepare(source, 16)
 
 
@@ -37,7 +37,7 @@ def test_a_file_that_was_altered_is_refused(packed, monkeypatch, large):
         monkeypatch.setattr(corpus, "_CHECKED_ALWAYS", 0)
         prepare(source, 16)
     for look in (lambda: prepare(source, 16, check=True), lambda: inspect(source, 16)):
-        with pytest.raises(UserError, match=r"train\.tokens was altered since it was packed: remove"):
+        with pytest.raises(UserError, match=r"train\.tokens .*remove"):
             look()
 
 
@@ -53,7 +53,7 @@ def test_a_damaged_folder_is_refused_and_packed_again_once_removed(packed, damag
         manifest.write_text("[]")
     if damage == "no tokens":
         (folder / "test.tokens").unlink()
-    with pytest.raises(UserError, match=r"is damaged .*: remove .*, it is packed again") as caught:
+    with pytest.raises(UserError, match=r"is damaged .*: remove .* packed again") as caught:
         prepare(source, 16)
     assert "\n" not in str(caught.value)
     shutil.rmtree(folder)
@@ -64,7 +64,7 @@ def test_rows_of_another_version_are_refused(packed):
     source, folder = packed
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(UserError, match="written by another version of scaling_jax: remove"):
+    with pytest.raises(UserError, match=r"another version .*remove"):
         prepare(source, 16)
 
 
@@ -73,7 +73,7 @@ def test_a_trained_tokenizer_that_was_altered_is_refused(own_text):
     folder = Path(prepare(source, 16, "bpe:300").train_RxT1.filename).parent
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace('"version":"1.0"', '"version":"1.1"'))
-    with pytest.raises(UserError, match=r"tokenizer\.json was altered"):
+    with pytest.raises(UserError, match=r"tokenizer\.json was changed"):
         prepare(source, 16, "bpe:300")
 
 

@@ -212,7 +212,7 @@ def test_a_shard_altered_before_it_is_joined_is_refused(own_text, monkeypatch, m
             path.write_bytes(path.read_bytes()[::-1])
 
     monkeypatch.setattr(packing, "pack_shard", alter)
-    with pytest.raises(UserError, match=r"00001\.train was altered since it was packed: remove"):
+    with pytest.raises(UserError, match=r"00001\.train .*remove"):
         prepare(f"files:{own_text}/*", 16, workers=1)
 
 
@@ -245,7 +245,9 @@ def test_a_full_disk_is_said_and_the_same_command_continues(own_text, tmp_path):
     assert done.returncode == 0, done.stderr
     first, second, rows = done.stdout.splitlines()
     assert first == second
-    assert first.startswith(f"no space left to pack text in {disk}/rows: free some or set SCALING_JAX_CACHE")
+    assert "no space left" in first
+    assert f"{disk}/rows" in first
+    assert "SCALING_JAX_CACHE" in first
     assert int(rows) == len(prepare(f"files:{own_text}/*", 16).train_RxT1)
 
 

@@ -83,5 +83,5 @@ def test_shares_of_all_processes_are_the_batch_in_order(steps, processes, each):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="batch of 6 sequences doesn't split over 4 processes"):
+    with pytest.raises(ValueError, match=r"6 sequences .*4 processes"):
         share_of(np.zeros((1, 6)), 0, 4)

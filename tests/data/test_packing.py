@@ -96,7 +96,7 @@ def test_a_large_file_is_never_in_memory_as_a_whole(tmp_path):
 
 
 def test_text_too_small_to_split_says_so(own_text):
-    with pytest.raises(UserError, match=r"leave no (train|test) row"):
+    with pytest.raises(UserError, match=r"(train|test) row of .*: add text"):
         prepare(f"files:{own_text}/0.txt", 16)
 
 

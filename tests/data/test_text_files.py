@@ -65,9 +65,9 @@ def test_blank_lines_are_none_and_empty_texts_are_documents(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"body": "x", "n": 3}', r"line 61: no field 'text'; text fields here: body \(choose one as in"),
-        (b'{"text": 3}', "line 61: field 'text' holds int, not text"),
-        (b'["text"]', "line 61: not a JSON object"),
+        (b'{"body": "x", "n": 3}', "line 61: .*'text'.*body"),
+        (b'{"text": 3}', "line 61: .*'text'.*int"),
+        (b'["text"]', "line 61: .*JSON object"),
         (b'{"text": "cut o', "line 61: not JSON"),
         (b'{"text": "\xff\xfe"}', "line 61: not UTF-8 text"),
         (rb'{"text": "\ud800"}', "line 61: not UTF-8 text"),
@@ -92,7 +92,7 @@ def test_a_compressed_file_that_is_cut_is_refused(tmp_path, suffix):
     whole = path.read_bytes()
     for cut in (len(whole) - 5, len(whole) * 3 // 4, 30):
         path.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=rf"web\.{suffix} can't be decompressed .*cut or damaged"):
+        with pytest.raises(UserError, match=rf"web\.{suffix} can't be decompressed .*: .*damaged"):
             texts(f"files:{path}")
     path.write_bytes(b"no compression at all, only text, long enough for a header")
     with pytest.raises(UserError, match="can't be decompressed"):

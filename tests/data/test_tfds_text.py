@@ -94,7 +94,7 @@ def test_ranges_of_records_read_by_processes_change_nothing(monkeypatch, tmp_pat
 
 def test_a_field_is_chosen_by_name():
     assert pieces("tfds:tiny_with_test#title")[7].text == "title 7"
-    with pytest.raises(UserError, match="no text field 'pages'; it has book_text, title"):
+    with pytest.raises(UserError, match=r"'pages'.*book_text, title"):
         prepare("tfds:tiny_with_test#pages", 16)
 
 
@@ -122,7 +122,7 @@ def test_a_record_file_that_is_cut_is_refused(data_dir):
     (file,) = data_dir.rglob("*train*.array_record*")
     for size in (file.stat().st_size // 2, 100):
         file.write_bytes(file.read_bytes()[:size])
-        with pytest.raises(UserError, match=r"split 'train', is cut or altered.*: prepare it with TFDS again"):
+        with pytest.raises(UserError, match=r"split 'train', .*: prepare it with TFDS again"):
             prepare("tfds:tiny_with_test", 16)
 
 

@@ -75,7 +75,7 @@ def test_gpt2_without_network_says_where_its_file_goes(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(UserError, match="needs the network once") as caught:
+    with pytest.raises(UserError, match="must be downloaded once") as caught:
         GPT2()
     assert "\n" not in str(caught.value)
     name = str(caught.value).split(f"{tmp_path}/")[1].split()[0]

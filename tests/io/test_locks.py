@@ -21,7 +21,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     lock = run_folder(tmp_path, run) / ".lock"
     with (
         locked(lock, "it"),
-        pytest.raises(UserError, match=rf"^run {run.run_id} in {tmp_path} is in use by process {os.getpid()} of \S+: "),
+        pytest.raises(UserError, match=rf"{run.run_id} in {tmp_path} .*process {os.getpid()} of \S+: "),
     ):
         train(run, tmp_path, corpus=CORPUS, num_devices=1)
     assert not (lock.parent / "config.json").exists()
@@ -41,7 +41,7 @@ def test_what_a_holder_that_has_ended_left_behind_is_waited_for(tmp_path):
         "import subprocess, sys; from pathlib import Path; from scaling_jax.io.locks import locked\n"
         "with locked(Path(sys.argv[1]), 'it') as lock: subprocess.Popen(['cat'], pass_fds=(lock,))"
     )
-    # What it leaves behind ends with its input, not after some seconds: on a busy machine a holder takes as long to end.
+    # What it leaves behind ends with its input, not after some seconds: a holder may take as long to end.
     holder = subprocess.Popen([sys.executable, "-c", script, tmp_path / "lock"], stdin=subprocess.PIPE)
     assert holder.wait() == 0
     with pytest.raises(UserError, match="it is in use by process"):

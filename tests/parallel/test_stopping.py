@@ -69,8 +69,8 @@ class Told:
 @pytest.mark.parametrize(
     ("notice", "why"),
     [
-        ({"preempted": "TRUE"}, "this machine is preempted"),
-        ({"maintenanceEvent": "TERMINATE_ON_HOST_MAINTENANCE"}, "this machine ends for maintenance"),
+        ({"preempted": "TRUE"}, "preempted"),
+        ({"maintenanceEvent": "TERMINATE_ON_HOST_MAINTENANCE"}, "maintenance"),
     ],
 )
 def test_a_notice_is_told_when_it_comes(server, notice, why):
@@ -81,7 +81,8 @@ def test_a_notice_is_told_when_it_comes(server, notice, why):
     assert not told.within(0.5)
     server.change(**notice)
     assert told.within(10)
-    assert told.words == [why]
+    (words,) = told.words
+    assert why in words
 
 
 def test_a_notice_that_is_there_already_stops_nobody(server):
@@ -115,7 +116,9 @@ def test_a_run_is_saved_before_maintenance_and_ends_with_exit_code_0(server, tmp
     finally:
         process.kill()
     assert process.returncode == 0, output
-    assert "this machine ends for maintenance: the run is being saved …" in output
-    assert output.endswith("saved; the same command continues where it was\n")
+    *_, why, last = output.splitlines()
+    assert "maintenance" in why
+    assert "saved" in last
+    assert "same command" in last
     assert (tmp_path / "saved").exists()
     assert list(tmp_path.glob("runs/*/checkpoints/*"))

@@ -219,12 +219,12 @@ def test_curvature_is_that_of_the_second_half_and_gradients_those_of_the_first(a
 
 
 def test_adams_metric_without_adam_is_refused():
-    with pytest.raises(UserError, match=r"live_ramp\.metric = 'adam_half' takes second moments of every parameter"):
+    with pytest.raises(UserError, match=r"live_ramp\.metric = 'adam_half' .*adam"):
         measure(MODEL, "adam_half", state_of("sgd"), TOKENS)
 
 
 def test_sequences_that_do_not_make_halves_of_eight_parts_are_refused():
-    with pytest.raises(UserError, match="sequences = 24 make two halves of eight parts"):
+    with pytest.raises(UserError, match=r"sequences = 24 .*16, 32, 48"):
         LiveRamp(1.0, 256, metric="l1", sequences=24)
 
 

@@ -82,10 +82,10 @@ def test_adams_half_lives_stay_what_they_are_in_tokens():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ramp": (Stage(1_000, 128), Stage(900, 256))}, "start later with larger batches"),
-        ({"ramp": (Stage(1_000, 32),)}, "start later with larger batches"),
-        ({"ramp": (Stage(1_000, 100),)}, "nearest that are: 96 or 112"),
-        ({"live_ramp": LiveRamp(1.0, 256)}, "not both"),
+        ({"ramp": (Stage(1_000, 128), Stage(900, 256))}, r"later.*Stage\(tokens=900.*Stage\(tokens=1000"),
+        ({"ramp": (Stage(1_000, 32),)}, r"larger.*batch_tokens=32.*batch_tokens=64"),
+        ({"ramp": (Stage(1_000, 100),)}, "batch_tokens = 100 .*96 or 112"),
+        ({"live_ramp": LiveRamp(1.0, 256)}, "ramp .*live_ramp"),
     ],
 )
 def test_impossible_ramps_are_refused(changes, message):
@@ -106,7 +106,7 @@ def test_a_ramp_is_read_from_what_advice_wrote(tmp_path):
     [
         ("{}", "isn't a list of stages"),
         ("[", "can't read a ramp"),
-        ('[{"tokens": 5, "batch_tokens": 64}]', r"ramp\.json must start at 0 tokens, not at 5"),
+        ('[{"tokens": 5, "batch_tokens": 64}]', r"ramp\.json .*0 tokens.*5"),
         ('[{"tokens": 0, "batch_token": 64}]', "did you mean 'batch_tokens'"),
     ],
 )
