@@ -1,4 +1,4 @@
-"""Text to device batches: sources, tokenizers, packed rows, and the order in which rows are seen."""
+"""From text to batches on devices: sources, tokenizers, packed corpora, and the order in which runs see rows."""
 
 from scaling_jax.data.corpus import Corpus, bits_per_byte, rows_of
 from scaling_jax.data.feeding import example_order

@@ -1,6 +1,6 @@
-"""A corpus: the text that it is made of, where it is kept once packed, and what vouches that it is whole.
+"""A packed corpus: its folder in the cache, its token streams as rows, and checks that its files are intact.
 
-Packed, it is two memory-mapped token streams, viewed as rows, and a manifest.
+The folder has two token files, `train.tokens` and `test.tokens`, which are memory-mapped, and a `manifest.json`.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from scaling_jax.io.stores import cache_folder
 
 FORMAT = 2
 SPLITS = ("train", "test")
-_CHECKED_ALWAYS = 64 << 20  # bytes whose checksum takes a blink
+_CHECKED_ALWAYS = 64 << 20  # bytes; the checksum of smaller files takes well under a second
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Packed text: row r holds tokens r·T … r·T + T, so row[:-1] predicts row[1:] and each token is predicted once."""
+    """Packed text. Row r holds tokens r·T … r·T + T, so row[:-1] predicts row[1:] and each token is predicted once."""
 
     train_RxT1: np.ndarray  # uint16 (uint32 above 65,536 ids), memory-mapped
     test_RxT1: np.ndarray
@@ -35,20 +35,23 @@ class Corpus:
 
 
 def bits_per_byte(nats_per_token: float, manifest: dict) -> float | None:
-    """A test loss by what is independent of the tokenizer; None for a corpus that wasn't counted in bytes."""
+    """A test loss in bits per byte, which doesn't depend on the tokenizer; None if the manifest has no byte count."""
     bytes_per_token = manifest.get("test_bytes_per_token")
     return nats_per_token / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
 def rows_of(stream: np.ndarray, context: int) -> np.ndarray:
-    """A stream of tokens as rows [R, context + 1], without copying; neighbours share a token, a part row is dropped."""
+    """A stream of tokens as rows [R, context + 1], without copying.
+
+    The last token of a row is also the first token of the next. Tokens after the last full row are left out.
+    """
     if len(stream) <= context:
         return np.zeros((0, context + 1), stream.dtype)
     return np.lib.stride_tricks.sliding_window_view(stream, context + 1, subok=True)[::context]
 
 
 def look_up(source: str) -> Source:
-    """What a source is now; files are read only if they changed since they were read last.
+    """The fingerprint and the shards of a source, as it is now. Reads files only if they changed since the last time.
 
     Raises:
       UserError: see `prepare`.
@@ -70,20 +73,21 @@ def look_up(source: str) -> Source:
 
 
 def corpus_folder(text: Fingerprint, tokenizer: str) -> Path:
-    """Where the corpus of a text is, once it is packed; a field of the source names another one."""
+    """The folder of the packed corpus of a text. Each field of a source has its own folder."""
     field = text.source.rpartition("#")[2] if "#" in text.source else ""
     parts = [text.sha256[:16], tokenizer.replace(":", ""), *([field.replace("/", "_")] if field else [])]
     return cache_folder() / "rows" / "-".join(parts)
 
 
 def open_corpus(folder: Path, context: int, check: bool = False) -> Corpus:
-    """The corpus in a folder that `pack` wrote.
+    """The corpus in a folder that `prepare` wrote.
 
     Args:
-      check: whether the token files' checksums are compared even where that takes long; sizes always are.
+      check: compare the checksums of large files too, which takes long. Sizes, and checksums of small files, are always
+        compared.
 
     Raises:
-      UserError: if a file was cut or altered, or a split has no row of `context` tokens.
+      UserError: if a file was cut off or changed, or a split has no row of `context` tokens.
     """
     manifest = check_files(folder, check)
     rows = {}
@@ -93,16 +97,17 @@ def open_corpus(folder: Path, context: int, check: bool = False) -> Corpus:
         rows[split] = rows_of(stream, context)
         if not len(rows[split]):
             raise UserError(
-                f"--text {manifest['source']}: {manifest['files']} files of {manifest['bytes']:,} bytes leave no "
-                f"{split} row of {context} tokens (held out: {manifest['held_out']}): add text or shorten the context"
+                f"--text {manifest['source']}: {manifest['files']} files of {manifest['bytes']:,} bytes are too short "
+                f"for a {split} row of {context} tokens (held out: {manifest['held_out']}): add text or use a shorter "
+                "context"
             )
     counts = {f"{split}_tokens": len(rows[split]) * context for split in SPLITS}
     return Corpus(rows["train"], rows["test"], manifest["vocab_size"], {**manifest, "context": context, **counts})
 
 
 def check_files(folder: Path, check: bool) -> dict:
-    """The manifest, if its files are what it says; see `open_corpus`."""
-    remedy = f"remove {folder}, it is packed again"
+    """The manifest of a corpus folder, once its files are checked; see `open_corpus`."""
+    remedy = f"remove {folder}, and it will be packed again"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
@@ -112,21 +117,24 @@ def check_files(folder: Path, check: bool) -> dict:
             if size != said["bytes"]:
                 raise UserError(f"{folder / name} has {size:,} bytes instead of {said['bytes']:,}: {remedy}")
             if (check or size <= _CHECKED_ALWAYS) and sha256_of(folder / name) != said["sha256"]:
-                raise UserError(f"{folder / name} was altered since it was packed: {remedy}")
+                raise UserError(f"{folder / name} was changed after it was packed: {remedy}")
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}): {remedy}") from None
     return manifest
 
 
 def corpus_tokenizer(folder: Path, manifest: dict) -> Tokenizer:
-    """The tokenizer that packed a corpus.
+    """The tokenizer with which a corpus was packed.
 
     Raises:
-      UserError: if it can't be had any more.
+      UserError: if it isn't available any more.
     """
     tokenizer = load_tokenizer(manifest["tokenizer"], folder)
     if tokenizer.sha256 != manifest["tokenizer_sha256"]:
-        raise UserError(f"{folder} was packed with another {manifest['tokenizer']}: remove it, it is packed again")
+        raise UserError(
+            f"{folder} was packed with another version of {manifest['tokenizer']}: remove the folder, and it will be "
+            "packed again"
+        )
     return tokenizer
 
 
@@ -136,7 +144,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
-    """`fingerprint`, remembered by the files' names, sizes and times of change."""
+    """`fingerprint`, cached on disk by the names, sizes and change times of the files."""
     digest, newest = hashlib.sha256(), 0
     for document in documents:
         stat = document.path.stat()
@@ -148,7 +156,7 @@ def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Fingerprint(source, *json.loads(path.read_text()))
     text = fingerprint(source, documents)
-    # A file that changed this very moment may change again within its clock's tick, unseen.
+    # A file that changed just now could change again with the same time stamp, so don't cache its fingerprint yet.
     if time.time_ns() - newest > 2e9:
         with contextlib.suppress(OSError):
             write_whole(path, json.dumps(text[1:]))

@@ -1,4 +1,7 @@
-"""Which example comes when: a pure function of the seed and of how many examples were seen before."""
+"""The order of training examples, and the batches of a run on its devices.
+
+The order is a pure function of the seed and of the number of examples seen before.
+"""
 
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,15 +12,19 @@ import numpy as np
 from scaling_jax.data.corpus import Corpus
 from scaling_jax.parallel import deal_out, replicate
 
-LARGEST_TABLE = 1 << 22  # examples; a permutation of more is computed index by index instead of held in memory
+LARGEST_TABLE = 1 << 22  # examples; a larger permutation isn't held in memory but computed index by index
+RESIDENT_BYTES = 1 << 30  # up to this size, all train rows are placed on the devices, once per process
+_placed: dict[Any, Any] = {}
 
 
 def example_order(seed: int, examples_seen: int, count: int, num_examples: int) -> np.ndarray:
-    """Rows [count] (int32; int64 above 2³¹) that follow after `examples_seen`: each epoch permutes all of them afresh.
+    """The next `count` rows after `examples_seen`, int32 (int64 above 2³¹). Each epoch permutes all rows anew.
 
-    A batch therefore depends on neither the batch size before it nor the number of devices or processes: resuming or
-    changing the batch size in mid-run repeats and skips nothing. Above `LARGEST_TABLE` examples (2³² at
-    most) Grain's index shuffle takes the place of NumPy's permutation: no memory and no wait at an epoch's start.
+    So a batch depends neither on earlier batch sizes nor on the number of devices or processes. Resuming, or changing
+    the batch size during a run, repeats and skips nothing.
+
+    Above `LARGEST_TABLE` examples (at most 2³²), Grain's index shuffle replaces NumPy's permutation. It needs no memory
+    and no time at the start of an epoch.
     """
     if num_examples > LARGEST_TABLE:
         shuffled, dtype = _grain_shuffle(seed, num_examples), np.int32 if num_examples <= 2**31 else np.int64
@@ -32,10 +39,10 @@ def example_order(seed: int, examples_seen: int, count: int, num_examples: int) 
 
 
 def share_of(order_SxB: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
-    """A process's columns [S, B / process_count] of each step's batch; those of all processes make the batch, in order.
+    """One process's part [S, B / process_count] of each step's batch. The parts in process order make the whole batch.
 
     Raises:
-      ValueError: if the batch doesn't split.
+      ValueError: if the batch doesn't divide by the number of processes.
     """
     batch = order_SxB.shape[1]
     if batch % process_count:
@@ -43,48 +50,27 @@ def share_of(order_SxB: np.ndarray, process_index: int, process_count: int) -> n
     return order_SxB.reshape(-1, process_count, batch // process_count)[:, process_index]
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_examples).astype(np.int32)
-
-
-@functools.lru_cache(maxsize=4)
-def _grain_shuffle(seed: int, num_examples: int):
-    import grain  # seconds to import
-
-    # Grain adds the epoch to the seed: neighbouring seeds would see each other's epochs.
-    spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.range(num_examples).shuffle(seed=spread).repeat()
-
-
-RESIDENT_BYTES = 1 << 30  # of train rows: up to here they are placed on the devices, once a process
-
-
 class Span(NamedTuple):
-    """Steps of one batch size: their batches are a function of the seed and of this."""
+    """Consecutive steps with one batch size. The span and the seed determine the batches."""
 
-    examples_seen: int  # before the first
+    examples_seen: int  # before the first step
     num_steps: int
-    batch_sequences: int  # of all processes
+    batch_sequences: int  # over all processes
 
 
 class Batches(NamedTuple):
-    """Rows on the devices, and which of them each step takes [steps, this process's sequences].
+    """Rows on the devices, and the rows that each step takes."""
 
-    All devices have the rows of a small corpus [R, T + 1]. Of a large one each has those that it takes alone
-    [num_devices, R, T + 1], and its part of the order counts in them.
-    """
-
-    rows: Any
-    order_SxB: np.ndarray
+    rows: Any  # [R, T + 1], the whole corpus on every device; for a large corpus [num_devices, R, T + 1], its own rows
+    order_SxB: np.ndarray  # [steps, this process's sequences]; for a large corpus, indices of the device's own rows
 
 
 class Feeder:
-    """The batches of any span of steps, for this process; a context manager.
+    """Gives this process the batches of any span of steps. Use it as a context manager.
 
-    Rows of a corpus above `RESIDENT_BYTES` are read when they are asked for, the process's share alone; a thread reads
-    those that are expected next meanwhile. Each device is given
-    its share alone; the devices then hold the rows of up to three spans.
+    A corpus above `RESIDENT_BYTES` is read span by span; each process reads its own part, and each device gets only its
+    own rows. While the devices train on a span, a thread reads the next expected one. The devices hold the rows of at
+    most three spans.
     """
 
     def __init__(
@@ -96,7 +82,7 @@ class Feeder:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """`longest` is the most steps of a span: shorter ones are padded to it, so that all share a program."""
+        """`longest` is the largest number of steps in a span. Shorter spans are padded, so all use one program."""
         self._corpus, self._seed, self._longest, self._num_devices = corpus, seed, longest, num_devices
         self._process = process_index, process_count
         self._resident = resident_rows(corpus, num_devices) if is_resident(corpus) else None
@@ -110,7 +96,7 @@ class Feeder:
         self._thread.shutdown()
 
     def batches(self, span: Span) -> Batches:
-        """What the span's steps train on, whether it was expected or not."""
+        """The batches of a span; fast if the span was expected."""
         if self._resident is not None:
             return Batches(self._resident, self._order(span))
         expected, self._expected = self._expected, None
@@ -119,7 +105,7 @@ class Feeder:
         return self._thread.submit(self._read, span).result()
 
     def expect(self, span: Span) -> None:
-        """Starts to read a span that `batches` will probably be asked for next."""
+        """Starts to read the span that will probably be next."""
         if self._resident is None and span.num_steps > 0:
             self._expected = span, self._thread.submit(self._read, span)
 
@@ -134,22 +120,34 @@ class Feeder:
         order_DxSxB = order_SxB.reshape(num_steps, num_devices, -1).swapaxes(0, 1)
         each = order_DxSxB.shape[2]
         rows_DxRxT1 = np.zeros((num_devices, self._longest * each, corpus_RxT1.shape[1]), corpus_RxT1.dtype)
-        # np.take would copy the whole view first
+        # Not np.take, which would copy the whole view first.
         rows_DxRxT1[:, : num_steps * each] = corpus_RxT1[order_DxSxB.reshape(num_devices, -1)]
         own_order_SxB = np.tile(np.arange(num_steps * each).reshape(num_steps, each), num_devices)
         return Batches(deal_out(rows_DxRxT1, num_devices), own_order_SxB)
 
 
 def is_resident(corpus: Corpus) -> bool:
+    """True if the train rows fit on every device, so that they are placed there once."""
     return corpus.train_RxT1.nbytes <= RESIDENT_BYTES
 
 
-_placed: dict[Any, Any] = {}
-
-
 def resident_rows(corpus: Corpus, num_devices: int) -> Any:
-    """The train rows on the devices, placed once a process."""
+    """The train rows on the devices, placed there once per process."""
     key = (corpus.manifest["sha256"], corpus.manifest.get("tokenizer_sha256"), corpus.train_RxT1.shape, num_devices)
     if key not in _placed:
         _placed[key] = replicate(np.ascontiguousarray(corpus.train_RxT1), num_devices)
     return _placed[key]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _grain_shuffle(seed: int, num_examples: int):
+    import grain  # takes seconds
+
+    # Grain adds the epoch to the seed, so neighbouring seeds would have the same epochs, shifted.
+    spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(num_examples).shuffle(seed=spread).repeat()

@@ -1,4 +1,4 @@
-"""A source packed into a corpus once, in the cache folder: shard by shard, by all cores, resumable at any moment."""
+"""Packs a source into a corpus in the cache folder, with all cores; it can be stopped and resumed at any moment."""
 
 import errno
 import hashlib
@@ -23,11 +23,11 @@ from scaling_jax.io.workers import available_cores
 
 
 class PackProgress(NamedTuple):
-    """How far a packing is, in shards."""
+    """Progress of packing."""
 
-    phase: str
-    done: int
-    total: int
+    phase: str  # what is being done, in words
+    done: int  # shards
+    total: int  # shards
 
 
 OnProgress = Callable[[PackProgress], None]
@@ -42,24 +42,24 @@ def prepare(
     check: bool = False,
     on_progress: OnProgress = lambda _: None,
 ) -> Corpus:
-    """The corpus of a source, packed now unless the same text was packed before; any context shares the packing.
+    """The corpus of a source. Packs it, unless the same text was packed before with this tokenizer, for any context.
 
     Args:
       source: `python`, `files:<glob>[#field]` or `tfds:<name>[/<config>][#field]`.
       context: tokens per row.
-      tokenizer: `bytes` (unless given), `gpt2` or `bpe:<vocabulary>`, trained on the source's train split.
-      workers: processes that pack; all cores unless given.
-      check: compare checksums of what was packed before even where that takes long.
+      tokenizer: `bytes` (the default), `gpt2`, or `bpe:<vocabulary>`, which is trained on the source's train split.
+      workers: number of processes that pack; None takes one per core.
+      check: if the corpus was packed before, compare the checksums of large files too, which takes long.
 
     Raises:
-      UserError: if the source can't be read, is too small to split and pack, or what was packed before is damaged.
+      UserError: if the source can't be read, is too small to split and pack, or the packed corpus is damaged.
     """
     tokenizer = tokenizer or "bytes"
-    bpe_vocabulary(tokenizer)  # refuses an unknown one before anything is read
+    bpe_vocabulary(tokenizer)  # refuses an unknown tokenizer before reading anything
     if context < 1:
-        raise UserError(f"context = {context} must be positive: tokens per row")
+        raise UserError(f"context = {context} must be at least 1 token per row")
     if workers is not None and workers < 1:
-        raise UserError(f"workers = {workers} must be positive: processes that pack")
+        raise UserError(f"workers = {workers} must be at least 1 process")
     found = look_up(source)
     folder = corpus_folder(found.text, tokenizer)
     if not (folder / "manifest.json").exists() or _work_folder(folder).exists():
@@ -70,19 +70,60 @@ def prepare(
     return open_corpus(folder, context, check)
 
 
+def inspect(source: str, context: int, tokenizer: str = "bytes", rows: int = 3) -> str:
+    """Text with the counts of a packed corpus and `rows` rows of each split, evenly spaced. Compares all checksums.
+
+    Raises:
+      UserError: if the corpus isn't packed yet, or a file was cut off or changed.
+    """
+    bpe_vocabulary(tokenizer)
+    for name, value in (("context", context), ("rows", rows)):
+        if value < 1:
+            raise UserError(f"{name} = {value} must be positive")
+    folder = corpus_folder(look_up(source).text, tokenizer)
+    if not (folder / "manifest.json").exists():
+        raise UserError(
+            f"{source} isn't packed as {tokenizer} yet: scaling-jax data prepare '{source}' --tokenizer {tokenizer}"
+        )
+    corpus = open_corpus(folder, context, check=True)
+    lines = [f"{folder}: all checksums match", *summary(corpus)]
+    packed_by = corpus_tokenizer(folder, corpus.manifest)
+    for split, rows_RxT1 in zip(SPLITS, (corpus.train_RxT1, corpus.test_RxT1), strict=True):
+        for number in np.linspace(0, len(rows_RxT1) - 1, min(rows, len(rows_RxT1))).astype(int):
+            lines.append(f"{split} row {number:,}: {packed_by.decode(rows_RxT1[number])!r}")
+    return "\n".join(lines)
+
+
+def summary(corpus: Corpus) -> list[str]:
+    """Lines that describe a packed corpus."""
+    m = corpus.manifest
+    lines = [
+        f"{m['source']}: {m['files']:,} files, {m['bytes']:,} bytes, sha256 {m['sha256'][:16]}",
+        f"tokenizer {m['tokenizer']}: {m['vocab_size']:,} ids, sha256 {m['tokenizer_sha256'][:16]}, "
+        f"{m['test_bytes_per_token']:.3f} bytes per test token",
+        f"held out: {m['held_out']}",
+    ]
+    for split, rows_RxT1 in zip(SPLITS, (corpus.train_RxT1, corpus.test_RxT1), strict=True):
+        lines.append(
+            f"{split}: {m['documents'][split]:,} documents, {m['text_bytes'][split]:,} bytes, "
+            f"{m['tokens'][split]:,} tokens, {len(rows_RxT1):,} rows of {m['context']}"
+        )
+    return lines
+
+
 def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progress: OnProgress) -> None:
     work = _work_folder(folder)
     work.mkdir(parents=True, exist_ok=True)
     lock = locked(work.with_suffix(".lock"), f"the text in {folder}", seconds=math.inf, wait=True)
-    with lock:  # who comes second waits and finds it done
-        if (folder / "manifest.json").exists():  # another process packed it meanwhile, or died when all was done
+    with lock:  # a second process waits here and then finds the corpus packed
+        if (folder / "manifest.json").exists():  # another process packed it meanwhile, or died before it cleaned up
             shutil.rmtree(work, ignore_errors=True)
             return
         work.mkdir(exist_ok=True)
         for leftover in work.glob("*.unfinished"):
             leftover.unlink()
         if found.text.source == "python":
-            from scaling_jax.data.text_builder import embedded_shards  # seconds to import: only who packs pays
+            from scaling_jax.data.text_builder import embedded_shards  # takes seconds; needed only to pack
 
             found = found._replace(shards=embedded_shards())
         total = len(found.shards)
@@ -100,14 +141,10 @@ def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progre
         )
         if not found.text.source.startswith("tfds:") and look_up(found.text.source).text != found.text:
             shutil.rmtree(work)
-            raise UserError(f"--text {found.text.source} changed while it was packed: run it again")
+            raise UserError(f"--text {found.text.source} changed while it was packed: run the same command again")
         _join(found, tokenizer, work, on_progress)
         os.replace(work / "whole", folder)
         shutil.rmtree(work)
-
-
-def _work_folder(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.unfinished")
 
 
 def _pack_shards(
@@ -135,7 +172,7 @@ def _tokenizer(found: Source, name: str, work: Path, on_progress: OnProgress) ->
 
 
 def _join(found: Source, tokenizer: Tokenizer, work: Path, on_progress: OnProgress) -> None:
-    """The shards' tokens end to end in `work/whole`, with their manifest."""
+    """Writes `work/whole`: the tokens of all shards end to end, and the manifest."""
     shutil.rmtree(work / "whole", ignore_errors=True)
     whole = work / "whole"
     whole.mkdir()
@@ -183,55 +220,20 @@ def _concatenate(paths: Iterable[Path], expected: Iterable[str], target: Path) -
                     part.update(block)
                     whole.update(block)
             if part.hexdigest() != sha256:
-                raise UserError(f"{path} was altered since it was packed: remove {path.parent} and run it again")
+                raise UserError(
+                    f"{path} was changed after it was packed: remove {path.parent} and run the same command again"
+                )
     return {"bytes": target.stat().st_size, "sha256": whole.hexdigest()}
+
+
+def _work_folder(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.unfinished")
 
 
 def _what_stopped(error: OSError, folder: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"no space left to pack text in {folder.parent}: free some or set SCALING_JAX_CACHE to another disk; "
-            "the same command continues"
+            f"no space left to pack text in {folder.parent}: free some space or set SCALING_JAX_CACHE to another disk, "
+            "then run the same command again to continue"
         )
-    return f"can't pack text in {folder.parent} ({error}): set SCALING_JAX_CACHE to a folder that can be written"
-
-
-def inspect(source: str, context: int, tokenizer: str = "bytes", rows: int = 3) -> str:
-    """Counts of a packed corpus, all of its checksums compared, and `rows` rows of each split, from all over it.
-
-    Raises:
-      UserError: if it isn't packed yet, or was cut or altered.
-    """
-    bpe_vocabulary(tokenizer)
-    for name, value in (("context", context), ("rows", rows)):
-        if value < 1:
-            raise UserError(f"{name} = {value} must be positive")
-    folder = corpus_folder(look_up(source).text, tokenizer)
-    if not (folder / "manifest.json").exists():
-        raise UserError(
-            f"{source} isn't packed as {tokenizer} yet: scaling-jax data prepare '{source}' --tokenizer {tokenizer}"
-        )
-    corpus = open_corpus(folder, context, check=True)
-    lines = [f"{folder}: all checksums match", *summary(corpus)]
-    packed_by = corpus_tokenizer(folder, corpus.manifest)
-    for split, rows_RxT1 in zip(SPLITS, (corpus.train_RxT1, corpus.test_RxT1), strict=True):
-        for number in np.linspace(0, len(rows_RxT1) - 1, min(rows, len(rows_RxT1))).astype(int):
-            lines.append(f"{split} row {number:,}: {packed_by.decode(rows_RxT1[number])!r}")
-    return "\n".join(lines)
-
-
-def summary(corpus: Corpus) -> list[str]:
-    """What was packed, a line each."""
-    m = corpus.manifest
-    lines = [
-        f"{m['source']}: {m['files']:,} files, {m['bytes']:,} bytes, sha256 {m['sha256'][:16]}",
-        f"tokenizer {m['tokenizer']}: {m['vocab_size']:,} ids, sha256 {m['tokenizer_sha256'][:16]}, "
-        f"{m['test_bytes_per_token']:.3f} bytes per test token",
-        f"held out: {m['held_out']}",
-    ]
-    for split, rows_RxT1 in zip(SPLITS, (corpus.train_RxT1, corpus.test_RxT1), strict=True):
-        lines.append(
-            f"{split}: {m['documents'][split]:,} documents, {m['text_bytes'][split]:,} bytes, "
-            f"{m['tokens'][split]:,} tokens, {len(rows_RxT1):,} rows of {m['context']}"
-        )
-    return lines
+    return f"can't pack text in {folder.parent} ({error}): set SCALING_JAX_CACHE to a folder that you can write to"

@@ -1,4 +1,7 @@
-"""One shard of a source into token files, by whichever process: what is written depends on the shard alone."""
+"""Packs shards of a source into token files, in this process or in workers; trains the BPE tokenizer in a worker.
+
+The files of a shard depend only on the shard and the tokenizer, not on the process.
+"""
 
 import contextlib
 import hashlib
@@ -17,29 +20,35 @@ from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenize
 from scaling_jax.io.files import whole_file, write_json, write_whole
 from scaling_jax.io.workers import Command, Message, run_jobs, serve
 
-_BATCH = 1 << 20  # characters that are encoded at once
+BPE_TRAINING_CHARACTERS = 256 << 20  # at most; the same number from each shard's train split
+
+_BATCH = 1 << 20  # characters encoded at once
+_START = "import sys; from scaling_jax.data.shards import main; main(*sys.argv[1:])"
+_TRAIN = -1  # in place of a shard's number
 
 
 def read(shard: Shard) -> Iterator[Piece]:
-    """The documents of a shard, in order, long ones in pieces.
+    """The documents of a shard in order; long documents come in pieces.
 
     Raises:
-      UserError: naming the file and line, or record, that isn't text.
+      UserError: if a file, a line or a record isn't text. Names it.
     """
     for part in shard:
         yield from _reader(part.kind)(part)
 
 
 def pack_shard(shard: Shard, tokenizer: Tokenizer, work: Path, number: int) -> None:
-    """Writes `<number>.train` and `.test`, tokens with a separator after each document, then `.json` about them.
+    """Writes a shard's tokens to `<number>.train` and `.test`, then its counts to `<number>.json`.
+
+    A separator token follows each document.
 
     Raises:
-      UserError, OSError: if the text can't be read or the tokens can't be written; then there is no `.json`.
+      UserError, OSError: if the text can't be read or the tokens can't be written. There is then no `.json`.
     """
     with contextlib.ExitStack() as files:
         paths = [work / f"{number:05}.{split}" for split in SPLITS]
         streams = [_Stream(files.enter_context(whole_file(path)), tokenizer) for path in paths]
-        add = [stream.add for stream in streams]  # short documents are so many that every look-up tells
+        add = [stream.add for stream in streams]  # there are so many short documents that attribute look-ups cost time
         for held_out, text, last in read(shard):
             add[held_out](text, last)
         counts = {split: stream.finish() for split, stream in zip(SPLITS, streams, strict=True)}
@@ -47,13 +56,57 @@ def pack_shard(shard: Shard, tokenizer: Tokenizer, work: Path, number: int) -> N
 
 
 def shard_counts(work: Path, number: int) -> dict | None:
-    """What `pack_shard` wrote about a shard; None if it didn't finish."""
+    """The counts that `pack_shard` wrote for a shard; None if the shard isn't finished."""
     path = work / f"{number:05}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def pack_in_workers(
+    shards: dict[int, Shard], tokenizer: str, work: Path, workers: int, on_done: Callable[[int], None]
+) -> None:
+    """Packs `{number: shard}` in worker processes. Calls `on_done` with the number of each finished shard.
+
+    Raises:
+      UserError: if a worker raised it, or a worker died.
+      OSError: if a worker couldn't write.
+    """
+    jobs = [[number, shard] for number, shard in shards.items()]
+    _in_workers(jobs, tokenizer, work, workers, lambda job: on_done(job[0]))
+
+
+def train_in_worker(shards: list[Shard], tokenizer: str, work: Path) -> None:
+    """Trains a tokenizer on the shards' train split and writes `tokenizer.json`. An interrupt leaves no file.
+
+    Raises:
+      UserError, OSError: see `pack_in_workers`.
+    """
+    _in_workers([[_TRAIN, shards]], tokenizer, work, 1, lambda _: None)
+
+
+def main(work: str, tokenizer_name: str) -> None:
+    """The main function of a worker process."""
+    tokenizers: list[Tokenizer] = []
+
+    def do(job: list, send: Callable[[Message], None]) -> bool:
+        number, shards = job
+        if number == _TRAIN:
+            _write_tokenizer([_as_shard(shard) for shard in shards], tokenizer_name, Path(work))
+            return True
+        if not tokenizers:
+            tokenizers.append(load_tokenizer(tokenizer_name, Path(work)))
+        pack_shard(_as_shard(shards), tokenizers[0], Path(work), number)
+        return True
+
+    serve(do, on_end=lambda: os._exit(0))
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The type of tokens on disk: uint16, or uint32 above 65,536 ids."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
 class _Stream:
-    """A split's tokens of one shard on their way to disk."""
+    """Writes the tokens of one split of a shard to a file, batch by batch."""
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer):
         self._file, self._tokenizer = file, tokenizer
@@ -64,7 +117,7 @@ class _Stream:
         self._characters = 0
 
     def add(self, text: str, last: bool) -> None:
-        """A piece of a document."""
+        """Adds a piece of a document; `last` is True for the document's last piece."""
         self._waiting.append(text)
         self._is_last.append(last)
         self._characters += len(text) + 1
@@ -97,78 +150,29 @@ def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+def _as_shard(values: list) -> Shard:
+    """A shard from its JSON values."""
+    return [Part(*value) for value in values]
 
 
 def _reader(kind: str):
     if kind == "tfds":
-        from scaling_jax.data.tfds_text import read_records  # seconds to import
+        from scaling_jax.data.tfds_text import read_records  # takes seconds
 
         return read_records
     return read_text if kind == "text" else read_lines
 
 
-def as_shard(values: list) -> Shard:
-    """A shard that went through JSON."""
-    return [Part(*value) for value in values]
-
-
-BPE_TRAINING_CHARACTERS = 256 << 20  # at most, taken evenly from all over the train split
-
-_START = "import sys; from scaling_jax.data.shards import main; main(*sys.argv[1:])"
-_TRAIN = -1  # in place of a shard's number
-
-
-def train_in_worker(shards: list[Shard], tokenizer: str, work: Path) -> None:
-    """Writes `tokenizer.json`, trained on the shards' train split; interrupted, it stops at once and leaves none.
-
-    Raises:
-      UserError, OSError: see `pack_in_workers`.
-    """
-    _in_workers([[_TRAIN, shards]], tokenizer, work, 1, lambda _: None)
-
-
-def pack_in_workers(
-    shards: dict[int, Shard], tokenizer: str, work: Path, workers: int, on_done: Callable[[int], None]
-) -> None:
-    """Packs shards by number, first come first served; calls `on_done` with each number when it is done.
-
-    Raises:
-      UserError: what a worker refused, or that it died.
-      OSError: if a worker couldn't write.
-    """
-    jobs = [[number, shard] for number, shard in shards.items()]
-    _in_workers(jobs, tokenizer, work, workers, lambda job: on_done(job[0]))
-
-
-def write_tokenizer(shards: list[Shard], name: str, work: Path) -> None:
-    """`work/tokenizer.json`, all of it or none, of `bpe:<vocabulary>` trained on the shards' train split."""
-    vocabulary = bpe_vocabulary(name)
-    assert vocabulary is not None
-    write_whole(work / "tokenizer.json", train_bpe(_train_texts(shards), vocabulary))
-
-
-def main(work: str, tokenizer_name: str) -> None:
-    """A worker, until its input ends."""
-    tokenizers: list[Tokenizer] = []
-
-    def do(job: list, send: Callable[[Message], None]) -> bool:
-        number, shards = job
-        if number == _TRAIN:
-            write_tokenizer([as_shard(shard) for shard in shards], tokenizer_name, Path(work))
-            return True
-        if not tokenizers:
-            tokenizers.append(load_tokenizer(tokenizer_name, Path(work)))
-        pack_shard(as_shard(shards), tokenizers[0], Path(work), number)
-        return True
-
-    serve(do, on_end=lambda: os._exit(0))
-
-
 def _in_workers(jobs: list[Any], tokenizer: str, work: Path, workers: int, on_done: Callable[[Any], None]) -> None:
     command = Command(("-c", _START, str(work), tokenizer))
     run_jobs(jobs, [command] * workers, on_done=on_done)
+
+
+def _write_tokenizer(shards: list[Shard], name: str, work: Path) -> None:
+    """Trains `bpe:<vocabulary>` on the shards' train split and writes `work/tokenizer.json`, whole or not at all."""
+    vocabulary = bpe_vocabulary(name)
+    assert vocabulary is not None
+    write_whole(work / "tokenizer.json", train_bpe(_train_texts(shards), vocabulary))
 
 
 def _train_texts(shards: list[Shard]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where text comes from: `python`, `files:<glob>` or `tfds:<name>`, looked up and dealt into shards to read."""
+"""Text sources `python` and `files:<glob>`: their files, fingerprint, train/test split, and shards to read."""
 
 import glob
 import hashlib
@@ -10,20 +10,20 @@ from typing import NamedTuple
 
 from scaling_jax.io import UserError
 
-# Test suites are left out because distributions disagree on whether they ship them.
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+SHARD_BYTES = 16 << 20  # of text; one process packs this in seconds
+MOST_SHARDS = 4096  # for more text, shards get larger
 
-SHARD_BYTES = 16 << 20  # of text: what one process packs in seconds
-MOST_SHARDS = 4096  # larger text makes larger shards, not more files
+# Some distributions ship the test suites of Python and others don't, so they are left out.
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class Document(NamedTuple):
-    name: str  # path relative to the source's root, "/"-separated: decides train or test
+    name: str  # path relative to the source's root, with "/"; decides whether it is train or test text
     path: Path
 
 
 class Fingerprint(NamedTuple):
-    """What the text was: equal fingerprints mean equal bytes under equal names."""
+    """Identifies a text: equal fingerprints mean equal names and equal bytes."""
 
     source: str
     files: int
@@ -32,45 +32,45 @@ class Fingerprint(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A range of a source: bytes of the file `path`, or records of the data set in the folder `path`."""
+    """A range of bytes in the file `path`, or of records in the data set in the folder `path`."""
 
     kind: str  # "text": the file is one document; "jsonl": each line is one; "tfds": each record is one
     path: str
-    held_out: bool | None  # None: each document by its text
+    held_out: bool | None  # None: the text of each document decides
     start: int = 0
     stop: int | None = None  # None: to the end
-    field: str = ""  # of a line or record
-    split: str = ""  # of records
+    field: str = ""  # the field of a line or record that holds the text
+    split: str = ""  # the split of the data set
 
 
 Shard = list[Part]
 
 
 class Source(NamedTuple):
-    """A source looked up: what its text is, how it splits, and the shards it is read in."""
+    """A source as it is now: its fingerprint, its rule for the test split, and its shards."""
 
     text: Fingerprint
-    held_out: str  # which documents are the test split, in words
+    held_out: str  # the documents of the test split, in words
     shards: list[Shard]
 
 
 def is_test(name: str | bytes) -> bool:
-    """Whether a document is held out: one name (in UTF-8) in ten, by hash, so that adding files moves no other file.
+    """True if a document belongs to the test split: one in ten, by the hash of its name. New files don't move old ones.
 
-    Documents without a name of their own (lines, records) are held out by their text, so that equal ones stay together.
+    For lines and records, which have no name, pass the text: equal texts then stay in one split.
     """
     utf8 = name if isinstance(name, bytes) else name.encode()
     return int.from_bytes(hashlib.sha256(utf8).digest()[:8], "big") % 10 == 0
 
 
 def find_documents(source: str) -> list[Document]:
-    """Files of a source, in the order of their names.
+    """The files of a source, in the order of their names.
 
     Args:
-      source: `python`, or `files:<glob>[#field]` (`**` descends into folders).
+      source: `python`, or `files:<glob>[#field]` (`**` stands for any folders).
 
     Raises:
-      UserError: if the source is unknown or holds no file.
+      UserError: if the source is unknown or has no files.
     """
     if source == "python":
         return _python_sources(Path(sysconfig.get_path("stdlib")))
@@ -83,7 +83,7 @@ def find_documents(source: str) -> list[Document]:
 
 
 def fingerprint(source: str, documents: list[Document]) -> Fingerprint:
-    """Reads every file once; the hash covers names and contents."""
+    """The fingerprint of all files, with a hash of their names and contents. Reads every file once."""
     digest, total_bytes = hashlib.sha256(), 0
     for document in documents:
         with document.path.open("rb") as file:
@@ -96,10 +96,10 @@ def fingerprint(source: str, documents: list[Document]) -> Fingerprint:
 
 
 def file_shards(source: str, documents: list[Document]) -> list[Shard]:
-    """The files in their order, several small ones or a range of a large .jsonl to a shard.
+    """Shards of the files, in order. A shard is several small files, one large file, or a range of a large .jsonl.
 
     Raises:
-      UserError: if a field is named but no file has fields.
+      UserError: if the source names a field but no file is .jsonl.
     """
     field = _split_field(source)[1]
     sizes = [document.path.stat().st_size for document in documents]
@@ -110,14 +110,17 @@ def file_shards(source: str, documents: list[Document]) -> list[Shard]:
         path = str(document.path.absolute())
         if ".jsonl" not in suffixes[-2:]:
             parts.append((size, Part("text", path, is_test(document.name))))
-        elif suffixes[-1] != ".jsonl":  # compressed: it can't be entered in the middle
+        elif suffixes[-1] != ".jsonl":  # compressed, so reading can't start in the middle
             parts.append((size, Part("jsonl", path, None, field=field or "text")))
         else:
             for start in range(0, size, shard_bytes):
                 stop = min(size, start + shard_bytes)
                 parts.append((stop - start, Part("jsonl", path, None, start, stop, field or "text")))
     if field and all(part.kind == "text" for _, part in parts):
-        raise UserError(f"--text {source}: only .jsonl files have fields, none of these {len(documents)} files is one")
+        raise UserError(
+            f"--text {source}: only .jsonl files have fields, and none of these {len(documents)} files is .jsonl: "
+            f"remove #{field}"
+        )
     shards: list[Shard] = [[]]
     filled = 0
     for size, part in parts:
@@ -130,7 +133,7 @@ def file_shards(source: str, documents: list[Document]) -> list[Shard]:
 
 
 def _split_field(source: str) -> tuple[str, str]:
-    """`files:<glob>#<field>` or `tfds:<name>#<field>` in two; no field is ""."""
+    """(source, field) of `<source>#<field>`; the field is "" if there is none."""
     match = re.fullmatch(r"(.*)#([\w-]+)", source)
     return (match[1], match[2]) if match else (source, "")
 
@@ -143,8 +146,8 @@ def _python_sources(root: Path) -> list[Document]:
     ]
     if len(documents) < 100:
         raise UserError(
-            f"this Python ships no sources to train on ({len(documents)} .py files under {root}): "
-            "point at other text with --text 'files:<glob>'"
+            f"this Python installation has too few sources to train on ({len(documents)} .py files in {root}): "
+            "give other text with --text 'files:<glob>'"
         )
     return sorted(documents)
 
@@ -153,6 +156,6 @@ def _matching_files(pattern: str) -> list[Document]:
     expanded = os.path.expanduser(pattern)
     paths = sorted(Path(match) for match in glob.glob(expanded, recursive=True) if os.path.isfile(match))
     if not paths:
-        raise UserError(f"--text files:{pattern} matches no file (folders need a pattern inside, such as {pattern}/**)")
+        raise UserError(f"--text files:{pattern} matches no file; for all files in a folder, write {pattern}/**")
     root = os.path.commonpath([path.parent for path in paths])
     return sorted(Document(path.relative_to(root).as_posix(), path) for path in paths)

@@ -1,4 +1,4 @@
-"""`python` and `files:<glob>` as a data set of TFDS: array_record without TensorFlow."""
+"""The sources `python` and `files:<glob>` as a TFDS data set in array_record files, without TensorFlow."""
 
 import contextlib
 import io
@@ -14,11 +14,11 @@ from scaling_jax.io.stores import cache_folder
 
 
 class TextSource(tfds.core.GeneratorBasedBuilder):
-    """The documents that packing reads, on the same sides and in the same order: an example each, `{"name", "text"}`.
+    """The documents that packing reads, one example `{"name", "text"}` each, with the same splits and the same order.
 
-    `tfds.builder("text_source", source="files:~/web/*.jsonl.gz#text")` finds it once this module is imported; `name` is
-    that of the file. Packing reads files where they are, through the generator's own readers: records of TFDS would be
-    a second copy of the text, written by one process that can't continue where it was stopped.
+    After importing this module, `tfds.builder("text_source", source="files:~/web/*.jsonl.gz#text")` gives it. `name` is
+    the name of the file. Packing `files:` doesn't use this data set but reads the files directly. TFDS would make a
+    second copy of the text, in one process that can't resume when interrupted.
 
     Raises:
       UserError: if the source, or a text in it, can't be read.
@@ -30,14 +30,14 @@ class TextSource(tfds.core.GeneratorBasedBuilder):
         found = look_up(source)
         self._shards = found.shards
         self._names = {str(document.path.absolute()): document.name for document in find_documents(source)}
-        # Named by what the text is, so that changed files never meet records of what they were.
+        # The name contains the text's hash, so records of older files are never used for changed files.
         config = tfds.core.BuilderConfig(name=corpus_folder(found.text, "text").name)
         super().__init__(config=config, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict({"name": tfds.features.Text(), "text": tfds.features.Text()}),
-            description="Text of this machine, a document each.",
+            description="Text of this machine, one document per example.",
             disable_shuffling=True,
         )
 
@@ -56,7 +56,7 @@ class TextSource(tfds.core.GeneratorBasedBuilder):
 
 
 def embedded_shards() -> list[Shard]:
-    """The Python sources' records, built now unless they were before, in the shards that packing reads."""
+    """Shards of the TFDS data set of Python sources. Builds the data set if it isn't there yet."""
     quiet()
     builder = TextSource("python", data_dir=cache_folder() / "tfds", file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Documents out of files on this machine: plain text, and JSON lines, compressed or not."""
+"""Documents from files on this machine: plain text and JSON lines, also compressed by gzip or zstd."""
 
 import gzip
 import io
@@ -16,17 +16,17 @@ _PIECE = 1 << 20  # characters
 
 
 class Piece(NamedTuple):
-    """A document's text, or a stretch of it: long documents come in pieces that end with a line."""
+    """The text of a document, or a part of it. A part of a long document ends at the end of a line, where possible."""
 
     held_out: bool
     text: str
-    last: bool  # of its document
+    last: bool  # True for the last piece of a document
 
 
 def read_text(part: Part) -> Iterator[Piece]:
-    """The file as one document: Python sources by their coding cookie, anything else as UTF-8.
+    """The file as one document. Python sources have the encoding that they declare; other files are UTF-8.
 
-    Line ends become \\n; an empty file is an empty document.
+    Line ends become \\n. An empty file is an empty document.
 
     Raises:
       UserError: if the file isn't text in that encoding.
@@ -43,28 +43,28 @@ def read_text(part: Part) -> Iterator[Piece]:
     except (UnicodeDecodeError, SyntaxError) as error:
         raise UserError(f"{path} is not UTF-8 text ({error}): convert it or leave it out of --text") from None
     except _CUT as error:
-        raise UserError(f"{path} can't be decompressed ({error}): it is cut or damaged, fetch it again") from None
+        raise UserError(f"{path} can't be decompressed ({error}): it is cut off or damaged, get it again") from None
 
 
 def read_lines(part: Part) -> Iterator[Piece]:
-    """A field of each JSON line that starts in the part's range, a document each; blank lines are none.
+    """One document per JSON line that starts in the part's range: the text of its field. Skips blank lines.
 
     Raises:
-      UserError: naming the line that isn't JSON in UTF-8 or has no text in that field.
+      UserError: if a line isn't JSON in UTF-8, or has no text in the field. Names the line.
     """
     path, number = Path(part.path), 0
     try:
         with _open(path) as file:
             if part.start:
                 file.seek(part.start - 1)
-                file.readline()  # the line before's end
+                file.readline()  # the rest of the line before
             while (part.stop is None or file.tell() < part.stop) and (line := file.readline()):
                 number += 1
                 if not line.isspace():
                     text = _field(line, part.field)
                     yield Piece(is_test(text), text, last=True)
     except _CUT as error:
-        raise UserError(f"{path} can't be decompressed ({error}): it is cut or damaged, fetch it again") from None
+        raise UserError(f"{path} can't be decompressed ({error}): it is cut off or damaged, get it again") from None
     except ValueError as error:
         raise UserError(f"{path}, line {_lines_before(part) + number}: {error}") from None
 
@@ -75,7 +75,7 @@ def _field(line: bytes, field: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error}): convert it") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error}): is the file cut off?") from None
+        raise ValueError(f"not JSON ({error}): the file may be cut off; get it again") from None
     text = values.get(field) if isinstance(values, dict) else None
     if isinstance(text, str):
         try:
@@ -84,11 +84,11 @@ def _field(line: bytes, field: str) -> str:
             raise ValueError(f"not UTF-8 text ({error}): convert it") from None
         return text
     if not isinstance(values, dict):
-        raise ValueError("not a JSON object with a text field")
+        raise ValueError(f"not a JSON object with a text field {field!r}")
     if field in values:
         raise ValueError(f"field {field!r} holds {type(text).__name__}, not text")
     known = ", ".join(key for key, value in values.items() if isinstance(value, str)) or "none"
-    raise ValueError(f"no field {field!r}; text fields here: {known} (choose one as in files:<glob>#<field>)")
+    raise ValueError(f"no field {field!r}; text fields here: {known} (choose one with files:<glob>#<field>)")
 
 
 def _lines_before(part: Part) -> int:
@@ -111,7 +111,7 @@ class _CutZstd(Exception):
 
 
 class _ZstdReader(io.RawIOBase):
-    """All frames of a zstd file; unlike the library's own readers it refuses a frame that is cut off."""
+    """Reads all frames of a zstd file. Unlike the library's readers, raises an error if the last frame is cut off."""
 
     def __init__(self, path: Path):
         import zstandard
@@ -120,7 +120,7 @@ class _ZstdReader(io.RawIOBase):
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._file = path.open("rb")
         self._frame = self._new_frame()
-        self._inside = False  # a frame that has begun and not ended
+        self._inside = False  # True between the start and the end of a frame
         self._compressed = b""
         self._ready = b""
 

@@ -1,4 +1,4 @@
-"""Documents out of TFDS text data sets, as array_record through `as_data_source`: TensorFlow isn't imported."""
+"""Documents from TFDS text data sets, read as array_record through `as_data_source`, without TensorFlow."""
 
 import contextlib
 import functools
@@ -16,16 +16,18 @@ from scaling_jax.data.sources import MOST_SHARDS, SHARD_BYTES, Fingerprint, Part
 from scaling_jax.data.text_files import Piece
 from scaling_jax.io import UserError
 
-_BYTES_AT_ONCE, _RECORDS_AT_ONCE = 4 << 20, 8192  # each reading costs as much as hundreds of short records
+_BYTES_AT_ONCE, _RECORDS_AT_ONCE = 4 << 20, 8192  # one read call takes as long as hundreds of short records
+_builders: dict[str, Any] = {}  # by folder; for a process that only reads, `_source` makes them from the folder
 
 
 def find_data_set(source: str) -> Source:
-    """The text of `tfds:<name>[/<config>][:<version>][#<field>]`, prepared by TFDS in its own folder if it isn't yet.
+    """The text of `tfds:<name>[/<config>][:<version>][#<field>]`. TFDS prepares it in its own folder if needed.
 
-    Hugging Face's `<user>/<name>` is `huggingface:<user>__<name>[/<config>]`; it needs their `datasets` library.
+    A Hugging Face data set `<user>/<name>` is `huggingface:<user>__<name>[/<config>]`; this needs their library
+    `datasets`.
 
-    Its "test" split is held out, else its "validation" split, else one record of "train" in ten, by the text's hash.
-    Without `#<field>` the text is the feature "text", or the only one whose name ends so.
+    The test split is "test" if there is one, else "validation", else one record of "train" in ten, by the hash of its
+    text. Without `#<field>`, the text is the feature "text", or the only feature whose name ends in "text".
 
     Raises:
       UserError: if TFDS has no such data set, can't prepare it here, or it has no such field.
@@ -36,11 +38,11 @@ def find_data_set(source: str) -> Source:
         builder = _builder(name)
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
-    except Exception as error:  # of any kind: data sets download and convert by code of their own
+    except Exception as error:  # data sets have their own code to download and convert, which may raise anything
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(
-            f"{source} can't be prepared here ({reason[-200:]}): where it can, run `tfds build {name} "
-            "--file_format=array_record`, and copy the result to ~/tensorflow_datasets or set TFDS_DATA_DIR"
+            f"{source} can't be prepared here ({reason[-200:]}): run `tfds build {name} --file_format=array_record` on "
+            "another machine, then copy the result to ~/tensorflow_datasets or set TFDS_DATA_DIR"
         ) from None
     field = _text_field(source, builder.info.features, field)
     splits = {split: info for split, info in builder.info.splits.items() if info.num_examples}
@@ -50,7 +52,7 @@ def find_data_set(source: str) -> Source:
     used = ["train"] + ([test] if test else [])
     parts = [part for split in used for part in split_parts(builder, split, split != "train" if test else None, field)]
     identity = {split: [splits[split].num_examples, splits[split].num_bytes] for split in used}
-    # TFDS promises equal records for equal versions; reading all of them to make sure would cost as much as packing.
+    # TFDS promises equal records for equal versions. Reading all records to check this would take as long as packing.
     digest = hashlib.sha256(json.dumps([builder.info.full_name, field, identity]).encode()).hexdigest()
     total = sum(splits[split].num_bytes for split in used)
     return Source(
@@ -61,7 +63,7 @@ def find_data_set(source: str) -> Source:
 
 
 def split_parts(builder, split: str, held_out: bool | None, field: str) -> list[Part]:
-    """The records of a prepared builder's split, as ranges of at most a shard's size."""
+    """The records of one split of a prepared builder, as ranges of about a shard's size."""
     folder = str(builder.data_dir)
     _builders[folder] = builder
     edges = _edges(len(_source(folder, split)), builder.info.splits[split].num_bytes)
@@ -69,10 +71,10 @@ def split_parts(builder, split: str, held_out: bool | None, field: str) -> list[
 
 
 def read_records(part: Part) -> Iterator[Piece]:
-    """A feature of each record of the part's range, a document each.
+    """One document per record in the part's range: the text of its field.
 
     Raises:
-      UserError: if the data set's files are damaged, or naming the record whose text isn't UTF-8.
+      UserError: if the files of the data set are damaged, or a text isn't UTF-8. Names the split or the record.
     """
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -81,22 +83,32 @@ def read_records(part: Part) -> Iterator[Piece]:
     for batch in _batches(part):
         for record in batch:
             index += 1
-            # Parsed here because decoding by TFDS takes four times as long as all the rest.
+            # Parsed here, because TFDS's own decoding takes four times as long as everything else.
             values = parse(record).features.feature[field].bytes_list.value
-            if not values:  # of a cut file, array_record makes empty records
-                raise UserError(f"{part.path}, split {part.split!r}, is cut or altered: prepare it with TFDS again")
+            if not values:  # array_record returns empty records if a file is cut off
+                raise UserError(f"{part.path}, split {part.split!r}, is cut off or changed: prepare it with TFDS again")
             utf8 = values[0]
             try:
                 text = utf8.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"record {index} of {part.path}, split {part.split!r}, is not UTF-8 text ({error})"
+                    f"record {index} of {part.path}, split {part.split!r}, is not UTF-8 text ({error}): choose another "
+                    "field or data set"
                 ) from None
             yield Piece(is_test(utf8) if held_out is None else held_out, text, True)
 
 
+def quiet() -> None:
+    """Turns off the progress bars and warnings of TFDS."""
+    import absl.logging
+    import tensorflow_datasets as tfds
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS warns about much that is normal here
+    tfds.disable_progress_bar()
+
+
 def _batches(part: Part) -> Iterator[list[bytes]]:
-    """The range's serialized records in order, some megabytes at a time."""
+    """The serialized records in the part's range, in order, some megabytes at a time."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     source, info = _source(part.path, part.split), _builders[part.path].info.splits[part.split]
@@ -106,16 +118,16 @@ def _batches(part: Part) -> Iterator[list[bytes]]:
             for start in range(part.start, part.stop or 0, at_once):
                 yield source.__getitems__(list(range(start, min(start + at_once, part.stop or 0))))
             return
-        # Its files by ranges: asked for one by one, short records cost as much again as all that is done with them.
+        # Read ranges of the files. Reading short records one by one would double the time of packing.
         before = 0
         for file in info.file_instructions:
             stop = min((part.stop or 0) - before, file.take)
             for start in range(max(part.start - before, 0), stop, at_once):
                 yield _file(file.filename).read(file.skip + start, file.skip + min(start + at_once, stop))
             before += file.take
-    except (RuntimeError, IndexError, ValueError) as error:  # array_record's, for a file that is gone, cut or altered
+    except (RuntimeError, IndexError, ValueError) as error:  # array_record: a file is missing, cut off or changed
         raise UserError(
-            f"{part.path}, split {part.split!r}, is cut or altered ({error}): prepare it with TFDS again"
+            f"{part.path}, split {part.split!r}, is cut off or changed ({error}): prepare it with TFDS again"
         ) from None
 
 
@@ -134,19 +146,19 @@ def _edges(count: int, num_bytes: int) -> list[int]:
 def _text_field(source: str, features, field: str) -> str:
     import tensorflow_datasets as tfds
 
-    # Hugging Face's strings come as scalars of dtype object.
+    # Strings of Hugging Face data sets are scalars of dtype object.
     scalars = {k: v for k, v in features.items() if isinstance(v, tfds.features.Tensor) and v.shape == ()}
     texts = [name for name, feature in scalars.items() if feature.np_dtype == np.object_]
     if field and field not in texts:
-        raise UserError(f"{source} has no text field {field!r}; it has {', '.join(texts) or 'none'}")
+        raise UserError(f"{source} has no text field {field!r}; its text fields: {', '.join(texts) or 'none'}")
     ending = [name for name in texts if name.endswith("text")]
     for candidates in ([field] if field else [], ["text"] if "text" in texts else [], ending, texts):
         if len(candidates) == 1:
             return candidates[0]
     raise UserError(
-        f"{source}: which field is its text? Choose one, as in {source}#{texts[0]}, of {', '.join(texts)}"
+        f"{source} has several text fields: choose one of {', '.join(texts)}, as in {source}#{texts[0]}"
         if texts
-        else f"{source} holds no text: choose a text data set"
+        else f"{source} has no text: choose a text data set"
     )
 
 
@@ -156,13 +168,9 @@ def _builder(name: str):
     try:
         return tfds.builder(name, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        importlib.import_module(
-            "tensorflow_datasets.text"
-        )  # c4, wiki40b, wikipedia: TFDS leaves it out without TensorFlow
+        # c4, wiki40b and wikipedia are in this module, which TFDS doesn't import without TensorFlow.
+        importlib.import_module("tensorflow_datasets.text")
         return tfds.builder(name, file_format="array_record")
-
-
-_builders: dict[str, Any] = {}  # by folder; a process that only reads has none and needs none of the data set's code
 
 
 def _source(directory: str, split: str):
@@ -173,11 +181,3 @@ def _source(directory: str, split: str):
         _builders[directory] = tfds.builder_from_directory(directory)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     return _builders[directory].as_data_source(split, deserialize_method=raw)
-
-
-def quiet() -> None:
-    import absl.logging
-    import tensorflow_datasets as tfds
-
-    absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS announces at length what is normal here
-    tfds.disable_progress_bar()

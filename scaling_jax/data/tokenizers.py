@@ -1,4 +1,4 @@
-"""Text to token ids and back: UTF-8 bytes, GPT-2's BPE, or a BPE trained on the corpus itself."""
+"""Tokenizers: UTF-8 bytes, GPT-2's BPE, and a BPE trained on the corpus."""
 
 import hashlib
 import os
@@ -18,20 +18,20 @@ _GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 class Tokenizer(Protocol):
     name: str
     vocab_size: int
-    separator: int  # ends every document
-    sha256: str  # of all that its ids depend on
+    separator: int  # the id at the end of every document
+    sha256: str  # of everything that determines the ids
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The texts' tokens end to end [sum of lengths], and the lengths [texts]."""
+        """The tokens of all texts end to end [sum of lengths], and the length of each [texts]."""
         ...
 
     def decode(self, tokens: np.ndarray) -> str:
-        """The text of tokens; separators are left out."""
+        """The text of tokens, without separators."""
         ...
 
 
 class Bytes:
-    """UTF-8 bytes, ids 0…255, and 256 between documents."""
+    """UTF-8 bytes as ids 0…255; 256 is the separator."""
 
     name = "bytes"
     vocab_size = 257
@@ -52,10 +52,10 @@ class Bytes:
 
 
 class GPT2:
-    """GPT-2's 50,257 tokens (Radford et al. 2019), as in Kaplan et al. 2020, by tiktoken; `<|endoftext|>` separates.
+    """GPT-2's 50,257 tokens (Radford et al. 2019), as in Kaplan et al. 2020. The separator is `<|endoftext|>`.
 
     Raises:
-      UserError: if the vocabulary file is neither cached nor can be fetched, or the cached one is another.
+      UserError: if the vocabulary file isn't cached and can't be downloaded, or the cached file is another one.
     """
 
     name = "gpt2"
@@ -67,11 +67,11 @@ class GPT2:
         if placed.exists() and hashlib.sha256(placed.read_bytes()).hexdigest() != _GPT2_SHA256:  # tiktoken removes it
             raise UserError(f"{placed} is not GPT-2's vocabulary (sha256 {_GPT2_SHA256}): save {_GPT2_URL} there again")
         try:
-            self._encoding = tiktoken.get_encoding("r50k_base")  # GPT-2's own, in one file instead of two
-        except Exception as error:  # of whatever kind tiktoken's HTTP library raises
+            self._encoding = tiktoken.get_encoding("r50k_base")  # GPT-2's vocabulary, in one file instead of two
+        except Exception as error:  # tiktoken's HTTP library may raise anything
             raise UserError(
-                f"the GPT-2 tokenizer needs the network once ({type(error).__name__}); offline, save {_GPT2_URL} as "
-                f"{placed} (TIKTOKEN_CACHE_DIR sets the folder)"
+                f"the GPT-2 tokenizer must be downloaded once ({type(error).__name__}); without a network, save "
+                f"{_GPT2_URL} as {placed} (TIKTOKEN_CACHE_DIR sets the folder)"
             ) from None
         self.vocab_size = self._encoding.n_vocab
         self.separator = self._encoding.eot_token
@@ -81,7 +81,7 @@ class GPT2:
         self.sha256 = digest.hexdigest()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        # Nothing in a text is a special token: "<|endoftext|>" inside one is these 13 characters.
+        # No special tokens in a text: "<|endoftext|>" is encoded as these 13 characters.
         parts = [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         return _joined(parts)
 
@@ -91,11 +91,11 @@ class GPT2:
 
 
 class TrainedBPE:
-    """Byte-level BPE of the `tokenizers` library, trained on a corpus; its last id separates documents."""
+    """Byte-level BPE of the `tokenizers` library, trained on a corpus. The last id is the separator."""
 
     def __init__(self, name: str, json: str):
-        """`json` is the library's own format, as `train_bpe` returns it."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes share the cores already
+        """`json` is what `train_bpe` returns."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # packing already runs one process per core
         import tokenizers
 
         self.name = name
@@ -114,7 +114,7 @@ class TrainedBPE:
 
 
 def bpe_vocabulary(name: str) -> int | None:
-    """The vocabulary of `bpe:<vocabulary>`, None for another tokenizer's name.
+    """The number of ids in `bpe:<vocabulary>`; None for `bytes` and `gpt2`.
 
     Raises:
       UserError: if there is no such tokenizer.
@@ -125,12 +125,12 @@ def bpe_vocabulary(name: str) -> int | None:
     if kind == "bpe" and size.isdecimal() and int(size) > 257:
         return int(size)
     if kind == "bpe":
-        raise UserError(f"tokenizer {name!r}: give its vocabulary as a number above 257, such as bpe:4096")
+        raise UserError(f"tokenizer {name!r}: the vocabulary must be a number above 257, such as bpe:4096")
     raise UserError(f"unknown tokenizer {name!r}: choose bytes, gpt2 or bpe:<vocabulary>, such as bpe:4096")
 
 
 def most_ids(name: str) -> int:
-    """The vocabulary of a tokenizer by its name; a trained one has fewer ids where its text is short.
+    """The largest number of ids of a tokenizer, by its name. A trained tokenizer has fewer if its text is short.
 
     Raises:
       UserError: if there is no such tokenizer.
@@ -139,14 +139,17 @@ def most_ids(name: str) -> int:
 
 
 def load_tokenizer(name: str, folder: Path) -> Tokenizer:
-    """The tokenizer of a name; a trained one from the `tokenizer.json` in `folder`."""
+    """The tokenizer with this name; a trained one is read from `tokenizer.json` in `folder`."""
     if bpe_vocabulary(name) is None:
         return Bytes() if name == "bytes" else GPT2()
     return TrainedBPE(name, (folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> str:
-    """Byte-level BPE of at most `vocabulary` ids, the separator among them, as JSON: a function of the texts alone."""
+    """Trains byte-level BPE with at most `vocabulary` ids, including the separator. Returns JSON.
+
+    The result depends only on the texts.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -1,4 +1,4 @@
-"""What is trained: language modelling by a transformer of some size."""
+"""The training task: language modelling with a decoder-only transformer, and the table of model sizes."""
 
 from scaling_jax.tasks.language_model import batch_loss, evaluator, held_out_rows
 from scaling_jax.tasks.transformer import (

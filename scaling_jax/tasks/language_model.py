@@ -1,4 +1,4 @@
-"""Language modelling: the loss of a batch of rows, and of the same held-out rows at every evaluation of every run."""
+"""Language modelling: the loss of a batch, and the test loss, on the same held-out rows at every evaluation."""
 
 import functools
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from scaling_jax.tasks.transformer import ModelConfig, Transformer
 
-_CHUNK = 16  # rows at a time: small enough for a CPU's cache
+_CHUNK = 16  # rows at a time; few enough for a CPU's cache
 
 
 def batch_loss(model: ModelConfig):
-    """`(params, tokens [B, T + 1]) -> nats per token`."""
+    """The training loss: `(params, tokens [B, T + 1]) -> nats per token`."""
     transformer = Transformer(model)
 
     def loss(params, tokens_BxT1):
@@ -23,7 +23,7 @@ def batch_loss(model: ModelConfig):
 
 
 def held_out_rows(test_RxT1: np.ndarray, eval_tokens: int) -> np.ndarray:
-    """A fixed random choice of about `eval_tokens` tokens, in whole rows, from all over the test split."""
+    """About `eval_tokens` tokens in whole rows: a random choice from the whole test split, the same every time."""
     context = test_RxT1.shape[1] - 1
     count = max(1, min(len(test_RxT1), eval_tokens // context))
     if count > _CHUNK:
@@ -33,7 +33,7 @@ def held_out_rows(test_RxT1: np.ndarray, eval_tokens: int) -> np.ndarray:
 
 @functools.cache
 def evaluator(model: ModelConfig):
-    """`(params, rows [R, T + 1]) -> mean loss in nats per token`, compiled; R a multiple of the chunk, or below it."""
+    """The compiled test loss: `(params, rows [R, T + 1]) -> nats per token`. R is at most 16, or a multiple of 16."""
     loss = batch_loss(model)
 
     def evaluate(params, rows_RxT1):

@@ -1,6 +1,6 @@
-"""Decoder-only transformers by size, layers × width, from laptops' to Kaplan et al.'s 3M and 85M.
+"""Decoder-only transformers in sizes from 1x16, for laptops, to 12x768 (layers × width), the 85M of Kaplan et al.
 
-Learned positions, pre-LayerNorm, GELU, feed-forward four times the width.
+They have learned positions, pre-LayerNorm, GELU, and feed-forward layers four times as wide as the model.
 """
 
 import dataclasses
@@ -13,6 +13,10 @@ import jax.numpy as jnp
 
 from scaling_jax.io import UserError
 
+_INIT = nn.initializers.normal(0.02)
+_MOST_UNROLLED = 4  # layers
+_MOST_LOGITS = 2**25  # at a time, 128 MiB; with more, the loss is computed in chunks
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -24,14 +28,14 @@ class ModelConfig:
     vocab_size: int = 257
     context: int = 64  # tokens
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters, softmax and loss are always float32
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # cuDNN's where a GPU computes in bfloat16
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cuDNN on a GPU in bfloat16, else XLA
 
     def __post_init__(self):
         for field in ("n_layer", "d_model", "n_head", "vocab_size", "context"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} = {getattr(self, field)} must be positive")
         if self.d_model % self.n_head:
-            raise UserError(f"d_model = {self.d_model} doesn't split into n_head = {self.n_head} heads")
+            raise UserError(f"d_model = {self.d_model} must be a multiple of n_head = {self.n_head}")
         if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
             raise UserError(
                 'attention="cudnn" works in bfloat16 only: set compute_dtype="bfloat16", or attention="auto"'
@@ -47,7 +51,7 @@ class ModelConfig:
         return 12 * self.n_layer * self.d_model**2
 
 
-# (n_layer, d_model, n_head); heads of 32 … 64 wide
+# (n_layer, d_model, n_head); a head has a width of 16 … 64
 _SIZES = [
     (1, 16, 1),
     (1, 32, 1),
@@ -64,27 +68,24 @@ MODELS = {config.name: config for config in (ModelConfig(*size) for size in _SIZ
 
 
 def model_config(name: str, **changes) -> ModelConfig:
-    """A size of the table, with changes such as `context` or `vocab_size`.
+    """The model with a name of `MODELS`, with changes such as `context` or `vocab_size`.
 
     Raises:
-      UserError: if the table has no such size.
+      UserError: if there is no such name.
     """
     if name not in MODELS:
         raise UserError(f"unknown model size {name!r}: choose from {', '.join(MODELS)}")
     return dataclasses.replace(MODELS[name], **changes)
 
 
-_INIT = nn.initializers.normal(0.02)
-_MOST_UNROLLED = 4  # layers
-_MOST_LOGITS = 2**25  # at a time, 128 MiB; beyond it the loss takes positions in turns
-
-
 class Transformer(nn.Module):
-    """`(tokens_BxT) -> logits_BxTxV` in float32; layers are scanned, their parameters stacked on a leading axis.
+    """`(tokens_BxT) -> logits_BxTxV` in float32. The parameters of all layers are stacked on a leading axis.
 
-    With targets_BxT it returns their `next_token_loss`, and where the vocabulary is large never holds all logits at
-    once. Unrolled layers run up to 1.5 times faster than a loop over them where layers are small, and compile slowly
-    where there are many; so small stacks are unrolled inside the scan, which changes neither parameters nor results.
+    With `targets_BxT`, returns their `next_token_loss` instead. With a large vocabulary, it then computes the logits in
+    chunks, and never holds all of them.
+
+    The layers run in a scan. Unrolled small layers run up to 1.5 times faster, but many layers take long to compile. So
+    up to 4 layers are unrolled; this changes neither parameters nor results.
     """
 
     config: ModelConfig
@@ -113,6 +114,47 @@ class Transformer(nn.Module):
         return _loss_in_chunks(unembedding, x_BxTxD, targets_BxT)
 
 
+def causal_attention(qkv_BxTx3D: jax.Array, n_head: int, implementation: Literal["xla", "cudnn"] = "xla") -> jax.Array:
+    """Causal self-attention [B, T, D], with softmax in float32.
+
+    "xla" splits the queries into up to four parts, and leaves out the keys after each part: 10/16 of the work. "cudnn"
+    needs a GPU and bfloat16.
+    """
+    B, T, D3 = qkv_BxTx3D.shape
+    q, k, v = jnp.split(qkv_BxTx3D.reshape(B, T, 3 * n_head, D3 // 3 // n_head), 3, axis=2)  # [B, T, H, K]
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(B, T, -1)
+    size = max(64, math.ceil(T / 4))
+    parts = [
+        _attend(q[:, start : start + size], k[:, : start + size], v[:, : start + size]) for start in range(0, T, size)
+    ]
+    return jnp.concatenate(parts, axis=1).reshape(B, T, -1)
+
+
+def next_token_loss(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """Mean cross-entropy over all targets, in nats per token. Targets may have any number of axes."""
+    log_normalizer_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+    target_logit_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    return (log_normalizer_BxT - target_logit_BxT).mean()
+
+
+def part_names(n_layer: int) -> tuple[str, ...]:
+    """Names of the parts of a model, from input to output."""
+    return ("embedding", *(f"layer {k}" for k in range(1, n_layer + 1)), "unembedding")
+
+
+def part_of(path: str) -> str:
+    """The part that a parameter belongs to. In its path, layers have a number: `layers/qkv/dense/kernel/0`."""
+    if is_stacked(path):
+        return f"layer {int(path.rpartition('/')[2]) + 1}"
+    return "embedding" if path in ("embedding", "position") else "unembedding"
+
+
+def is_stacked(path: str) -> bool:
+    """True if the leading axis of a parameter counts layers."""
+    return path.startswith("layers/")
+
+
 class Block(nn.Module):
     config: ModelConfig
 
@@ -120,7 +162,7 @@ class Block(nn.Module):
     def __call__(self, x_BxTxD, _):
         c = self.config
         dtype = x_BxTxD.dtype
-        residual_scale = (2 * c.n_layer) ** -0.5  # GPT-2: the residual stream's variance doesn't grow with depth
+        residual_scale = (2 * c.n_layer) ** -0.5  # GPT-2: keeps the residual stream's variance independent of depth
 
         h_BxTxD = _LayerNorm(dtype, name="attention_norm")(x_BxTxD)
         qkv_BxTx3D = _Dense(3 * c.d_model, dtype, name="qkv")(h_BxTxD)
@@ -140,8 +182,8 @@ class _Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD):
-        # Folding batch and positions into one axis lets XLA's CPU backend run the weight gradient as one plain matrix
-        # product, 3.7 times faster than contracting the two axes.
+        # With batch and positions as one axis, XLA's CPU backend computes the weight gradient as one matrix product,
+        # 3.7 times faster than with two axes.
         x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
         init = nn.initializers.normal(0.02 * self.scale)
         y_NxF = nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name="dense")(x_NxD)
@@ -156,25 +198,8 @@ class _LayerNorm(nn.Module):
         return nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name="layer_norm")(x_BxTxD)
 
 
-def causal_attention(qkv_BxTx3D: jax.Array, n_head: int, implementation: Literal["xla", "cudnn"] = "xla") -> jax.Array:
-    """Each position attends to itself and what came before; softmax in float32. Returns [B, T, D].
-
-    "xla" takes the queries in up to four parts, which meet only the keys up to their own end: 10/16 of the work.
-    "cudnn" needs a GPU and bfloat16.
-    """
-    B, T, D3 = qkv_BxTx3D.shape
-    q, k, v = jnp.split(qkv_BxTx3D.reshape(B, T, 3 * n_head, D3 // 3 // n_head), 3, axis=2)  # [B, T, H, K]
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(B, T, -1)
-    size = max(64, math.ceil(T / 4))
-    parts = [
-        _attend(q[:, start : start + size], k[:, : start + size], v[:, : start + size]) for start in range(0, T, size)
-    ]
-    return jnp.concatenate(parts, axis=1).reshape(B, T, -1)
-
-
 def _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK):
-    """The last T of S positions attend to all S."""
+    """Attention of the last T of S positions to the positions up to their own."""
     T, S = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1]
     scores_BxHxTxS = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k_BxSxHxK).astype(jnp.float32)
     causal_TxS = jnp.tril(jnp.ones((T, S), bool), S - T)
@@ -200,31 +225,7 @@ def _loss_in_chunks(unembedding, x_BxTxD, targets_BxT):
 
     if num_chunks == 1:
         return add_chunk(unembedding, 0.0, (x_BxTxD, targets_BxT))[0]
-    # Rematerialised: the backward pass makes each chunk's logits again instead of keeping them all.
+    # nn.remat: the backward pass computes the logits of each chunk again, so that they needn't be kept.
     loop = nn.scan(nn.remat(add_chunk), variable_broadcast="params", split_rngs={"params": False})
     chunks = x_BxTxD.reshape(num_chunks, -1, D), targets_BxT.reshape(num_chunks, -1)
     return loop(unembedding, jnp.float32(0), chunks)[0] / num_chunks
-
-
-def next_token_loss(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-    """Mean cross-entropy in nats per token, over all targets; their leading axes may be any."""
-    log_normalizer_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-    target_logit_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
-    return (log_normalizer_BxT - target_logit_BxT).mean()
-
-
-def part_names(n_layer: int) -> tuple[str, ...]:
-    """From the input to the output."""
-    return ("embedding", *(f"layer {k}" for k in range(1, n_layer + 1)), "unembedding")
-
-
-def part_of(path: str) -> str:
-    """The part of a parameter by its path, in which layers are numbered: `layers/qkv/dense/kernel/0`."""
-    if is_stacked(path):
-        return f"layer {int(path.rpartition('/')[2]) + 1}"
-    return "embedding" if path in ("embedding", "position") else "unembedding"
-
-
-def is_stacked(path: str) -> bool:
-    """Whether a parameter's leading axis is one of layers."""
-    return path.startswith("layers/")
