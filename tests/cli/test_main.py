@@ -19,6 +19,8 @@ from scaling_jax.training import read_metrics, read_result
 from scaling_jax.training.records import course, read_run_config
 from tests.io.test_stores import move_to_another_machine, objects
 
+WORDS = ("how", "now", "brown", "cow", "the", "quick", "fox", "jumps", "over", "a", "lazy", "dog")
+
 
 def run(*arguments):
     return subprocess.run(
@@ -36,7 +38,7 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     (folder / "text").mkdir()
     for k in range(30):
-        words = random.Random(k).choices("how now brown cow the quick fox jumps over the lazy dog".split(), k=300)
+        words = random.Random(k).choices(WORDS, k=300)
         (folder / "text" / f"{k}.txt").write_text(" ".join(words))
     model = ("train", "--model", "1x16", "--learning-rate", "3e-3", "--batch-tokens", "1Ki")
     where = ("--text", f"files:{folder}/text/*", "--results", str(folder / "results"))
