@@ -1,8 +1,4 @@
-"""Results that version 0.1.0 left, of schema 1, read by this version and by one that knows more fields.
-
-version_0_1.tar.xz holds `small`, a scan of one model, five batch sizes and two seeds with measured branches, and
-`trained`, what `train` left; without checkpoints, snapshots, logs, figures.
-"""
+"""Results that version 0.1.0 left, of schema 1, read by this version and by one that knows more fields."""
 
 import ast
 import dataclasses
@@ -11,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import types
 from pathlib import Path
 
@@ -43,14 +38,6 @@ EXPERIMENT = Experiment(
 )
 TRAINED = Run(model=MODEL, batch_tokens=256, learning_rate=4e-3, max_steps=200)
 DERIVED = ("measurements.csv", "noise_scale.csv", "seeds.csv", "three_measurements.csv", "fit.json")
-
-
-@pytest.fixture
-def old(tmp_path):
-    """A copy of both folders."""
-    with tarfile.open(Path(__file__).with_name("version_0_1.tar.xz")) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path
 
 
 @pytest.fixture
