@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 from scaling_jax.io import UserError
 from scaling_jax.scanning import Cell, Event, Experiment, LearningRates, Subject, executors
 from scaling_jax.scanning.records import write_experiment
-from scaling_jax.scanning.worker import event_message, train_in_workers
+from scaling_jax.scanning.worker import event_message, read_event, train_in_workers
 from scaling_jax.tasks import model_config
 from scaling_jax.training import Progress
 
@@ -140,6 +142,13 @@ def test_events_of_other_machines_are_passed_on_and_a_refusal_cancels_the_rest(t
         executors._watch(tmp_path, [CELL, OTHER], seen.append, ended, lambda: cancelled.append(True))
     assert seen == [progress(CELL, 2), progress(CELL, 3), Event(CELL)]
     assert cancelled == [True]
+
+
+def test_an_event_comes_back_from_its_line_where_no_noise_scale_was_resolved():
+    event = progress(CELL, 2)
+    unresolved = Event(CELL, dataclasses.replace(event.progress, noise_scale_tokens=math.nan, test_loss=math.nan))
+    line = json.dumps(event_message(unresolved), allow_nan=False)
+    assert repr(read_event(json.loads(line))) == repr(unresolved)
 
 
 @pytest.fixture
