@@ -1,4 +1,4 @@
-"""One run: its configuration, its compiled step, its loop and its records."""
+"""Training a run: its configuration, its compiled step, its loop and its records on disk."""
 
 from scaling_jax.training.attempt import Interrupted
 from scaling_jax.training.journal import Progress

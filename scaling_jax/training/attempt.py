@@ -1,4 +1,4 @@
-"""A run's folder from the start of an attempt at it to its result."""
+"""A run's folder while the run trains: its lock, checkpoints, snapshots and journal, and its result at the end."""
 
 import contextlib
 import logging
@@ -33,21 +33,21 @@ from scaling_jax.training.run import Run
 
 
 class Interrupted(Exception):
-    """Training stopped when asked to, with its state saved; the same call continues it."""
+    """Training was asked to stop, and has saved its state. Calling `train` again continues it."""
 
 
 class Place(NamedTuple):
-    """A run in a results folder, the same for all processes that train it."""
+    """A run's folder, and its result if it is done. All processes that train the run get the same."""
 
     folder: Path
-    done: RunResult | None  # None if the run isn't
+    done: RunResult | None  # None if the run isn't done
 
 
 def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
-    """Where a run is kept, and its result if it is done, as the first process sees it.
+    """The folder and the result of a run, as the first process sees them.
 
     Raises:
-      UserError: if the run was on other text, or the text doesn't fit the model.
+      UserError: if the run was trained on other text, or the text doesn't fit the model.
     """
     _check_corpus(run, corpus)
     folder, result = Path(workdir) / "runs", None
@@ -59,24 +59,26 @@ def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
     folder = Path(workdir) / "runs" / found["name"]
     done = None if found["result"] is None else from_dict(RunResult, found["result"])
     if done is not None and done.corpus_sha256 != corpus.manifest["sha256"]:
-        raise UserError(f"{folder} holds a run on other text ({run.text} has changed since): use another folder")
+        raise UserError(
+            f"{folder} holds a run on other text; the text {run.text} has changed since: use another results folder"
+        )
     return Place(folder, done)
 
 
 class Attempt:
-    """A run that trains: its journal, its checkpoints, and `state`, from which it goes on.
+    """A run in training: its journal, its checkpoints, and the `state` from which training continues.
 
-    Of several processes the first alone writes, but for checkpoints, which they write together. It holds a lock in the
-    folder until `close`.
+    With several processes, only the first writes; checkpoints are written by all together. The first process holds a
+    lock in the folder until `close`.
 
     Args:
       folder: of the run, see `find_place`.
-      state: the run's first one.
-      branch_of: a finished run with the same steps up to a snapshot that it kept; the last such is started from
-        instead of `state`.
+      state: the run's state before its first step.
+      branch_of: a finished run that has the same steps up to a snapshot that it kept. Training starts from the last
+        such snapshot instead of `state`.
 
     Raises:
-      UserError: if another process trains the run, or `branch_of` has kept no such snapshot.
+      UserError: if another process trains the run, or `branch_of` kept no such snapshot.
     """
 
     def __init__(
@@ -112,19 +114,21 @@ class Attempt:
             self._lock = lock.pop_all()
 
     def save(self, state: TrainState) -> None:
-        self._publish()  # before the state: who goes on from it needs the records up to it
+        """Saves a checkpoint, and publishes the records to the bucket if the results are in one."""
+        self._publish()  # before the checkpoint, because continuing from it needs the records up to it
         self._checkpoints.save(state)
 
     def keep_snapshot(self, state: TrainState) -> None:
-        """Keeps a state for good, for branches to start from."""
+        """Saves a state permanently, so that branches can start from it."""
         if self._snapshots is not None:
             self._snapshots.save(state)
 
     def finish(self, status: Status, keep_checkpoint: bool, state: TrainState) -> RunResult:
+        """Writes the run's result, and releases the lock."""
         if keep_checkpoint:
             self.save(state)
         self._close_checkpoints()
-        agree(False)  # all have written theirs
+        agree(False)  # waits until all processes have written their checkpoints
         last = self.journal.lines[-1]
         result = RunResult(
             run_id=self.folder.name,
@@ -138,14 +142,14 @@ class Attempt:
             write_result(self.folder, result)
         self._publish()
         if not keep_checkpoint and is_first():
-            with contextlib.suppress(OSError):  # what stays of them does no harm
+            with contextlib.suppress(OSError):  # leftovers do no harm
                 address(self.folder / "checkpoints").rmtree()
-        agree(False)  # all wait, so nobody reads the folder before all is written
+        agree(False)  # all processes wait here, so that none reads the folder before it is complete
         self._lock.close()
         return result
 
     def close(self) -> None:
-        """Waits until what was saved is on disk."""
+        """Waits until the checkpoints are on disk, and releases the lock."""
         with self._lock:
             self._close_checkpoints()
 
@@ -161,13 +165,67 @@ class Attempt:
                 checkpoints.close()
 
 
+class Checkpoints:
+    """Saved states of a run in a folder, named by their step."""
+
+    def __init__(self, folder: epath.PathLike, keep: int | None = 2):
+        """`folder` is an absolute path or in a bucket. Keeps the newest `keep` states; None keeps all."""
+        import orbax.checkpoint as ocp  # takes seconds
+
+        self._ocp: Any = ocp
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
+        self._folder = epath.Path(folder)
+        self._manager = self._ocp.CheckpointManager(
+            self._folder, options=self._ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest readable state, or None. Warns about each state that can't be read."""
+        damaged: list[int] = []
+        for step in from_first(sorted(self._manager.all_steps(), reverse=True)):
+            state, problem = None, ""
+            try:
+                state = self.restore_step(step, like)
+            except Exception as error:  # Orbax may raise anything
+                problem = type(error).__name__
+            if not agree(bool(problem))[0]:
+                for newer in damaged:  # as long as it is there, Orbax saves no earlier step
+                    self._manager.delete(newer)
+                return state
+            damaged.append(step)
+            folder = self._folder / str(step)
+            problem = problem or "in another process"
+            warnings.warn(f"{folder} is damaged ({problem}): using an earlier state", stacklevel=2)
+        return None
+
+    def restore_step(self, step: int, like: TrainState) -> TrainState:
+        """The state of one step. `like` gives shapes, types and placement."""
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        restored = self._manager.restore(
+            step, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
+        )
+        return restored["state"]
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save a state; `close` waits for it."""
+        self._manager.save(int(state.step), args=self._ocp.args.Composite(state=self._ocp.args.StandardSave(state)))
+
+    def close(self) -> None:
+        """Waits until all states are on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
 def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainState:
+    """The last snapshot of `parent` before the run's first ramp stage; copies the metrics up to it."""
     branch_tokens = run.ramp[0].tokens if run.ramp else 0
     lines = [line for line in read_metrics(parent) if line.tokens <= branch_tokens]
     there = address(parent / "snapshots")
     kept = from_first([line.step for line in lines if (there / str(line.step)).exists()])
     if not kept:
-        raise UserError(f"{parent} kept no state up to {branch_tokens:,} tokens: see Run.snapshot_tokens")
+        raise UserError(
+            f"{parent} kept no state up to {branch_tokens:,} tokens: train it again with snapshot_tokens up to there"
+        )
     snapshots = Checkpoints(there, keep=None)
     try:
         state = snapshots.restore_step(kept[-1], like)
@@ -179,7 +237,7 @@ def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainSt
 
 
 def _keep_until(folder: Path, step: int) -> None:
-    """Drops metrics after `step`: a run resumed from there writes them again."""
+    """Removes metrics after `step`. A run that resumes from there writes them again."""
     if is_first():
         write_metrics(folder, [line for line in read_metrics(folder) if line.step <= step])
 
@@ -187,56 +245,11 @@ def _keep_until(folder: Path, step: int) -> None:
 def _check_corpus(run: Run, corpus: Corpus) -> None:
     if corpus.vocab_size > run.model.vocab_size:
         raise UserError(
-            f"the tokenizer has {corpus.vocab_size:,} tokens but the model's vocab_size is {run.model.vocab_size:,}"
+            f"the tokenizer has {corpus.vocab_size:,} tokens but the model's vocab_size is {run.model.vocab_size:,}: "
+            "use a larger vocab_size"
         )
     if corpus.train_RxT1.shape[1] != run.model.context + 1:
         raise UserError(
-            f"rows of {corpus.train_RxT1.shape[1] - 1} tokens don't fit the model's context of {run.model.context}"
+            f"the corpus has rows of {corpus.train_RxT1.shape[1] - 1} tokens but the model's context is "
+            f"{run.model.context}: prepare the text with the model's context"
         )
-
-
-class Checkpoints:
-    """States of a run in a folder, named by step."""
-
-    def __init__(self, folder: epath.PathLike, keep: int | None = 2):
-        """`folder` is absolute, or in a bucket; `keep` is how many of the newest stay, None for all."""
-        import orbax.checkpoint as ocp  # takes seconds to import
-
-        self._ocp: Any = ocp
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-        self._folder = epath.Path(folder)
-        self._manager = self._ocp.CheckpointManager(
-            self._folder, options=self._ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        )
-
-    def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state that can be read, or None if there is none; a warning names those that can't."""
-        damaged: list[int] = []
-        for step in from_first(sorted(self._manager.all_steps(), reverse=True)):
-            state, problem = None, ""
-            try:
-                state = self.restore_step(step, like)
-            except Exception as error:  # Orbax raises whatever its readers do
-                problem = type(error).__name__
-            if not agree(bool(problem))[0]:
-                for newer in damaged:  # Orbax would save none until past it
-                    self._manager.delete(newer)
-                return state
-            damaged.append(step)
-            folder = self._folder / str(step)
-            warnings.warn(f"{folder} is damaged ({problem or 'for others'}): using an earlier state", stacklevel=2)
-        return None
-
-    def restore_step(self, step: int, like: TrainState) -> TrainState:
-        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        restored = self._manager.restore(
-            step, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
-        )
-        return restored["state"]
-
-    def save(self, state: TrainState) -> None:
-        self._manager.save(int(state.step), args=self._ocp.args.Composite(state=self._ocp.args.StandardSave(state)))
-
-    def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()

@@ -1,7 +1,7 @@
-"""A run's course: where it stands, what it does next, how it ends, and the line that each call leaves in its metrics.
+"""The journal of a run: its position, its next call of the compiled program, its metrics lines, and how it ends.
 
-All decisions are functions of the run and its lines so far, so that a resumed run makes the same calls as an
-undisturbed one.
+All decisions are functions of the run and its metrics lines so far. So a resumed run makes the same calls as one that
+was never interrupted.
 """
 
 import dataclasses
@@ -21,23 +21,23 @@ from scaling_jax.training.program import StepMetrics
 from scaling_jax.training.records import MetricsLine, Status, append_clock, append_metrics, jsonable, read_metrics
 from scaling_jax.training.run import Run, next_boundary, next_evaluation
 
-EVALUATIONS_BELOW_TARGET = 2  # in a row: one could be luck
+EVALUATIONS_BELOW_TARGET = 2  # in a row, because one could be chance
 
 
 class Position(NamedTuple):
-    """After some steps of a run."""
+    """A point between two steps of a run."""
 
-    step: int
-    tokens: int
-    now: Run  # as it is in the stage of its ramp that the next step is in
+    step: int  # steps taken
+    tokens: int  # tokens processed
+    now: Run  # the run with the batch size and learning rate of the next step's stage
 
     def after(self, num_steps: int) -> "Position":
-        """Further on in the same stage."""
+        """The position after `num_steps` more steps, in the same stage."""
         return Position(self.step + num_steps, self.tokens + num_steps * self.now.batch_tokens, self.now)
 
 
 class Call(NamedTuple):
-    """Steps taken in one go, with a metrics line at their end."""
+    """One call of the compiled program; it ends with a metrics line."""
 
     num_steps: int
     evaluate: bool
@@ -45,6 +45,7 @@ class Call(NamedTuple):
 
 
 def position(run: Run, lines: Sequence[MetricsLine]) -> Position:
+    """The position after the last line."""
     step, tokens = (lines[-1].step, lines[-1].tokens) if lines else (0, 0)
     return Position(
         step, tokens, run.at(next_stage(run.batch_tokens, run.ramp, run.live_ramp, lines, run.steps_of_warmup))
@@ -54,8 +55,8 @@ def position(run: Run, lines: Sequence[MetricsLine]) -> Position:
 def next_call(run: Run, here: Position) -> Call:
     """The next call of the compiled program.
 
-    It ends at the first of: an evaluation, a snapshot, a stage's end, a look at the noise scale, the run's end,
-    `steps_per_call`.
+    It ends at whichever comes first: an evaluation, a snapshot, the end of a stage, a look of the live ramp, the end of
+    the run, or `steps_per_call` steps.
     """
 
     def until(tokens: int | None) -> float:
@@ -79,16 +80,17 @@ def next_call(run: Run, here: Position) -> Call:
 
 
 def span(here: Position, call: Call) -> Span:
-    """What the call's steps train on."""
+    """The call's steps as a span of training examples."""
     return Span(here.tokens // here.now.model.context, call.num_steps, here.now.batch_sequences)
 
 
 def steps_left(run: Run, here: Position) -> int:
+    """Number of steps until `max_steps` or `max_tokens`, at the present batch size."""
     return run.steps_left(here.step, here.tokens, here.now.batch_tokens)
 
 
 def ending(run: Run, lines: Sequence[MetricsLine]) -> Status | None:
-    """How the run ended with its last line; None if it goes on."""
+    """The status with which the run ended at its last line; None if it goes on."""
     last = lines[-1]
     if not np.all(np.isfinite(last.train_loss)) or (last.evaluated and not math.isfinite(last.test_loss)):
         return "diverged"
@@ -103,10 +105,10 @@ def ending(run: Run, lines: Sequence[MetricsLine]) -> Status | None:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands after an evaluation; says itself which run it is."""
+    """Progress of a run after an evaluation."""
 
     model: str
-    batch_tokens: int  # the run's first
+    batch_tokens: int  # of the first step
     learning_rate: float
     seed: int
     run_id: str
@@ -115,11 +117,11 @@ class Progress:
     tokens: int
     test_loss: float
     tokens_per_second: float
-    noise_scale_tokens: float  # smoothed over the last tens of steps; NaN where |G|² isn't positive
+    noise_scale_tokens: float  # average over the last tens of steps; NaN if |G|² isn't positive
 
 
 class Journal:
-    """A run's lines so far and the run's place in them; `folder` holds those of an earlier attempt."""
+    """A run's metrics lines so far, and its position after them. Starts with the lines in `folder`."""
 
     def __init__(self, run: Run, folder: Path, corpus: Corpus, on_progress: Callable[[Progress], None]):
         self.run, self.folder = run, folder
@@ -138,13 +140,13 @@ class Journal:
         noise_scale: Callable[[], float],
         **extra: Any,
     ) -> Status | None:
-        """Adds the line of a call; returns how the run ended, or None if it goes on.
+        """Adds the line of a call. Returns the status if the run ends with it, or None if it goes on.
 
         Args:
-          series: of the call's steps.
-          evaluate: measures the test loss.
-          noise_scale: in examples, for display.
-          extra: what else was measured.
+          series: metrics of the call's steps.
+          evaluate: returns the test loss.
+          noise_scale: returns the noise scale in examples, for display.
+          extra: more values for the line.
         """
         run, now, context = self.run, self.here.now, self.run.model.context
         reached = self.here.after(call.num_steps)
@@ -164,10 +166,10 @@ class Journal:
         last = steps_left(run, position(run, [*self.lines, MetricsLine.read(values)])) < 1
         evaluated = call.evaluate or last or not np.all(np.isfinite(series.loss))
         if evaluated:
-            loss = values["test_loss"] = from_first(jsonable(evaluate()))  # how long the run is depends on it
+            loss = values["test_loss"] = from_first(jsonable(evaluate()))  # the same everywhere: it may end the run
             if loss is not None and (bits := bits_per_byte(loss, self._corpus.manifest)):
                 values["test_bits_per_byte"] = jsonable(bits)
-        self.lines.append(MetricsLine.read(values))  # as a resumed run reads it
+        self.lines.append(MetricsLine.read(values))  # rounded, exactly as a resumed run will read it
         self.here = position(run, self.lines)
         if is_first():
             if evaluated:
@@ -197,5 +199,5 @@ class Journal:
 
 
 def _mean_over_steps(norms_SxP: Any) -> list[float | None]:
-    """Enough for the noise scale of each part, as a line has one batch size; every step's would make lines long."""
+    """Mean norms of each part. Means keep lines short, and are enough: all steps of a line have one batch size."""
     return [jsonable(x) for x in norms_SxP.mean(0, dtype=np.float64)]

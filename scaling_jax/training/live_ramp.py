@@ -1,6 +1,7 @@
-"""A batch that grows as the noise scale does: which stage is next, and how each metric that it can follow is measured.
+"""The live batch ramp: the batch size follows the noise scale. Decides the next stage, and measures each metric.
 
-tr(Σ)/|G|² comes with every training step; the others are measured at a look, on sequences of their own.
+The metric "simple", tr(Σ)/|G|², comes from every training step. Other metrics are measured at each look, on extra
+sequences.
 """
 
 import functools
@@ -19,10 +20,11 @@ from scaling_jax.training.program import TrainState
 from scaling_jax.training.records import MetricsLine, course
 from scaling_jax.training.run import LiveRamp, Metric, Stage, stage_at
 
-_BOUNDS_IN_A_NORM = ("l1", "spectral")  # measured as `NormBounds`, the others as `Moments`
-_FEWEST_LOOKS = 3
 PARTS = 8  # gradients that a measurement compares
 Measured = geometries.NormBounds | Moments
+
+_BOUNDS_IN_A_NORM = ("l1", "spectral")  # measured as `NormBounds`; the others are measured as `Moments`
+_FEWEST_LOOKS = 3
 
 
 def next_stage(
@@ -32,12 +34,12 @@ def next_stage(
     lines: Sequence[MetricsLine],
     warmup_steps: int = 0,
 ) -> Stage:
-    """The stage that a run's next step is in: a pure function of its metrics so far, so that resuming repeats it.
+    """The stage of a run's next step. It depends only on the metrics so far, so a resumed run gets the same stage.
 
     Args:
-      batch_tokens: the run's first.
-      lines: of `metrics.jsonl`; where a metric is measured, `live` holds what `measure` returned.
-      warmup_steps: during which a live ramp doesn't look.
+      batch_tokens: of the first step.
+      lines: metrics so far; at a look, `live` holds what `measure` returned.
+      warmup_steps: the live ramp doesn't look during the warm-up.
     """
     tokens = lines[-1].tokens if lines else 0
     if live is None:
@@ -49,8 +51,27 @@ def next_stage(
     return Stage(tokens, batch, math.sqrt(batch / batch_tokens))
 
 
+def measure(model: ModelConfig, metric: Metric, state: TrainState, tokens_BxT1) -> list[float]:
+    """The fields of `NormBounds` or `Moments` for one metric, so that the noise scale is in tokens.
+
+    Args:
+      metric: any metric but "simple", which training steps measure.
+      tokens_BxT1: sequences, B a multiple of 16. Don't pass the next training batch, which would bias the result.
+
+    Raises:
+      UserError: for a metric of Adam, if the optimizer has no second moments.
+    """
+    found = _compile(model, metric)(state.params, state.opt_state, tokens_BxT1)
+    values, context = [float(x) for x in found], model.context
+    if isinstance(found, geometries.NormBounds):
+        noise, grad_low, grad_high = values
+        return [noise * math.sqrt(context), grad_low, grad_high]
+    small_sq_norm, big_sq_norm, small_batch, big_batch = values
+    return [small_sq_norm, big_sq_norm, small_batch * context, big_batch * context]
+
+
 def _at_least(metric: Metric, lines: Sequence[MetricsLine]) -> float:
-    """What the noise scale is sure to exceed, in tokens, by what was measured at the last batch size."""
+    """Lower end of the noise scale's interval in tokens, from the lines with the present batch size."""
     since = [line for line in lines if line.batch_tokens == lines[-1].batch_tokens]
     if metric == "simple":
         return estimate(*_of_training_steps(since)).low
@@ -65,30 +86,11 @@ def _at_least(metric: Metric, lines: Sequence[MetricsLine]) -> float:
 
 
 def _of_training_steps(lines: Sequence[MetricsLine]) -> tuple[np.ndarray, np.ndarray]:
-    """Unbiased |G|² and tr(Σ), in tokens, of the later half of the steps, so that they follow the loss."""
+    """Unbiased |G|² and tr(Σ), in tokens, of the later half of the steps: the noise scale grows as the loss falls."""
     steps = course(lines)
     later = slice(len(steps.big_sq_norm) // 2, None)
     small_big = steps.small_sq_norm[later], steps.big_sq_norm[later]
     return unbiased(Moments(*small_big, steps.small_batch_tokens[later], steps.batch_tokens[later]))
-
-
-def measure(model: ModelConfig, metric: Metric, state: TrainState, tokens_BxT1) -> list[float]:
-    """Bounds in a norm, or moments, whose noise scale counts in tokens.
-
-    Args:
-      metric: any but "simple", which training steps measure.
-      tokens_BxT1: B a multiple of 16; the batch that the next step trains on would bias it.
-
-    Raises:
-      UserError: for one of Adam's metrics if the optimizer keeps no second moments.
-    """
-    found = _compile(model, metric)(state.params, state.opt_state, tokens_BxT1)
-    values, context = [float(x) for x in found], model.context
-    if isinstance(found, geometries.NormBounds):
-        noise, grad_low, grad_high = values
-        return [noise * math.sqrt(context), grad_low, grad_high]
-    small_sq_norm, big_sq_norm, small_batch, big_batch = values
-    return [small_sq_norm, big_sq_norm, small_batch * context, big_batch * context]
 
 
 @functools.cache
@@ -102,7 +104,7 @@ def _l1(loss: Callable) -> Callable[..., Measured]:
 
 
 def _spectral(loss: Callable) -> Callable[..., Measured]:
-    """Of the matrices inside layers, which are those that Muon orthogonalises."""
+    """The spectral metric of the matrices inside layers, which are those that Muon orthogonalises."""
 
     def in_layers(name: str) -> bool:
         return name.startswith("layers/")
@@ -112,7 +114,7 @@ def _spectral(loss: Callable) -> Callable[..., Measured]:
 
 
 def _curvature(loss: Callable) -> Callable[..., Measured]:
-    """tr(HΣ)/(GᵀHG): the first half of the sequences makes the gradients, the second the Hessian."""
+    """tr(HΣ)/(GᵀHG). The first half of the sequences gives the gradients, the second half the Hessian."""
 
     def measured(params, opt_state, tokens_BxT1):
         half = len(tokens_BxT1) // 2
@@ -123,12 +125,14 @@ def _curvature(loss: Callable) -> Callable[..., Measured]:
 
 
 def _adam(which: str, loss: Callable) -> Callable[..., Measured]:
-    """In the metric of Adam's second moments; their bias correction is a factor that drops out of the ratio."""
+    """The noise scale in the metric of Adam's second moments. Their bias correction cancels in the ratio."""
 
     def measured(params, opt_state, tokens_BxT1):
         nu = optax.tree_utils.tree_get(opt_state, "nu")
         if len(jax.tree.leaves(nu)) != len(jax.tree.leaves(params)):
-            raise UserError(f"live_ramp.metric = {which!r} takes second moments of every parameter: train with adam")
+            raise UserError(
+                f"live_ramp.metric = {which!r} needs Adam's second moments of every parameter: train with adam or adamw"
+            )
         norms = adam_norms(nu)
         return _moments(loss, lambda grads: norms(grads)[which], params, tokens_BxT1)
 

@@ -1,4 +1,4 @@
-"""One run, from its first step or its newest checkpoint to its result."""
+"""Trains one run, from its first step or its newest checkpoint to its result."""
 
 import functools
 import time
@@ -35,22 +35,25 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> RunResult:
-    """Trains a run in `workdir/runs/<run id>`, or continues it there, or returns its result if it is done.
+    """Trains a run in `workdir/runs/<run id>` and returns its result. Continues a run that was interrupted.
+
+    If the run is already done, only returns its result.
 
     Args:
       workdir: a folder that all processes see, or gs://bucket/folder.
-      corpus: what `data.prepare(run.text, run.model.context, run.tokenizer)` returns, to save reading it again.
-      num_devices: all of all processes unless given; the global batch is split over them.
-      keep_checkpoint: whether the last state stays on disk once the run is done.
-      branch_of: a finished run in `workdir` that is the same up to the first stage of this one's ramp, to start from
-        the state that it kept there (`Run.snapshot_tokens`).
-      should_stop: asked after every call to the device; True, in any process, saves the state and raises
-        `Interrupted` in all.
-      on_progress: called in the first process alone, which also writes the records.
+      corpus: what `data.prepare(run.text, run.model.context, run.tokenizer)` returns; None prepares it here.
+      num_devices: the devices over which each batch is split; None takes all devices of all processes.
+      keep_checkpoint: keep the last state on disk when the run is done.
+      checkpoint_seconds: time between checkpoints.
+      branch_of: a finished run in `workdir` that is the same up to the first stage of this run's ramp. Training starts
+        from the state that it kept there (`Run.snapshot_tokens`).
+      should_stop: called after every call of the compiled program. If it returns True in any process, all processes
+        save the state and raise `Interrupted`.
+      on_progress: called after each evaluation, in the first process only.
 
     Raises:
-      UserError: if the batch doesn't fit the devices, the text the model, or the folder holds a run on other text; if
-        another process trains this run, or one that belongs to this run trains another.
+      UserError: if the batch doesn't fit the devices, or the text doesn't fit the model; if the folder holds this run
+        on other text, or another process trains it; if the processes have different runs.
       Interrupted: see `should_stop`.
     """
     corpus = corpus or prepare(run.text, run.model.context, run.tokenizer)
@@ -124,14 +127,15 @@ def _check_processes(run: Run, corpus: Corpus, num_devices: int, backend: Backen
         return
     if backend == "vmap" or num_devices != jax.device_count():
         raise UserError(
-            f"{jax.process_count()} processes train one run by pmap or shard_map on all of their {jax.device_count()} "
-            f"devices, not by {backend} on {num_devices}"
+            f"{jax.process_count()} processes must train one run with pmap or shard_map on all of their "
+            f"{jax.device_count()} devices, not with {backend} on {num_devices}"
         )
     here = [run.run_id, corpus.manifest["sha256"]]
     others = here != from_first(here)
     if agree(others)[0]:
         raise UserError(
-            f"the processes of this run differ: one of them has another command or other text than {run.run_id}"
+            f"the processes of this run differ: at least one has another command or another text than {run.run_id}; "
+            "start all with the same"
         )
 
 
@@ -140,7 +144,7 @@ def _test_loss(evaluate, state: TrainState, held_out) -> float:
 
 
 def _live_measurement(run: Run, state: TrainState, rows, step: int) -> dict[str, Any]:
-    """What a live ramp's metric takes, at the steps where it looks; on sequences of its own."""
+    """{"live": measured values} at a look of the live ramp, on extra training sequences; else {}."""
     live = run.live_ramp
     if live is None or live.metric == "simple" or step % live.every_steps:
         return {}

@@ -1,4 +1,4 @@
-"""Optimizers by name, from Optax; the learning rate is applied outside, so that it can be a traced value."""
+"""Optimizers of Optax by name. They don't include the learning rate, so that it can be a traced value."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -11,20 +11,20 @@ from scaling_jax.io import UserError
 
 Name = Literal["adam", "adamw", "sgd", "signum", "muon", "adafactor"]
 NAMES: tuple[Name, ...] = get_args(Name)
-_ALIKE_RMS = 0.2  # of Muon's update, so that Adam's learning rates suit it (Liu et al. 2025, arXiv 2502.16982)
+_ALIKE_RMS = 0.2  # of Muon's update, so that it works with Adam's learning rates (Liu et al. 2025, arXiv 2502.16982)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer; each takes those of the values below that it has.
+    """An optimizer and its settings; an optimizer ignores the settings that it doesn't have.
 
-    β's are per step, or follow from half-lives in tokens, which keeps them comparable across batch sizes (Marek et al.
-    2025, arXiv 2507.07101). Weight decay is decoupled, times the learning rate, on matrices alone.
+    Give β's per step, or as half-lives in tokens. Half-lives make them comparable across batch sizes (Marek et al.
+    2025, arXiv 2507.07101). Weight decay is decoupled, multiplied by the learning rate, and applied to matrices only.
     """
 
     name: Name = "adam"
     beta1: float = 0.9  # momentum of adam, adamw, signum and muon
-    beta2: float = 0.98  # second moment of adam, adamw and, for all but matrices, muon
+    beta2: float = 0.98  # second moment of adam, adamw, and of muon except for matrices inside layers
     beta1_half_life_tokens: float | None = None
     beta2_half_life_tokens: float | None = None
     weight_decay: float = 0.0
@@ -44,11 +44,15 @@ class OptimizerConfig:
         decays = self.weight_decay > 0
         if self.weight_decay < 0 or (self.name == "adam" and decays) or (self.name == "adamw" and not decays):
             raise UserError(
-                f"optimizer.weight_decay = {self.weight_decay} with {self.name}: adamw takes a positive one, adam none"
+                f"optimizer.weight_decay = {self.weight_decay} with {self.name}: it must be positive for adamw, 0 for "
+                "adam, and never negative"
             )
 
     def at(self, batch_tokens: int, growth: float = 1.0) -> "OptimizerConfig":
-        """With β's per step, for a batch of `growth · batch_tokens`; β's given per step are those at `batch_tokens`."""
+        """The config with β's per step for a batch of `growth · batch_tokens`, without half-lives.
+
+        β's that are given per step belong to `batch_tokens`.
+        """
         betas = {}
         for name in ("beta1", "beta2"):
             half_life = getattr(self, f"{name}_half_life_tokens")
@@ -58,7 +62,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Update directions of unit learning rate, to be subtracted; from β's per step (see `OptimizerConfig.at`)."""
+    """The optimizer with a learning rate of 1; subtract its updates. Needs β's per step (see `OptimizerConfig.at`)."""
     chain = [
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else None,
         _direction(config),
@@ -92,7 +96,7 @@ def _is_matrix(params):
 
 
 def _muon_axes(params):
-    """Matrices inside layers are orthogonalised, each for itself; embeddings, norms and biases take Adam."""
+    """Muon orthogonalises each matrix inside layers; embeddings, norms and biases use Adam."""
 
     def axes(path, x):
         inside = _is_stacked(path) and x.ndim == 3
@@ -102,5 +106,5 @@ def _muon_axes(params):
 
 
 def _is_stacked(path) -> bool:
-    """Whether the leading axis counts layers."""
+    """True if the leading axis counts layers."""
     return any(getattr(key, "key", None) == "layers" for key in path)

@@ -1,4 +1,4 @@
-"""Many runs at once on devices that one small run leaves idle; a run that ends frees its slot for the next."""
+"""Trains many small runs at once on the same devices. When a run ends, the next run takes its slot."""
 
 import functools
 import time
@@ -30,11 +30,81 @@ from scaling_jax.training.records import RunResult
 from scaling_jax.training.run import Run
 
 
+def train_many(
+    next_run: Callable[[], Run | None],
+    on_result: Callable[[Run, RunResult], None],
+    workdir: str | Path,
+    corpus: Corpus,
+    *,
+    num_slots: int,
+    num_devices: int = 1,
+    backend: Backend = "pmap",
+    checkpoint_seconds: float = 60.0,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> None:
+    """Trains runs that share a program, each as `train` would train it, until there are no more.
+
+    A run's numbers don't depend, bit for bit, on the other runs beside it. Compared with `train`, or with another
+    number of slots or devices, they differ by rounding only.
+
+    Args:
+      next_run: called when a slot is free; returns None if there is no run to start now.
+      on_result: called when a run is done; afterwards `next_run` may return more runs.
+      corpus: for all runs; placed on every device.
+      num_slots: number of runs at a time, rounded up to a multiple of the devices; each device trains some of them.
+        With more devices than slots, several devices train each run together by shard_map, as many as divide its batch.
+      should_stop: called after every call of the compiled program. If True, saves all runs and raises `Interrupted`.
+
+    Raises:
+      UserError: see `train`.
+      ValueError: if the runs don't share a program.
+      Interrupted: see `should_stop`.
+    """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"train_many works in one process, not in {jax.process_count()}: use `train`, or an executor for a scan"
+        )
+    population: _Population | None = None
+    rows = resident_rows(corpus, num_devices)
+    stopping = False
+    try:
+        while True:
+            while not stopping and (population is None or population.free) and (run := next_run()) is not None:
+                folder, done = find_place(run, workdir, corpus)
+                if done is not None:
+                    on_result(run, done)
+                    continue
+                each = _devices_each(num_devices, num_slots, run.batch_sequences)
+                program = program_for(run, each, backend)
+                if population is None:
+                    num_groups = num_devices // each
+                    slots = Slots(program, num_groups, -(-num_slots // num_groups))
+                    population = _Population(slots, rows, held_out_rows(corpus.test_RxT1, run.eval_tokens))
+                if program != population.slots.program or run.ramp or run.live_ramp:
+                    raise ValueError(f"{run.run_id} doesn't share the population's program: train it with `train`")
+                state = population.slots.program.init(run.seed)
+                population.start(Attempt(run, folder, corpus, state, on_progress), len(corpus.train_RxT1))
+            if population is None or not population.seats:
+                if stopping:
+                    raise Interrupted(str(workdir))
+                return
+            stopping = stopping or should_stop()
+            for seat in population.advance():
+                if seat.result is not None:
+                    on_result(seat.attempt.run, seat.result)
+                elif stopping or time.monotonic() - seat.saved_at > checkpoint_seconds:
+                    population.save(seat, leave=stopping)
+    finally:
+        if population is not None:
+            population.close()
+
+
 class Slots:
-    """`num_groups · per_group` states; a slot's numbers don't depend on what its neighbours hold."""
+    """The training states of `num_groups · per_group` slots. A slot's numbers don't depend on the other slots."""
 
     def __init__(self, program: Program, num_groups: int, per_group: int):
-        """All slots hold the state of seed 0; each group of `program.num_devices` devices shares its slots' batches."""
+        """All slots start with the state of seed 0. Each group of devices trains the batches of `per_group` slots."""
         self.program, self._per_group = program, per_group
         self._compiled = program, num_groups, per_group
         shape = (num_groups, per_group)
@@ -45,9 +115,11 @@ class Slots:
         return int(np.prod(self._shape))
 
     def put(self, slot: int, state: TrainState) -> None:
+        """Sets the state of a slot."""
         self._states = _put(self._states, divmod(slot, self._per_group), state)
 
     def get(self, slot: int) -> TrainState:
+        """The state of a slot."""
         return _get(self._states, divmod(slot, self._per_group))
 
     def steps(
@@ -57,11 +129,12 @@ class Slots:
         learning_rates: Sequence[float],
         warmup_steps: Sequence[int],
     ) -> StepMetrics:
-        """Takes as many steps in every slot, and returns each one's metrics [slots, steps, …].
+        """Takes the same number of steps in every slot, and returns their metrics [slots, steps, …].
 
         Args:
           rows: the corpus [R, T + 1] on every device.
-          orders: for each slot the rows of each step's batch [steps, batch_sequences].
+          orders: for each slot, the rows of each step's batch [steps, batch_sequences].
+          learning_rates, warmup_steps: for each slot.
         """
         num_steps = len(orders[0])
         order_SxCxB = np.zeros((len(self), self.program.steps_per_call, self.program.batch_sequences), np.int32)
@@ -77,7 +150,7 @@ class Slots:
         return jax.tree.map(lambda x: np.asarray(x).reshape(len(self), *x.shape[2:])[:, :num_steps], series)
 
     def test_losses(self, slots: Sequence[int], held_out_RxT1: np.ndarray) -> dict[int, float]:
-        """Loss on held-out rows of some slots, in nats per token."""
+        """{slot: loss on the held-out rows in nats per token} of some slots."""
         wanted = np.zeros(len(self), bool)
         wanted[list(slots)] = True
         losses = _compile_losses(*self._compiled)(self._states, held_out_RxT1, wanted.reshape(self._shape))
@@ -128,7 +201,10 @@ def _compile_losses(program: Program, num_groups: int, per_group: int):
 
 
 def _over_groups(body, program: Program, num_groups: int, split: tuple[Literal[0, 1, 2], ...], donate_argnums=()):
-    """`body` of a device; see `spmd_of_runs`. Groups of one device have no axis of devices, and the run's backend."""
+    """Compiles `body`, which runs on one device, for all groups; see `spmd_of_runs`.
+
+    A group of one device has no device axis, and uses the program's backend.
+    """
     if program.num_devices > 1:
         return spmd_of_runs(
             body,
@@ -147,82 +223,14 @@ def _over_groups(body, program: Program, num_groups: int, split: tuple[Literal[0
     )
 
 
-def train_many(
-    next_run: Callable[[], Run | None],
-    on_result: Callable[[Run, RunResult], None],
-    workdir: str | Path,
-    corpus: Corpus,
-    *,
-    num_slots: int,
-    num_devices: int = 1,
-    backend: Backend = "pmap",
-    checkpoint_seconds: float = 60.0,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_progress: Callable[[Progress], None] = lambda _: None,
-) -> None:
-    """Trains runs that share a program, as `train` would each of them, until there is none left.
-
-    A run's numbers are the same bit for bit whichever runs share its population. They are those of `train`, or of
-    another number of slots or devices, but for rounding.
-
-    Args:
-      next_run: called whenever a slot is free; None if there is no run to start now.
-      on_result: called when a run is done, after which `next_run` may have more.
-      corpus: of all runs; placed on every device.
-      num_slots: runs at a time; rounded up to a multiple of `num_devices`, each of which holds its share. Where there
-        are more devices than slots, as many of them as share a batch evenly train each run together, by shard_map.
-      should_stop: asked after every call to the devices; True saves all runs and raises `Interrupted`.
-
-    Raises:
-      UserError: see `train`.
-      ValueError: if the runs don't share a program.
-      Interrupted: see `should_stop`.
-    """
-    if jax.process_count() > 1:
-        raise UserError("runs side by side train in one process each: use `train`, or an executor for a scan")
-    population: _Population | None = None
-    rows = resident_rows(corpus, num_devices)
-    stopping = False
-    try:
-        while True:
-            while not stopping and (population is None or population.free) and (run := next_run()) is not None:
-                folder, done = find_place(run, workdir, corpus)
-                if done is not None:
-                    on_result(run, done)
-                    continue
-                each = _devices_each(num_devices, num_slots, run.batch_sequences)
-                program = program_for(run, each, backend)
-                if population is None:
-                    num_groups = num_devices // each
-                    slots = Slots(program, num_groups, -(-num_slots // num_groups))
-                    population = _Population(slots, rows, held_out_rows(corpus.test_RxT1, run.eval_tokens))
-                if program != population.slots.program or run.ramp or run.live_ramp:
-                    raise ValueError(f"{run.run_id} doesn't share the population's program")
-                state = population.slots.program.init(run.seed)
-                population.start(Attempt(run, folder, corpus, state, on_progress), len(corpus.train_RxT1))
-            if population is None or not population.seats:
-                if stopping:
-                    raise Interrupted(str(workdir))
-                return
-            stopping = stopping or should_stop()
-            for seat in population.advance():
-                if seat.result is not None:
-                    on_result(seat.attempt.run, seat.result)
-                elif stopping or time.monotonic() - seat.saved_at > checkpoint_seconds:
-                    population.save(seat, leave=stopping)
-    finally:
-        if population is not None:
-            population.close()
-
-
 def _devices_each(num_devices: int, num_slots: int, batch_sequences: int) -> int:
-    """How many devices share the batch of a run, so that all have work."""
+    """Number of devices that train a run together, so that every device has work."""
     shares = range(max(1, num_devices // num_slots), 0, -1)
     return next(n for n in shares if num_devices % n == 0 and batch_sequences % n == 0)
 
 
 class _Seat:
-    """A run in its slot, somewhere in a call."""
+    """A run in its slot, during one of its calls."""
 
     def __init__(self, slot: int, attempt: Attempt, num_rows: int):
         self.slot, self.attempt, self._num_rows = slot, attempt, num_rows
@@ -231,7 +239,7 @@ class _Seat:
         self.next_call()
 
     def next_call(self) -> None:
-        """Draws the rows of the run's next call."""
+        """Starts the run's next call: draws the rows of its steps."""
         run, here = self.attempt.run, self.attempt.journal.here
         self.call = next_call(run, here)
         examples_seen, num_steps, batch_sequences = span(here, self.call)
@@ -240,11 +248,14 @@ class _Seat:
         self.series: list[StepMetrics] = []
 
     def take(self, series: StepMetrics) -> None:
+        """Adds the metrics of finished steps, and removes their rows."""
         self.order = self.order[len(series.loss) :]
         self.series.append(series)
 
 
 class _Population:
+    """The slots and the runs in them."""
+
     def __init__(self, slots: Slots, rows: jax.Array, held_out_RxT1: np.ndarray):
         self.slots, self._rows, self._held_out = slots, rows, held_out_RxT1
         self.seats: dict[int, _Seat] = {}
@@ -259,7 +270,10 @@ class _Population:
         self.seats[slot] = _Seat(slot, attempt, num_rows)
 
     def advance(self) -> list[_Seat]:
-        """Steps until some run's call ends; returns the seats whose did. Those with a result have left `seats`."""
+        """Takes steps until the call of some run ends. Returns the seats whose call ended.
+
+        Finished runs have a result, and are no longer in `seats`.
+        """
         num_steps = min(len(seat.order) for seat in self.seats.values())
         idle = np.zeros((num_steps, self.slots.program.batch_sequences), np.int32)
         seats = [self.seats.get(slot) for slot in range(len(self.slots))]

@@ -1,4 +1,4 @@
-"""The compiled training step: many optimizer steps a call, the noise scale's moments measured inside each."""
+"""The compiled training program: one call takes many optimizer steps, and measures the noise scale at each step."""
 
 import dataclasses
 import functools
@@ -17,45 +17,45 @@ from scaling_jax.tasks import ModelConfig, Transformer, batch_loss, is_stacked, 
 from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
 from scaling_jax.training.run import Run, split_batch
 
-_TRACKER = tracker(half_life=20)  # steps: it serves the display, the raw series are kept as well
+_TRACKER = tracker(half_life=20)  # steps; for display only, as the metrics keep the raw series
 
 
 class Average(NamedTuple):
-    """An exponential average of the weights over steps: `weighted_sum / weight`."""
+    """An exponential average of the parameters over steps: `weighted_sum / weight`."""
 
     weighted_sum: Any
     weight: jax.Array
 
 
 class TrainState(NamedTuple):
+    """The whole state of a run on the devices."""
+
     params: Any
     opt_state: Any
     step: jax.Array  # optimizer steps taken, int32
-    noise: TrackerState  # moments so far, smoothed
-    average: Average | None  # of the parameters, where the run is evaluated on it
+    noise: TrackerState  # moving averages of both moments
+    average: Average | None  # of the parameters; None if the run evaluates the parameters themselves
 
     @property
     def evaluated_params(self) -> Any:
+        """The parameters that evaluations use."""
         average = self.average
         return self.params if average is None else jax.tree.map(lambda x: x / average.weight, average.weighted_sum)
 
 
 class StepMetrics(NamedTuple):
-    """What each step of a call measured, float32; norms are of the gradient before clipping.
+    """Metrics of each step of a call, float32. Norms are of the gradient before clipping."""
 
-    [steps], and [steps, n_layer + 2] of the parts of the model (`models.part_names`).
-    """
-
-    loss: jax.Array  # of the batch, before the step; nats per token
-    small_sq_norm: jax.Array
-    big_sq_norm: jax.Array
-    small_sq_norm_by_layer: jax.Array
-    big_sq_norm_by_layer: jax.Array
+    loss: jax.Array  # [steps], of the batch, before the step; nats per token
+    small_sq_norm: jax.Array  # [steps]
+    big_sq_norm: jax.Array  # [steps]
+    small_sq_norm_by_layer: jax.Array  # [steps, n_layer + 2], of each part of the model (`tasks.part_names`)
+    big_sq_norm_by_layer: jax.Array  # [steps, n_layer + 2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What runs of one shape share: learning rate, warm-up, seed and data are arguments."""
+    """What is fixed when a training program is compiled. Learning rate, warm-up, seed and data are its arguments."""
 
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -64,25 +64,25 @@ class Program:
     steps_per_call: int
     num_devices: int
     backend: Backend = "pmap"
-    average_decay: float | None = None  # per step, of the average of the weights
+    average_decay: float | None = None  # per step, of the average of the parameters
 
     @property
     def small_batch_sequences(self) -> int:
         return self.batch_sequences // (self.num_devices * self.num_microbatches)
 
     def init(self, seed: int) -> TrainState:
-        """Parameters and optimizer state as a function of the seed alone."""
+        """The first state. It depends only on the program and the seed."""
         return _init(self.model, self.optimizer, self.average_decay is not None)(jnp.int32(seed))
 
     def steps(
         self, state: TrainState, rows: jax.Array, order: np.ndarray, learning_rate: float, warmup_steps: int
     ) -> tuple[TrainState, StepMetrics]:
-        """Takes a step for each batch of `order`, and donates `state`.
+        """Takes one step for each batch in `order`. Donates `state`: don't use it afterwards.
 
         Args:
-          rows: the corpus [R, T + 1] on every device, or rows of its own on each [num_devices, R, T + 1].
-          order: rows of each step's batch [steps, this process's sequences], at most `steps_per_call` steps; each
-            device's part counts in the rows that it has.
+          rows: the corpus [R, T + 1] on every device, or each device's own rows [num_devices, R, T + 1].
+          order: the rows of each step's batch [steps, this process's sequences], at most `steps_per_call` steps. If
+            devices have their own rows, a device's part of `order` indexes these.
         """
         num_steps, own_sequences = order.shape
         order_CxB = np.zeros((self.steps_per_call, own_sequences), np.int32)
@@ -95,10 +95,10 @@ class Program:
 
 
 def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Program:
-    """The program of a run; runs with equal programs compile once.
+    """The program of a run. Equal programs are compiled only once.
 
     Raises:
-      UserError: if the batch can't be shared by the devices.
+      UserError: if the batch doesn't divide over the devices.
     """
     microbatch_sequences = run.microbatch_tokens // run.model.context
     return Program(
@@ -114,26 +114,16 @@ def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Pr
 
 
 def noise_scale_so_far(noise: TrackerState) -> float:
-    """The smoothed noise scale in examples; NaN where |G|² isn't positive."""
+    """The noise scale in examples, from the moving averages; NaN if |G|² isn't positive."""
     grad_sq_norm, trace_cov = map(float, _TRACKER.read(jax.tree.map(np.asarray, noise)))
     return trace_cov / grad_sq_norm if grad_sq_norm > 0 else math.nan
 
 
-@functools.cache
-def _init(model: ModelConfig, optimizer: OptimizerConfig, averaged: bool):
-    def init(seed):
-        params = Transformer(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
-        average = Average(jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if averaged else None
-        return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0), _TRACKER.init(), average)
-
-    return jax.jit(init)
-
-
 def one_step(program: Program, axis_name: str | None, differentiate: Callable = value_and_grad):
-    """`(state, tokens [B, T + 1], learning_rate, warmup_steps) -> (state, metrics)`: one optimizer step of one device.
+    """One optimizer step on one device: `(state, tokens [B, T + 1], learning_rate, warmup_steps) -> (state, metrics)`.
 
-    Gradients are averaged over `axis_name`; the noise scale's moments ride on that. `differentiate` may stand in for
-    `noise_scale.value_and_grad`.
+    Gradients and the noise scale's moments are averaged over `axis_name`. `differentiate` replaces
+    `noise_scale.value_and_grad` if given.
     """
     optimizer = make_optimizer(program.optimizer)
     loss_and_grad = differentiate(
@@ -162,14 +152,8 @@ def one_step(program: Program, axis_name: str | None, differentiate: Callable = 
     return step
 
 
-def _averaged(average: Average | None, params, decay: float | None) -> Average | None:
-    if average is None or decay is None:
-        return None
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, Average(params, jnp.float32(1)))
-
-
 def many_steps(program: Program, differentiate: Callable = value_and_grad):
-    """`(state, rows, order, settings) -> (state, metrics)`: what one device does in a call of `Program.steps`."""
+    """A call of `Program.steps` on one device: `(state, rows, order, settings) -> (state, metrics)`."""
     step = one_step(program, AXIS, differentiate)
 
     def steps(state: TrainState, rows_RxT1, order_CxB, settings):
@@ -181,16 +165,32 @@ def many_steps(program: Program, differentiate: Callable = value_and_grad):
             return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), series, metrics)
 
         empty = no_metrics(program, program.steps_per_call)
-        # A traced trip count: calls of any number of steps share one program.
+        # The number of steps is traced, so that calls with any number of steps use one program.
         return jax.lax.fori_loop(0, num_steps, body, (state, empty))
 
     return steps
 
 
 def no_metrics(program: Program, *shape: int) -> StepMetrics:
-    """Zeros for metrics of steps [*shape]."""
+    """Metrics of zeros for steps of this shape."""
     a_step, by_layer = jnp.zeros(shape), jnp.zeros((*shape, len(part_names(program.model.n_layer))))
     return StepMetrics(a_step, a_step, a_step, by_layer, by_layer)
+
+
+@functools.cache
+def _init(model: ModelConfig, optimizer: OptimizerConfig, averaged: bool):
+    def init(seed):
+        params = Transformer(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
+        average = Average(jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if averaged else None
+        return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0), _TRACKER.init(), average)
+
+    return jax.jit(init)
+
+
+def _averaged(average: Average | None, params, decay: float | None) -> Average | None:
+    if average is None or decay is None:
+        return None
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, Average(params, jnp.float32(1)))
 
 
 @functools.cache

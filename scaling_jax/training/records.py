@@ -1,10 +1,10 @@
-"""A run's folder: config.json, metrics.jsonl (a line a call), result.json (last, so its presence means done).
+"""The files in a run's folder: config.json, metrics.jsonl (one line per call), and result.json.
 
-Each of them is a dataclass here, with one writer and one reader. `SCHEMA` counts their versions and stands in
-config.json; folders of older schemas stay readable for good:
+result.json is written last, so a folder with it holds a finished run. Each file has a dataclass, one writer and one
+reader here. config.json holds the `SCHEMA` with which it was written. All older schemas stay readable:
 
-1: config.json held no schema, and a run's id hashed all of its values.
-2: its id hashes what differs from the defaults.
+1: config.json has no schema, and the run id hashes all values of the run.
+2: the run id hashes only values that differ from their defaults.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ Status = Literal["reached", "exhausted", "given up", "diverged"]
 _NORMS = ("small_sq_norm", "big_sq_norm")
 _NORMS_BY_PART = ("small_sq_norm_by_layer", "big_sq_norm_by_layer")
 _NUMBERS = {float, int, type(None)}
-_DAMAGE = (ValueError, TypeError, KeyError, RecursionError, OverflowError)  # what reading something else raises
+_DAMAGE = (ValueError, TypeError, KeyError, RecursionError, OverflowError)  # raised by reading damaged values
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A run's config.json: what is trained, on which text."""
+    """A run's config.json: the run and its text."""
 
     run: Run
-    corpus: dict[str, Any]  # the manifest of its text
+    corpus: dict[str, Any]  # the manifest of the text
     schema: int = SCHEMA
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a run ended; its losses are in `metrics.jsonl`."""
+    """A run's result.json: how the run ended. Its losses are in metrics.jsonl."""
 
     run_id: str
     status: Status
@@ -56,25 +56,26 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MetricsLine:
-    """A call of the compiled program: some steps of one batch size, then perhaps an evaluation.
+    """A line of metrics.jsonl: one call of the compiled program, with some steps and maybe an evaluation at the end.
 
-    Losses are in nats per token, NaN where they weren't finite; batches in tokens. Norms are of the gradient before
-    clipping; those by part of the model (`tasks.part_names`) are means over the line's steps.
+    Losses are in nats per token; losses that weren't finite are NaN. Batches are in tokens; all steps of a line have
+    one batch size. Norms are of the gradient before clipping. Norms by part of the model (`tasks.part_names`) are means
+    over the line's steps.
     """
 
-    step: int  # the line's last
-    tokens: int  # processed by then
+    step: int  # the last step of the line
+    tokens: int  # processed up to this step
     epoch: float
     batch_tokens: int
     small_batch_tokens: int
     train_loss: np.ndarray  # [steps]
     small_sq_norm: np.ndarray  # [steps]
     big_sq_norm: np.ndarray  # [steps]
-    small_sq_norm_by_part: np.ndarray | None  # [parts]; None in lines that measured none
-    big_sq_norm_by_part: np.ndarray | None
-    live: np.ndarray | None  # what a live ramp's metric measured, see `live_ramp.measure`
+    small_sq_norm_by_part: np.ndarray | None  # [parts]; None if not measured
+    big_sq_norm_by_part: np.ndarray | None  # [parts]; None if not measured
+    live: np.ndarray | None  # the measurement of a live ramp's metric, see `live_ramp.measure`
     evaluated: bool
-    test_loss: float  # NaN also where it wasn't evaluated
+    test_loss: float  # NaN also without an evaluation
     test_bits_per_byte: float | None
 
     @property
@@ -83,10 +84,10 @@ class MetricsLine:
 
     @classmethod
     def read(cls, values: Any) -> "MetricsLine":
-        """From JSON values.
+        """A line from its JSON values.
 
         Raises:
-          ValueError, TypeError, KeyError: if they are none.
+          ValueError, TypeError, KeyError: if the values don't form a line.
         """
         if not isinstance(values, dict):
             raise ValueError("not an object")
@@ -119,7 +120,7 @@ class MetricsLine:
         )
 
     def json(self) -> dict[str, Any]:
-        """As `read` takes it; JSON has no NaN."""
+        """The JSON values that `read` takes. NaN becomes null, because JSON has no NaN."""
         values: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
@@ -140,24 +141,24 @@ class MetricsLine:
 
 
 class Course(NamedTuple):
-    """A whole run's metrics in columns: by step, by line, by evaluation."""
+    """The metrics of a whole run as columns: by step, by line and by evaluation."""
 
     batch_tokens: np.ndarray  # [steps]
     small_batch_tokens: np.ndarray  # [steps]
     small_sq_norm: np.ndarray  # [steps]
     big_sq_norm: np.ndarray  # [steps]
-    line_steps: np.ndarray  # [lines], how many steps each took
+    line_steps: np.ndarray  # [lines], number of steps in each line
     line_batch_tokens: np.ndarray  # [lines]
     line_small_batch_tokens: np.ndarray  # [lines]
-    small_sq_norm_by_part: np.ndarray | None  # [lines, parts]; None unless all lines measured them
-    big_sq_norm_by_part: np.ndarray | None
-    eval_steps: np.ndarray  # [evaluations] with a finite loss
-    eval_tokens: np.ndarray
-    eval_losses: np.ndarray
+    small_sq_norm_by_part: np.ndarray | None  # [lines, parts]; None unless all lines have them
+    big_sq_norm_by_part: np.ndarray | None  # [lines, parts]; None unless all lines have them
+    eval_steps: np.ndarray  # [evaluations]; only evaluations with a finite loss
+    eval_tokens: np.ndarray  # [evaluations]
+    eval_losses: np.ndarray  # [evaluations]
 
 
 def course(lines: Sequence[MetricsLine]) -> Course:
-    """A run's lines in columns; every step with its own line's batch sizes."""
+    """The columns of a run's lines. Each step has the batch sizes of its line."""
     steps = np.array([line.num_steps for line in lines], int)
     batch, small_batch = (
         np.array([getattr(line, name) for line in lines], float) for name in ("batch_tokens", "small_batch_tokens")
@@ -183,12 +184,12 @@ def course(lines: Sequence[MetricsLine]) -> Course:
 
 
 def run_folder(workdir: str | Path, run: Run) -> Path:
-    """Where a results folder keeps a run: in the folder whose config.json holds it, else in a new one."""
+    """The folder of a run in a results folder: the one whose config.json holds this run, else a new one."""
     runs = Path(workdir) / "runs"
     own = runs / run.run_id
     if (own / "config.json").exists():
         return own
-    for folder in sorted(runs.glob(f"{glob.escape(run.label)}-*")):  # of another schema, or with other defaults
+    for folder in sorted(runs.glob(f"{glob.escape(run.label)}-*")):  # another schema or other defaults give another id
         with contextlib.suppress(UserError):
             if read_run_config(folder).run == run:
                 return folder
@@ -200,17 +201,17 @@ def write_run_config(folder: Path, run: Run, corpus: dict[str, Any]) -> None:
 
 
 def read_run_config(folder: Path) -> RunConfig:
-    """A run's config.json, whatever its folder is called. Values that it lacks take their defaults.
+    """The config.json in a run's folder. Values that are missing get their defaults.
 
     Raises:
-      UserError: if it isn't there, is damaged or of a later version.
+      UserError: if the file isn't there, is damaged, or is from a later version.
     """
     path = folder / "config.json"
     try:
         values = json.loads(path.read_bytes())
         schema = values.get("schema", 1)
         if not isinstance(schema, int) or schema > SCHEMA:
-            raise ValueError(f"schema {schema} is of a later version than this one, {SCHEMA}")
+            raise ValueError(f"schema {schema} is from a later version; this version reads up to {SCHEMA}")
         if not isinstance(values["corpus"], dict):
             raise ValueError("no corpus")
         return RunConfig(from_dict(Run, values["run"]), values["corpus"], schema)
@@ -219,10 +220,10 @@ def read_run_config(folder: Path) -> RunConfig:
 
 
 def read_result(folder: Path) -> RunResult | None:
-    """None while the run isn't done.
+    """The result of a run; None if the run isn't done.
 
     Raises:
-      UserError: if it is damaged or of another version.
+      UserError: if the file is damaged or from another version.
     """
     path = folder / "result.json"
     return read_config(RunResult, path, _train_again(folder)) if path.exists() else None
@@ -233,13 +234,13 @@ def write_result(folder: Path, result: RunResult) -> None:
 
 
 def read_metrics(folder: Path, result: RunResult | None = None) -> list[MetricsLine]:
-    """A run's lines in order; a last line that was cut off by a crash is not one.
+    """A run's metrics lines in order, without a last line that a crash cut off.
 
     Args:
-      result: of a run that is done, whose last step must be the lines' last.
+      result: of a finished run; its last step must be the last step of the lines.
 
     Raises:
-      UserError: naming a line that isn't what a run writes, or a run whose lines and result disagree.
+      UserError: if a line is damaged, or the lines and the result disagree. Names the line or both steps.
     """
     path = folder / "metrics.jsonl"
     lines: list[MetricsLine] = []
@@ -251,13 +252,17 @@ def read_metrics(folder: Path, result: RunResult | None = None) -> list[MetricsL
                 raise ValueError(f"{line.num_steps} steps up to step {line.step} don't follow the line before")
             num_parts |= {len(x) for x in (line.small_sq_norm_by_part, line.big_sq_norm_by_part) if x is not None}
             if len(num_parts) > 1:
-                raise ValueError(f"norms are of {min(num_parts)} parts of the model here and {max(num_parts)} there")
+                raise ValueError(
+                    f"lines have norms of {min(num_parts)} and of {max(num_parts)} parts of the model in one run"
+                )
         except _DAMAGE as error:
             raise UserError(f"{path} line {number} is damaged ({error}): {_train_again(folder)}") from None
         lines.append(line)
     last = lines[-1].step if lines else 0
     if result is not None and last != result.steps:
-        raise UserError(f"{path} ends at step {last:,}, the run at {result.steps:,}: {_train_again(folder)}")
+        raise UserError(
+            f"{path} ends at step {last:,} but the run ended at step {result.steps:,}: {_train_again(folder)}"
+        )
     return lines
 
 
@@ -270,12 +275,12 @@ def write_metrics(folder: Path, lines: Sequence[MetricsLine]) -> None:
 
 
 def append_clock(folder: Path, step: int) -> None:
-    """When a step was evaluated; apart from the metrics, which are the same whenever a run is trained."""
+    """Notes the time of an evaluation in clock.jsonl. metrics.jsonl has no times, so that it is the same every time."""
     append_line(folder / "clock.jsonl", {"step": step, "time": round(time.time(), 3)})
 
 
 def read_clock(folder: Path) -> dict[int, float]:
-    """Seconds since 1970 by step, of evaluations; only displays need it, so a damaged line is none."""
+    """{step: time in seconds since 1970} of the evaluations, for display. Skips damaged lines."""
     times = {}
     for _, text in read_lines(folder / "clock.jsonl"):
         try:
@@ -287,7 +292,7 @@ def read_clock(folder: Path) -> dict[int, float]:
 
 
 def jsonable(value: float) -> float | None:
-    """Eight digits hold a float32; JSON has no NaN."""
+    """The value with eight digits, enough for a float32; None for NaN and infinity, which JSON doesn't have."""
     return float(f"{value:.8g}") if math.isfinite(value) else None
 
 
@@ -310,4 +315,4 @@ def _nulls(array: np.ndarray) -> list[float | None]:
 
 
 def _train_again(folder: Path) -> str:
-    return f"remove {folder}, and the same scan or training command trains it again"
+    return f"remove {folder}, then the same scan or train command trains it again"

@@ -1,7 +1,7 @@
-"""What one training run is: every value that its results depend on, batch ramps among them.
+"""The configuration of a training run: every value that its results depend on, and batch ramps.
 
-When the batch grows k-fold, the learning rate grows by √k (Malladi et al. 2022, arXiv 2205.10287) and Adam's β become
-β^k, which keeps their half-lives in tokens (Marek et al. 2025, arXiv 2507.07101).
+When the batch grows by a factor k, the learning rate grows by √k (Malladi et al. 2022, arXiv 2205.10287). Adam's β
+become β^k, so their half-lives in tokens stay the same (Marek et al. 2025, arXiv 2507.07101).
 """
 
 import dataclasses
@@ -19,90 +19,50 @@ from scaling_jax.training.optimizers import OptimizerConfig
 Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
+_MOST_BATCH_TOKENS = 2**31  # ten times the largest batches in use; a typing error shouldn't fill the memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """From `tokens` processed on, steps of `batch_tokens` at `learning_rate_factor` times the run's learning rate."""
+    """A stage of a batch ramp."""
 
-    tokens: int
+    tokens: int  # the stage starts at the first step that has processed this many tokens
     batch_tokens: int
-    learning_rate_factor: float = 1.0
+    learning_rate_factor: float = 1.0  # times the run's learning rate
 
 
 @dataclasses.dataclass(frozen=True)
 class LiveRamp:
-    """The batch doubles once the noise scale is sure to exceed `threshold` times the doubled batch.
+    """A ramp that follows the noise scale: the batch doubles once the noise scale exceeds a threshold.
 
-    Sure means the lower end of the noise scale's 95 % interval over the later half of what was measured since the last
-    change: noise alone triggers nothing, and no further hysteresis is needed. The batch never shrinks. `simple`, tr(Σ)
-    over |G|², comes with every training step; the other metrics (`live_metrics`) are measured at each look, and three
-    looks are the fewest. In ℓ1 and the spectral norm sure means the lower of the two bounds.
+    It doubles when the lower end of the noise scale's 95 % interval exceeds `threshold` times the doubled batch. So
+    noise alone doesn't double it. The interval is over the later half of what was measured since the last change. For
+    "l1" and "spectral", the lower of the two bounds counts instead. The batch never shrinks.
+
+    The metric "simple", tr(Σ)/|G|², comes from every training step. The other metrics (`training/live_ramp.py`) are
+    measured at each look; they need at least three looks.
     """
 
     threshold: float
     max_batch_tokens: int
-    every_steps: int = 25  # between looks at the noise scale, the first after warm-up
+    every_steps: int = 25  # steps between looks at the noise scale; the first look is after warm-up
     metric: Metric = "simple"
-    sequences: int = 128  # that a measurement takes, besides those that are trained on
+    sequences: int = 128  # extra sequences per measurement; "simple" needs none
 
     def __post_init__(self):
         if self.metric not in METRICS:
             raise UserError(f"live_ramp.metric = {self.metric!r}: choose from {', '.join(METRICS)}")
         if not self.threshold > 0 or self.every_steps < 1:
             raise UserError(
-                f"a live ramp's threshold = {self.threshold} and every_steps = {self.every_steps} are positive"
+                f"live_ramp.threshold = {self.threshold} and every_steps = {self.every_steps} must be positive"
             )
         if self.sequences < 16 or self.sequences % 16:
-            raise UserError(f"a live ramp's sequences = {self.sequences} make two halves of eight parts: 16, 32, 48 …")
-
-
-def read_stages(path: Path) -> tuple[Stage, ...]:
-    """Stages from a JSON list of them, as `scaling-jax advise --write-ramp` writes it; the first from 0 tokens on.
-
-    Raises:
-      UserError: if the file isn't there, or isn't such a list.
-    """
-    try:
-        listed = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"can't read a ramp from {path}: {error}") from None
-    if not isinstance(listed, list) or not listed or not all(isinstance(stage, dict) for stage in listed):
-        raise UserError(f'{path} isn\'t a list of stages, such as [{{"tokens": 0, "batch_tokens": 128}}]')
-    stages = tuple(from_dict(Stage, stage, where=f"{path}[{k}].") for k, stage in enumerate(listed))
-    if stages[0].tokens != 0:
-        raise UserError(f"the first stage of {path} must start at 0 tokens, not at {stages[0].tokens:,}")
-    return stages
-
-
-def check_stages(batch_tokens: int, stages: Sequence[Stage]) -> None:
-    """Raises UserError unless stages start later and later, with larger and larger batches."""
-    before = Stage(0, batch_tokens)
-    for stage in stages:
-        if (
-            stage.tokens <= before.tokens
-            or stage.batch_tokens <= before.batch_tokens
-            or stage.learning_rate_factor <= 0
-        ):
-            raise UserError(f"a ramp's stages start later with larger batches each: {stage} can't follow {before}")
-        before = stage
-
-
-def stage_at(batch_tokens: int, stages: Sequence[Stage], tokens: int) -> Stage:
-    """The stage in force once `tokens` were processed; the first is the run's own batch size."""
-    return [s for s in (Stage(0, batch_tokens), *stages) if s.tokens <= tokens][-1]
-
-
-def next_boundary(stages: Sequence[Stage], tokens: int) -> int | None:
-    """Tokens at which the next stage starts; None in the last."""
-    return min((s.tokens for s in stages if s.tokens > tokens), default=None)
-
-
-_MOST_BATCH_TOKENS = 2**31  # ten times what anybody trains with; a slip of the keyboard shouldn't fill the memory
+            raise UserError(f"live_ramp.sequences = {self.sequences} must be a multiple of 16: 16, 32, 48 …")
 
 
 @dataclasses.dataclass(frozen=True)
 class Deadline:
-    """A run whose test loss is still above `loss` after `step` is given up."""
+    """A run is given up if its test loss is still above `loss` after `step`."""
 
     loss: float
     step: int
@@ -110,22 +70,24 @@ class Deadline:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained whatever its size, batch size and learning rate: what all runs of an experiment share.
+    """The settings that all runs of an experiment share, whatever the model, batch size and learning rate.
 
-    Whoever adds a field gives it the default that means what was before: then runs made earlier are still found.
+    A new field needs a default that stands for the behaviour before. Otherwise earlier runs aren't found any more.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
     warmup_steps: int | None = 10
     warmup_tokens: int | None = None  # instead of warmup_steps
-    average_half_life_tokens: float | None = None  # evaluate an exponential average of the weights (Zhang et al. 2024)
+    average_half_life_tokens: float | None = (
+        None  # evaluate an exponential average of the parameters (Zhang et al. 2024)
+    )
     text: str = "python"
     tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
-    microbatch_tokens: int = 1024  # the noise scale's small batch at most; at least two make a step
+    microbatch_tokens: int = 1024  # largest small batch of the noise scale; a step has at least two small batches
     eval_tokens: int = 16_384
-    eval_growth: float = 1.07  # evaluations lie at steps in this ratio
-    eval_every_tokens: int | None = None  # and at the first step past each multiple of this, where given
-    steps_per_call: int = 64
+    eval_growth: float = 1.07  # ratio of the steps of successive evaluations
+    eval_every_tokens: int | None = None  # if given, also evaluate at the first step past each multiple of this
+    steps_per_call: int = 64  # largest number of steps in one call of the compiled program
 
     def __post_init__(self):
         for field in ("microbatch_tokens", "eval_tokens", "steps_per_call"):
@@ -142,19 +104,15 @@ class Recipe:
         if self.eval_growth <= 1:
             raise UserError(f"eval_growth = {self.eval_growth} must be above 1: it is the ratio of evaluation steps")
 
-    @property
-    def recipe(self) -> "Recipe":
-        """This part alone of a run or an experiment."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
-
 
 @dataclasses.dataclass(frozen=True)
 class Run(Recipe):
-    """A run at constant learning rate after a linear warm-up, so that one run serves every target loss above its last.
+    """A training run with a constant learning rate after a linear warm-up.
 
-    The batch size may grow, by `ramp` or `live_ramp`; `batch_tokens` and `learning_rate` are the first step's. The run
-    ends when the test loss has been below `target_loss` at two evaluations in a row, when it misses a deadline, or
-    at `max_steps` or `max_tokens`, of which exactly one is given.
+    Because the learning rate is constant, one run serves every target loss above its last loss. The batch size may grow
+    by `ramp` or `live_ramp`; `batch_tokens` and `learning_rate` are those of the first step. The run ends when the test
+    loss was below `target_loss` at two evaluations in a row, when it misses a deadline, or at `max_steps` or
+    `max_tokens`. Give exactly one of these two.
     """
 
     model: ModelConfig
@@ -167,7 +125,7 @@ class Run(Recipe):
     max_steps: int | None = None
     max_tokens: int | None = None
     deadlines: tuple[Deadline, ...] = ()
-    snapshot_tokens: tuple[int, ...] = ()  # states to keep, at the first step that has processed so many
+    snapshot_tokens: tuple[int, ...] = ()  # keep the state at the first step that has processed this many tokens
 
     def __post_init__(self):
         super().__post_init__()
@@ -178,10 +136,6 @@ class Run(Recipe):
                 check_positive(field, getattr(self, field))
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed = {self.seed} must be from 0 to {2**31 - 1:,}")
-        if self.batch_tokens > _MOST_BATCH_TOKENS:
-            raise UserError(
-                f"batch_tokens = {self.batch_tokens:,} is more than {_MOST_BATCH_TOKENS:,}: tokens per step"
-            )
         if (self.max_steps is None) == (self.max_tokens is None):
             raise UserError("give exactly one of max_steps and max_tokens")
         if self.ramp and self.live_ramp:
@@ -203,20 +157,20 @@ class Run(Recipe):
 
     @property
     def average_decay(self) -> float | None:
-        """Per step, of the average of the weights; None if there is none."""
+        """Decay per step of the average of the parameters; None without an average."""
         if self.average_half_life_tokens is None:
             return None
         return 0.5 ** (self.batch_tokens / self.average_half_life_tokens)
 
     def steps_left(self, step: int, tokens: int, batch_tokens: int) -> int:
-        """How many steps of a batch size fit before `max_steps` or `max_tokens`; one always does."""
+        """Number of steps until `max_steps` or `max_tokens` at this batch size; a run has at least one step."""
         if self.max_steps is not None:
             return self.max_steps - step
         assert self.max_tokens is not None
         return max((self.max_tokens - tokens) // batch_tokens, 1 - step)
 
     def at(self, stage: Stage) -> "Run":
-        """The run as it is in a stage: its batch size, β's with their half-lives in tokens, its learning rate."""
+        """The run with the batch size and learning rate of a stage, and with β's for that batch size."""
         growth = stage.batch_tokens / self.batch_tokens
         return dataclasses.replace(
             self,
@@ -229,22 +183,68 @@ class Run(Recipe):
 
     @property
     def label(self) -> str:
-        """For people: how its run_id begins."""
+        """The readable start of `run_id`."""
         rate = f"{self.learning_rate:.2e}".replace("e-0", "e-")
         return f"{self.model.name}-b{self.batch_tokens}-lr{rate}-s{self.seed}"
 
     @property
     def run_id(self) -> str:
-        """The name of a new run's folder; different whenever a value differs, whatever the defaults are.
+        """The name of a new run's folder: the label and a hash of all values that differ from their defaults.
 
-        Nobody reads it: what a run is stands in its config.json.
+        Nothing parses it: a folder's config.json holds the run.
         """
         return f"{self.label}-{config_hash(self)}"
 
     @property
     def without_limits(self) -> "Run":
-        """What makes its curve: runs that differ in where they end are the same as far as they go."""
+        """The run without the values that only decide where it ends. Runs that are equal in this share their curve."""
         return dataclasses.replace(self, target_loss=None, max_steps=1, max_tokens=None, deadlines=())
+
+
+def read_stages(path: Path) -> tuple[Stage, ...]:
+    """The stages in a JSON file that `scaling-jax advise --write-ramp` wrote. The first stage starts at 0 tokens.
+
+    Raises:
+      UserError: if the file isn't there, or isn't a list of stages.
+    """
+    try:
+        listed = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"can't read a ramp from {path} ({error}): make one with scaling-jax advise --write-ramp"
+        ) from None
+    if not isinstance(listed, list) or not listed or not all(isinstance(stage, dict) for stage in listed):
+        raise UserError(f'{path} isn\'t a list of stages, such as [{{"tokens": 0, "batch_tokens": 128}}]')
+    stages = tuple(from_dict(Stage, stage, where=f"{path}[{k}].") for k, stage in enumerate(listed))
+    if stages[0].tokens != 0:
+        raise UserError(f"the first stage of {path} must start at 0 tokens, not at {stages[0].tokens:,}")
+    return stages
+
+
+def check_stages(batch_tokens: int, stages: Sequence[Stage]) -> None:
+    """Raises UserError unless each stage starts later than the one before, with a larger batch."""
+    before = Stage(0, batch_tokens)
+    for stage in stages:
+        if (
+            stage.tokens <= before.tokens
+            or stage.batch_tokens <= before.batch_tokens
+            or stage.learning_rate_factor <= 0
+        ):
+            raise UserError(
+                "each stage of a ramp must start later, with a larger batch and a positive learning rate: "
+                f"{stage} can't follow {before}"
+            )
+        before = stage
+
+
+def stage_at(batch_tokens: int, stages: Sequence[Stage], tokens: int) -> Stage:
+    """The stage after `tokens` processed tokens. Before the first stage, it is the run's own batch size."""
+    return [s for s in (Stage(0, batch_tokens), *stages) if s.tokens <= tokens][-1]
+
+
+def next_boundary(stages: Sequence[Stage], tokens: int) -> int | None:
+    """Tokens at which the next stage starts; None in the last stage."""
+    return min((s.tokens for s in stages if s.tokens > tokens), default=None)
 
 
 def check_positive(name: str, value: float) -> None:
@@ -253,29 +253,17 @@ def check_positive(name: str, value: float) -> None:
         raise UserError(f"{name} = {value!r} must be positive and finite")
 
 
-def _check_whole_sequences(batch_tokens: int, context: int) -> None:
-    if batch_tokens > _MOST_BATCH_TOKENS:
-        raise UserError(f"batch of {batch_tokens:,} tokens is too large: {_MOST_BATCH_TOKENS:,} at most")
-    if batch_tokens % context or batch_tokens < 2 * context:
-        below = max(2, batch_tokens // context) * context
-        raise UserError(
-            f"batch_tokens = {batch_tokens:,} is not two or more whole sequences of {context}; "
-            f"nearest that are: {below:,} or {below + context:,} tokens"
-        )
-
-
 def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: int) -> int:
-    """Microbatches per device for a global batch: the fewest, no larger than asked, that leave a small batch.
+    """Smallest number of microbatches per device, so that none is larger than asked and a step has two or more.
 
     Raises:
-      UserError: if the batch doesn't divide, with the nearest batches that do.
+      UserError: if the batch doesn't divide. Names the nearest batches that do.
     """
     if batch_sequences % num_devices:
         below = batch_sequences // num_devices * num_devices
         near = " or ".join(str(n) for n in (below, below + num_devices) if n)
         raise UserError(
-            f"a batch of {batch_sequences} sequences doesn't split over {num_devices} devices; "
-            f"nearest: {near} sequences"
+            f"a batch of {batch_sequences} sequences doesn't divide over {num_devices} devices: use {near} sequences"
         )
     per_device = batch_sequences // num_devices
     fewest = max(2 if num_devices == 1 else 1, math.ceil(per_device / max(1, microbatch_sequences)))
@@ -283,15 +271,25 @@ def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: in
         if per_device % num_microbatches == 0:
             return num_microbatches
     raise UserError(
-        f"a batch of {batch_sequences} sequence on one device leaves no small batch to measure the noise scale with: "
-        "use 2 sequences or more"
+        f"a batch of {batch_sequences} sequence on one device can't be split to measure the noise scale: use 2 or more"
     )
 
 
 def next_evaluation(step: int, growth: float) -> int:
-    """The first of the steps 10, 11, … in the ratio `growth` that comes after `step`."""
+    """The next evaluation after `step`. Evaluations start at step 10, and their steps grow by the factor `growth`."""
     evaluation, target = 0, 10.0
     while evaluation <= step:
         evaluation = max(int(target), evaluation + 1)
         target *= growth
     return evaluation
+
+
+def _check_whole_sequences(batch_tokens: int, context: int) -> None:
+    if batch_tokens > _MOST_BATCH_TOKENS:
+        raise UserError(f"batch_tokens = {batch_tokens:,} must be at most {_MOST_BATCH_TOKENS:,}")
+    if batch_tokens % context or batch_tokens < 2 * context:
+        below = max(2, batch_tokens // context) * context
+        raise UserError(
+            f"batch_tokens = {batch_tokens:,} must be two or more whole sequences of {context} tokens: use {below:,} "
+            f"or {below + context:,} tokens"
+        )
