@@ -146,5 +146,5 @@ def test_kinds_are_never_mixed():
     assert kinds["B_crit"] == {"kaplan2020", "kaplan2020-rounded", "bergsma2025-crit"}
     assert kinds["CBS20"] == {"zhang2024"}
     assert sum(map(len, kinds.values())) == len(published)
-    with pytest.raises(ValueError, match="'CBS'.* B_crit, B_opt, CBS20"):
+    with pytest.raises(ValueError, match=r"'CBS'.* B_crit, B_opt, CBS20"):
         of_kind("CBS")

@@ -83,6 +83,14 @@ def assert_same_training(workdir: Path, other: Path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_two_devices_of_one_do(tmp_path):
+    changes = {"max_steps": 30, "eval_growth": 1.3}
+    trained(tmp_path / "two", 2, 1, run=changes)
+    train(dataclasses.replace(RUN, **changes), tmp_path / "one", corpus=CORPUS, num_devices=2)
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.long
 def test_sigterm_to_one_of_two_processes_saves_the_run_and_one_process_goes_on_with_it(tmp_path):
     """What comes out is what one process gives undisturbed."""
