@@ -1,4 +1,4 @@
-"""An experiment into cells, learning-rate searches, executors; branches; what a scan would take."""
+"""Batch-size scans: experiments, their cells and learning-rate searches, executors, plans, and branches of runs."""
 
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates, Subject, log_spaced, powers_of_two
 from scaling_jax.scanning.scan import relative_cost, scan

@@ -1,8 +1,8 @@
-"""Branches of one run at larger batch sizes, which measure the critical batch size along it (Merrill et al. 2025).
+"""Branches of one run at larger batch sizes: they measure the critical batch size along the run.
 
-Merrill et al., "Critical Batch Size Revisited", arXiv 2505.23971: from a state of the run, branches go on at k times
-its batch size and √k times its learning rate (k times for SGD) for a fixed number of tokens. The critical batch size
-there is the largest whose loss then is no more than a tolerance above the run's own.
+Merrill et al. 2025, "Critical Batch Size Revisited" (arXiv 2505.23971). A branch starts from a state of the run, and
+trains for a fixed number of tokens with k times the batch size and √k times the learning rate (k times for SGD). The
+critical batch size at that state is the largest batch size whose loss is then at most a tolerance above the run's loss.
 """
 
 import dataclasses
@@ -17,28 +17,25 @@ from scaling_jax.io import UserError
 from scaling_jax.scanning.search import Tried
 from scaling_jax.training import Progress, Run, RunResult, Stage, train
 
-EVALUATIONS = 8  # of each branch, evenly spaced in tokens
+EVALUATIONS = 8  # per branch, evenly spaced in tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class BranchPlan:
-    """Where a run of constant batch size branches, and how far.
-
-    Every branch takes `branch_steps` steps at the largest factor, and more at smaller ones: all see the same tokens.
-    """
+    """The branches of a run with constant batch size. All branches train on the same number of tokens."""
 
     run: Run
-    at_tokens: tuple[int, ...]  # rounded to whole steps of the largest batch
-    factors: tuple[int, ...] = (2, 4, 8, 16)  # of the run's batch size
-    branch_steps: int = 16  # of the largest batch
+    at_tokens: tuple[int, ...]  # where branches start; rounded to whole steps of the largest batch
+    factors: tuple[int, ...] = (2, 4, 8, 16)  # times the run's batch size
+    branch_steps: int = 16  # steps of the branch with the largest batch; the others take more
 
     def __post_init__(self):
         if not self.factors or list(self.factors) != sorted(set(self.factors)) or self.factors[0] < 2:
-            raise UserError(f"factors = {self.factors} must grow from 2 or more")
+            raise UserError(f"factors = {self.factors} must increase, and start at 2 or more")
         if self.branch_steps % EVALUATIONS:
             raise UserError(f"branch_steps = {self.branch_steps} must be a multiple of {EVALUATIONS}")
         if not self.at_tokens or self.run.ramp or self.run.live_ramp:
-            raise UserError("branches start at one or more points of a run of constant batch size")
+            raise UserError("branches need one or more points to start at, of a run without a ramp")
 
     @property
     def largest_batch_tokens(self) -> int:
@@ -56,13 +53,13 @@ class BranchPlan:
 
     @property
     def trunk(self) -> Run:
-        """The run itself, with a state kept at every point, to the end of the last branch."""
+        """The run itself, up to the end of the last branch. It keeps its state at every point."""
         return dataclasses.replace(
             self._evaluated, snapshot_tokens=self.points, max_tokens=self.points[-1] + self.branch_tokens
         )
 
     def branch(self, point: int, factor: int) -> Run:
-        """The branch at `point` tokens with `factor` times the batch size."""
+        """The branch that starts at `point` tokens, with `factor` times the batch size."""
         growth = factor if self.run.optimizer.name == "sgd" else factor**0.5
         stage = Stage(point, factor * self.run.batch_tokens, growth)
         return dataclasses.replace(self._evaluated, ramp=(stage,), max_tokens=point + self.branch_tokens)
@@ -86,7 +83,7 @@ def train_branches(
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains the branches of each plan; those there already are kept.
+    """Trains the missing branches of each plan.
 
     Raises:
       UserError, Interrupted: see `train`.
@@ -109,7 +106,7 @@ def train_branches(
 
 
 def run_branches(plan: BranchPlan, train: Callable[[Run, Run | None], RunResult]) -> None:
-    """Trains the trunk, then every branch from the trunk's states.
+    """Trains the trunk, then every branch from a state of the trunk.
 
     Args:
       train: `(run, branch_of) -> result`; see `training.train`.
@@ -121,19 +118,21 @@ def run_branches(plan: BranchPlan, train: Callable[[Run, Run | None], RunResult]
 
 
 def plan_branches(best: Tried, most_points: int = 8, **options: Any) -> BranchPlan:
-    """Branches of a cell's best run, at target losses that it passed.
+    """A plan of branches of a cell's best run, which start where the run reached target losses.
 
     Args:
-      most_points: target losses at most, spread over all that were reached.
-      options: of `BranchPlan`.
+      most_points: largest number of target losses; they are spread over all that the run reached.
+      options: further fields of `BranchPlan`.
 
     Raises:
       UserError: if the run reached no target.
     """
     if most_points < 1:
-        raise UserError(f"points = {most_points} must be positive")
+        raise UserError(f"points = {most_points} must be at least 1")
     reached = best.steps_to_target[np.isfinite(best.steps_to_target)]
     if not len(reached):
-        raise UserError(f"{best.result.run_id} reached no target loss, so there is nothing to branch at")
+        raise UserError(
+            f"{best.result.run_id} reached no target loss, so branches can't start: choose another batch size"
+        )
     chosen = np.unique(np.linspace(0, len(reached) - 1, most_points).round().astype(int))
     return BranchPlan(best.run, tuple(int(n * best.run.batch_tokens) for n in reached[chosen]), **options)

@@ -1,4 +1,4 @@
-"""Training of cells: their learning-rate searches, run by run or many runs at once, with every run that is there."""
+"""Trains cells: runs their learning-rate searches, one run at a time or many at once, and reuses finished runs."""
 
 import contextlib
 import glob
@@ -30,13 +30,13 @@ def train_cell(
     on_progress: Callable[[Progress], None],
     num_devices: int = 1,
 ) -> None:
-    """Trains what is missing of a cell, a run after the other, and leaves its runs' results in `workdir`.
+    """Trains the missing runs of a cell, one after another, and writes their results to `workdir`.
 
-    Several processes all call this, and take the same decisions.
+    With several processes, all must call this; they make the same decisions.
 
     Args:
       should_stop, on_progress: see `train`.
-      num_devices: that share each batch.
+      num_devices: number of devices over which each batch is split.
 
     Raises:
       Interrupted, UserError: see `train`.
@@ -70,12 +70,12 @@ def train_alike(
     on_progress: Callable[[Progress], None],
     num_devices: int = 1,
 ) -> None:
-    """Like `train_cell` for cells that differ in seed alone: their runs share one program, many at once.
+    """Like `train_cell`, for cells that differ only in their seed: trains many of their runs at once, with one program.
 
-    In a single process only; several train one run after the other (`train_cell`).
+    Works in a single process only.
 
     Args:
-      num_devices: over which the runs are spread; each run has one.
+      num_devices: number of devices over which the runs are spread.
     """
     searches = {cell: _Search() for cell in cells}
     owner: dict[Run, tuple[Cell, int]] = {}
@@ -120,16 +120,8 @@ def train_alike(
         _write_down(searches[cell].tried.values(), experiment, cell, workdir)
 
 
-def _write_down(tried: Iterable[Tried], experiment: Experiment, cell: Cell, workdir: Path) -> None:
-    """Says in the folder, and in its bucket, that a search has ended."""
-    with together():
-        if is_first():
-            write_search(workdir, experiment, cell, [t.result.run_id for t in tried])
-            publish(workdir / "cells")
-
-
 def can_run_together(experiment: Experiment, cell: Cell) -> bool:
-    """Whether the cell's runs can be spread over one process's devices: several at a time, on text that they hold."""
+    """True if `train_alike` can train the cell: one process, several runs at a time, and text that fits on a device."""
     several = len(experiment.seeds) * experiment.subject(cell.model).learning_rates.together > 1
     return jax.process_count() == 1 and several and is_resident(_corpus(experiment, cell))
 
@@ -137,10 +129,10 @@ def can_run_together(experiment: Experiment, cell: Cell) -> bool:
 def finished_runs(
     experiment: Experiment, cell: Cell, workdir: Path, find: Callable[[Run], Outcome | None] | None = None
 ) -> tuple[str, ...] | None:
-    """The run ids of a cell whose search has ended; None if it hasn't, or asked less than the experiment does.
+    """The run ids of a cell whose search has ended. None if it hasn't, or if the experiment now asks for more.
 
     Args:
-      find: what came of a run; `find_outcome` unless given.
+      find: gives the outcome of a run; None takes `find_outcome`.
     """
     record = read_search(workdir, cell)
     if record is not None:
@@ -158,27 +150,35 @@ def finished_runs(
             raise Missing
         return found
 
-    try:  # its version wrote down no search that has ended: all runs that it would make must be there
+    try:  # schema 1 has no search records, so repeat the search and see if all of its runs are there
         return tuple(t.result.run_id for t in search(experiment, cell, read))
     except Missing:
         return None
 
 
 def find_outcome(run: Run, workdir: Path) -> Outcome | None:
-    """What came of a run, or of one that differs only in where it ends and went as far; None if neither is done."""
+    """The outcome of a run, or of one that differs only in where it ends and trained at least as far; else None."""
     own = run_folder(workdir, run)
     if (result := read_result(own)) is not None:
         return _outcome(own, run, result)
     for folder in sorted((workdir / "runs").glob(f"{glob.escape(run.label)}-*")):
-        with contextlib.suppress(UserError):  # a folder in which nothing has begun, or a damaged one
+        with contextlib.suppress(UserError):  # an empty or damaged folder
             other, result = read_run_config(folder).run, read_result(folder)
             if result is not None and other.without_limits == run.without_limits and _went_as_far(other, result, run):
                 return _outcome(folder, run, result)
     return None
 
 
+def _write_down(tried: Iterable[Tried], experiment: Experiment, cell: Cell, workdir: Path) -> None:
+    """Writes the record of a search that has ended, and publishes it to the bucket."""
+    with together():
+        if is_first():
+            write_search(workdir, experiment, cell, [t.result.run_id for t in tried])
+            publish(workdir / "cells")
+
+
 def _went_as_far(done: Run, result: RunResult, wanted: Run) -> bool:
-    """Whether a run took every step that another would, which is the same as far as it goes."""
+    """True if a finished run took every step that the wanted run would take."""
     if wanted.max_steps is not None:
         to_the_end = result.steps >= wanted.max_steps
     else:
@@ -193,7 +193,7 @@ def _outcome(folder: Path, run: Run, result: RunResult) -> Outcome:
 
 
 def _shared(find: Callable[[], Outcome | None]) -> Outcome | None:
-    """What the first process finds, in all of them."""
+    """What the first process finds, in all processes."""
     found = find() if is_first() else None
     said: Any = found and {
         "run": to_dict(found.run),
@@ -210,7 +210,7 @@ def _shared(find: Callable[[], Outcome | None]) -> Outcome | None:
 def _on_this_text(outcome: Outcome, corpus: Corpus, workdir: Path) -> Outcome:
     if outcome.result.corpus_sha256 != corpus.manifest["sha256"]:
         raise UserError(
-            f"{workdir} holds runs on other text ({outcome.run.text} has changed since): use another folder"
+            f"{workdir} holds runs on other text; the text {outcome.run.text} has changed since: use another folder"
         )
     return outcome
 

@@ -1,8 +1,8 @@
-"""A scan's cells on several machines: Ray or SLURM queues, places and restarts them; the results folder is shared.
+"""Trains a scan's cells on several machines through Ray or SLURM. All machines share the results folder.
 
-A cell is one task of the engine. It continues what the folder holds of it, so an engine may start it again any time.
-An engine that takes a machine for dead may start a cell while the old process still writes: a cell is therefore
-trained under a lock in the folder, which the training process itself holds and the file system frees when it ends.
+A cell is one task of the engine. A task continues what the folder holds of its cell, so the engine may restart it at
+any time. If the engine wrongly takes a machine for dead, it may start a cell while the old process still writes. So a
+cell is trained under a lock in the folder. The training process holds it, and the file system frees it when that ends.
 """
 
 import contextlib
@@ -22,31 +22,33 @@ from scaling_jax.io.stores import cache_folder
 from scaling_jax.scanning.experiment import Cell
 from scaling_jax.scanning.worker import STOPPING, Event, event_message, read_event, train_in_workers
 
-_LOCK_SECONDS = 300  # a process whose cell was given to another machine has saved and left long before
+_LOCK_SECONDS = 300  # much longer than a process takes to save and end once its cell was given to another machine
 _STOP_SECONDS = 60
 _POLL_SECONDS = 1.0
-_MINUTES_PER_JOB = 240  # a SLURM job's time limit; it is queued again where it was
+_MINUTES_PER_JOB = 240  # time limit of a SLURM job; afterwards it is queued again and continues
 
-Ended = Iterable[tuple[Cell, str | None]]  # with why it was refused
+Ended = Iterable[tuple[Cell, str | None]]  # cells whose task has ended; the text is the error, None if it is done
 
 
 def train_on_ray(
     workdir: Path, cells: Iterable[Cell], on_event: Callable[[Event], None], options: dict[str, Any] | None = None
 ) -> None:
-    """Trains the cells as tasks of the Ray cluster that `RAY_ADDRESS` or this machine belongs to, else of a local one.
+    """Trains the cells as tasks of a Ray cluster: the one in `RAY_ADDRESS`, or this machine's, or a new local one.
 
     Args:
-      options: of `ray.remote`, such as num_gpus; one CPU and restarts without end unless given.
+      options: of `ray.remote`, such as num_gpus. The default is one CPU per task, and any number of restarts.
 
     Raises:
-      UserError: if Ray is missing or doesn't know an option, or what a cell's training refused.
-      KeyboardInterrupt: after the cells were told to save and a minute at most.
+      UserError: if Ray is missing or doesn't know an option, or a cell can't be trained.
+      KeyboardInterrupt: after the cells were told to save, and a minute at most.
     """
     ray = _engine("ray", extra="ray")
-    try:  # a task that fails by itself isn't retried; one whose machine or process dies is
+    try:  # Ray restarts a task if its machine or process dies, but not if its code raises an error
         remote = ray.remote(**({"num_cpus": 1, "max_retries": -1} | (options or {})))(train_in_lock)
     except (ValueError, TypeError) as error:
-        raise UserError(f"Ray takes no such task: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"Ray refuses these --executor-options ({' '.join(str(error).split())}): give options of ray.remote"
+        ) from None
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(log_to_driver=False)
@@ -77,19 +79,19 @@ def train_on_slurm(
     options: dict[str, Any] | None = None,
     cluster: str = "slurm",
 ) -> None:
-    """Trains the cells as a SLURM job array, through submitit; the jobs' logs are in `workdir/logs/slurm`.
+    """Trains the cells as a SLURM job array, through submitit. The logs of the jobs are in `workdir/logs/slurm`.
 
     Args:
       options: of submitit's `update_parameters`, such as slurm_partition, gpus_per_node or timeout_min.
       cluster: "local" runs the jobs on this machine.
 
     Raises:
-      UserError: if submitit or SLURM is missing, SLURM takes no such job, or what a cell's training refused.
-      KeyboardInterrupt: after the jobs were cancelled; SLURM lets them save for KillWait, 30 seconds where not changed.
+      UserError: if submitit or SLURM is missing, SLURM refuses the jobs, or a cell can't be trained.
+      KeyboardInterrupt: after the jobs were cancelled. SLURM gives them time to save: KillWait, by default 30 seconds.
     """
     submitit = _engine("submitit", extra="slurm")
     if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UserError("no sbatch on this machine: start the scan where jobs of the SLURM cluster are submitted")
+        raise UserError("no sbatch on this machine: start the scan on a machine that submits jobs to SLURM")
     waiting = list(cells)
     folder = workdir.resolve() / "logs" / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,13 +100,13 @@ def train_on_slurm(
         "name": "scaling-jax",
         "timeout_min": _MINUTES_PER_JOB,
         "cpus_per_task": 1,
-        "slurm_additional_parameters": {"requeue": True},  # when its machine dies
+        "slurm_additional_parameters": {"requeue": True},  # if the machine dies
     }
     try:
         executor.update_parameters(**(defaults | (options or {})))
         submitted = executor.map_array(CellJob(workdir.resolve(), cache_folder().resolve()), waiting)
     except (NameError, submitit.core.utils.FailedJobError) as error:
-        raise UserError(f"SLURM took no job: {' '.join(str(error).split())}") from None
+        raise UserError(f"SLURM refused the jobs ({' '.join(str(error).split())}): change --executor-options") from None
     jobs = dict(zip(waiting, submitted, strict=True))
 
     def ended() -> Ended:
@@ -114,7 +116,7 @@ def train_on_slurm(
             try:
                 yield cell, job.result()
             except submitit.core.utils.UncompletedJobError:
-                yield cell, f"SLURM job {job.job_id} ended without a result; its log: {job.paths.stderr}"
+                yield cell, f"SLURM job {job.job_id} ended without a result: see its log {job.paths.stderr}"
 
     def cancel() -> None:
         for job in jobs.values():
@@ -127,16 +129,16 @@ ENGINES = {"ray": train_on_ray, "slurm": train_on_slurm}
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs for an engine; waiting become waiting.
+    """Options for an engine from `key=value` pairs. A value that is JSON becomes a number, a list, …; else it is text.
 
     Raises:
-      UserError: for what isn't a pair.
+      UserError: if an option isn't such a pair.
     """
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
-            raise UserError(f"executor option {pair!r} is not of the form key=value, such as num_gpus=1")
+            raise UserError(f"executor option {pair!r} must have the form key=value, such as num_gpus=1")
         try:
             options[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -145,10 +147,10 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def train_in_lock(workdir: Path, cache: Path, cell: Cell) -> str | None:
-    """Trains one cell on the machine it is called on; returns why that was refused, if it was.
+    """Trains one cell on this machine. Returns None, or the error message if the cell can't be trained.
 
     Args:
-      cache: folder for packed text; every machine uses the same path.
+      cache: folder for packed text; the same path on every machine.
     """
     os.environ["SCALING_JAX_CACHE"] = str(cache)
 
@@ -165,7 +167,7 @@ def train_in_lock(workdir: Path, cache: Path, cell: Cell) -> str | None:
 
 
 class CellJob:
-    """`train_in_lock` as submitit wants it: `checkpoint` is asked what to queue again, here the same."""
+    """`train_in_lock` for submitit, which calls `checkpoint` to know what to queue again: the same job."""
 
     def __init__(self, workdir: Path, cache: Path):
         self._folders = workdir, cache
@@ -180,10 +182,10 @@ class CellJob:
 def locked_cell(
     workdir: Path, cell: Cell, seconds: float = _LOCK_SECONDS
 ) -> contextlib.AbstractContextManager[int | None]:
-    """Waits until nobody else trains the cell; whoever trains it keeps the descriptor open that this gives; `locked`.
+    """Waits until no other process trains the cell, then holds its lock. Yields the lock's descriptor; see `locked`.
 
     Raises:
-      UserError: after `seconds`, naming who holds it; or if the file system has no locks.
+      UserError: if another process still holds the lock after `seconds`, or the file system has no locks.
     """
     path = workdir / "logs" / f"{cell.file_name}.lock"
     return locked(path, f"{cell.name} of {workdir}", seconds=seconds, wait=True, insist=True)
@@ -196,7 +198,7 @@ def _watch(
     ended: Callable[[], Ended],
     cancel: Callable[[], None],
 ) -> None:
-    """Passes on what the cells' machines write to the folder, until the engine has ended them all."""
+    """Passes on the events that the cells' machines write to the folder, until all cells have ended."""
     logs = {cell: Tail(_event_log(workdir, cell)) for cell in cells}
     try:
         while logs:
@@ -224,4 +226,4 @@ def _engine(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"this executor needs {module}: pip install 'scaling-jax[{extra}]'") from None
+        raise UserError(f"this executor needs the package {module}: pip install 'scaling-jax[{extra}]'") from None

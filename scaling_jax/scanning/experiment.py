@@ -1,4 +1,4 @@
-"""What a batch-size scan is: models, batch sizes, learning rates and target losses."""
+"""The configuration of a batch-size scan: models, batch sizes, learning rates and target losses."""
 
 import dataclasses
 import math
@@ -11,18 +11,19 @@ from scaling_jax.training import Deadline, Recipe, Run
 
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
-    """A geometric grid around lr(B) = peak/√(1 + reference_batch_tokens/B), searched from its middle outwards.
+    """A geometric grid of learning rates around lr(B) = peak/√(1 + reference_batch_tokens/B).
 
-    The rule is √B for small batches and flat for large ones (Malladi et al. 2022; Zhang et al. 2024 for Adam).
+    This rule grows as √B for small batches and is flat for large ones (Malladi et al. 2022; Zhang et al. 2024 for
+    Adam). The search starts in the middle of the grid.
     """
 
     peak: float
     reference_batch_tokens: int
     factor: float = 2.0
-    places: int = 1  # grid places per factor: more than one refines the grid around the best rate, see `refinement`
-    most: int = 8  # rates tried at most for one batch size
-    together: int = 1  # rates tried at a time; more than one makes use of an accelerator that one run leaves idle
-    give_up_factor: float | None = 2.0  # times the best rate's steps to some loss; a slower rate is given up
+    places: int = 1  # grid places per factor; with more than one, the search refines the grid around the best rate
+    most: int = 8  # largest number of rates to try for one batch size
+    together: int = 1  # rates to try at a time; more than one fills an accelerator that one run doesn't fill
+    give_up_factor: float | None = 2.0  # give up a rate that needs this many times the best rate's steps to some loss
 
     def __post_init__(self):
         for field in ("peak", "reference_batch_tokens", "places", "most", "together"):
@@ -34,22 +35,22 @@ class LearningRates:
                 raise UserError(f"learning_rates.{field} = {value} must be above 1")
 
     def rate(self, batch_tokens: int, index: int) -> float:
-        """The grid's rate `index` places above the rule, to three digits."""
+        """The rate `index` grid places above the rule, to three digits."""
         rule = self.peak / math.sqrt(1 + self.reference_batch_tokens / batch_tokens)
         return float(f"{rule * self.factor ** (index / self.places):.3g}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model, the test losses (nats per token) at which its critical batch size is wanted, and rates to try."""
+    """A model, the losses at which to measure its critical batch size, and the learning rates to try."""
 
     model: ModelConfig
-    target_losses: tuple[float, ...]
+    target_losses: tuple[float, ...]  # test losses in nats per token, falling
     learning_rates: LearningRates
 
 
 class Cell(NamedTuple):
-    """One model, batch size and seed of an experiment: runs that differ in learning rate alone and share a program."""
+    """One model, batch size and seed of an experiment. The runs of a cell differ only in learning rate and length."""
 
     model: str
     batch_tokens: int
@@ -57,40 +58,41 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name for people."""
         return f"{self.model} · {self.batch_tokens:,} tokens" + (f" · seed {self.seed}" if self.seed else "")
 
     @property
     def file_name(self) -> str:
+        """The name for files, without an extension."""
         return f"{self.model}-b{self.batch_tokens}-s{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Recipe):
-    """Every subject at every batch size, each with a learning rate of its own; one run serves all target losses.
+    """A scan: every model at every batch size and seed, each at its best learning rate. A run serves all target losses.
 
-    What all runs share is said as for one run (`Recipe`).
+    `Recipe` has the settings that all runs share.
     """
 
     name: str
     subjects: tuple[Subject, ...]
     batch_tokens: tuple[int, ...]
-    max_tokens: int  # a run ends here if it doesn't get to the lowest target
+    max_tokens: int  # a run ends here if it hasn't reached the lowest target
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self):
         super().__post_init__()
         if len(set(self.batch_tokens)) < 3:
-            raise UserError(f"batch_tokens = {self.batch_tokens}: a trade-off takes three batch sizes, better seven")
+            raise UserError(f"batch_tokens = {self.batch_tokens} must have at least 3 batch sizes; 7 are better")
         for field in ("batch_tokens", "seeds"):
             values = getattr(self, field)
             if len(set(values)) < len(values) or not values:
-                raise UserError(f"{field} = {values} must be one or more, all different")
+                raise UserError(f"{field} = {values} must be one or more different values")
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
-            raise UserError(f"name = {self.name!r} must do as the name of a folder")
+            raise UserError(f"name = {self.name!r} must be a valid name of a folder")
         names = [subject.model.name for subject in self.subjects]
         if len(set(names)) < len(names) or not names:
-            raise UserError(f"subjects {names} must be one or more models of different size")
+            raise UserError(f"subjects {names} must be one or more models with different names")
         for subject in self.subjects:
             losses = subject.target_losses
             if (
@@ -98,13 +100,15 @@ class Experiment(Recipe):
                 or not all(0 < x < math.inf for x in losses)
                 or list(losses) != sorted(set(losses), reverse=True)
             ):
-                raise UserError(f"target_losses of {subject.model.name} must be positive and fall, in nats per token")
+                raise UserError(
+                    f"target_losses of {subject.model.name}, {losses}, must be positive and fall from one to the next"
+                )
         for cell in self.cells:
-            self.run(cell, 0)  # so that an impossible batch is refused before anything is trained
+            self.run(cell, 0)  # refuses an impossible batch size before anything is trained
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """In the order of subjects, batch sizes, seeds."""
+        """All cells, in the order of subjects, batch sizes, seeds."""
         return tuple(
             Cell(subject.model.name, batch, seed)
             for subject in self.subjects
@@ -113,7 +117,7 @@ class Experiment(Recipe):
         )
 
     def subject(self, model: str) -> Subject:
-        """By its model's name; raises KeyError if there is none."""
+        """The subject with this model name. Raises KeyError if there is none."""
         return {subject.model.name: subject for subject in self.subjects}[model]
 
     def run(
@@ -124,7 +128,7 @@ class Experiment(Recipe):
         max_steps: int | None = None,
         deadlines: tuple[Deadline, ...] = (),
     ) -> Run:
-        """The run of a cell at one learning rate, to its lowest target or the one given; see `search`."""
+        """The run of a cell at one learning rate. It ends at `target_loss`; None takes the lowest target."""
         subject = self.subject(cell.model)
         return Run(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)},

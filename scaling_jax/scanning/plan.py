@@ -1,4 +1,4 @@
-"""What a scan would take before it is started: runs, tokens, FLOPs, memory."""
+"""Plans a scan without training: the runs, tokens, FLOPs, memory and time that it needs at most."""
 
 import math
 import os
@@ -18,97 +18,43 @@ from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.training.program import Program, program_for
 
-LEAST_RATES = 3  # a learning rate between two others
-MOST_WORKERS = 8  # each holds a JAX of its own: memory, not speed, is the limit
-PROCESS_BYTES = 600 << 20  # of a worker before it holds a model
-EFFICIENCY = 0.3  # of training steps, against a large matrix product; small models reach 0.2 to 0.5 on CPUs
+LEAST_RATES = 3  # the best learning rate between two others
+MOST_WORKERS = 8  # memory is the limit, because each worker loads its own JAX
+PROCESS_BYTES = 600 << 20  # memory of a worker before it holds a model
+EFFICIENCY = 0.3  # speed of training steps against a large matrix product; small models on CPUs reach 0.2 to 0.5
 
 
 class CellPlan(NamedTuple):
-    """One cell of a scan, at most: every rate that may be tried, each to the last token."""
+    """What one cell needs. The largest numbers are for every rate that may be tried, each up to `max_tokens`."""
 
     cell: Cell
     least_runs: int
     most_runs: int
     most_tokens: int
     most_flops: float
-    bytes_needed: int  # on a device, while its runs are trained
-
-
-def plan_cell(experiment: Experiment, cell: Cell, corpus_bytes: int, together: int) -> CellPlan:
-    """What a cell takes, without training anything.
-
-    Args:
-      corpus_bytes: of rows on a device.
-      together: runs that a device holds at a time.
-    """
-    rates = experiment.subject(cell.model).learning_rates
-    least, most = min(LEAST_RATES, rates.most), rates.most
-    program = program_for(experiment.run(cell, 0))
-    tokens = experiment.max_tokens + cell.batch_tokens
-    return CellPlan(
-        cell=cell,
-        least_runs=least,
-        most_runs=most,
-        most_tokens=most * tokens,
-        most_flops=most * tokens * flops_per_token(program),
-        bytes_needed=corpus_bytes + together * (_state_bytes(program) + _step_bytes(program)),
-    )
-
-
-def refuse_what_cannot_fit(plans: list[CellPlan], bytes_available: int) -> None:
-    """Raises UserError for a cell that needs more memory than there is."""
-    worst = max(plans, key=lambda p: p.bytes_needed)
-    if worst.bytes_needed > bytes_available:
-        raise UserError(
-            f"{worst.cell.name} takes about {worst.bytes_needed / 2**30:.1f} GiB of memory, there are "
-            f"{bytes_available / 2**30:.1f}: make the model, microbatch_tokens or learning_rates.together smaller"
-        )
-
-
-def flops_per_token(program: Program) -> float:
-    """Of training: 6 per parameter and token, 2 of them forwards, and attention's 12·n_layer·context·d_model.
-
-    Kaplan et al. 2020, table 1, with the unembedding, which small models can't neglect.
-    """
-    model = program.model
-    parameters = model.num_params + model.vocab_size * model.d_model
-    return 6.0 * parameters + 12.0 * model.n_layer * model.context * model.d_model
-
-
-def _state_bytes(program: Program) -> int:
-    state = jax.eval_shape(lambda: program.init(0))
-    gradients = 2 * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.params))
-    return gradients + sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
-
-
-def _step_bytes(program: Program) -> int:
-    """Activations of one microbatch, kept for the backward pass; float32."""
-    model, sequences = program.model, program.batch_sequences // program.num_microbatches
-    per_position = model.n_layer * (16 * model.d_model + 2 * model.n_head * model.context) + 3 * model.vocab_size
-    return 4 * sequences * model.context * per_position
+    bytes_needed: int  # on one device during training
 
 
 class ScanPlan(NamedTuple):
-    """What a whole scan takes at most, and of what there is."""
+    """What a scan needs at most, and what this machine has."""
 
-    cells: tuple[CellPlan, ...]  # those that aren't done
+    cells: tuple[CellPlan, ...]  # cells that aren't done
     cells_done: int
-    workers: int  # that cells are shared by
-    bytes_available: int  # for one cell
-    flops_per_second: float  # of the machine, in a large matrix product
+    workers: int  # number of processes that train cells
+    bytes_available: int  # memory for one cell
+    flops_per_second: float  # of this machine, in a large matrix product
 
     @property
     def most_seconds(self) -> float:
-        """From the FLOPs, as if steps ran at `EFFICIENCY` of a large matrix product's rate."""
+        """Time at most, if training runs at `EFFICIENCY` times the speed of a large matrix product."""
         return sum(p.most_flops for p in self.cells) / (self.flops_per_second * EFFICIENCY)
 
 
 def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
-    """What `scan` would do in a folder, on this machine; trains nothing, packs the text if it wasn't yet.
+    """What `scan` would still do in a folder, on this machine. Trains nothing, but packs the text if needed.
 
     Raises:
-      UserError: if a cell takes more memory than there is.
+      UserError: if a cell needs more memory than there is.
     """
     on_cpu = jax.default_backend() == "cpu"
     workers = min(len(available_cores()), MOST_WORKERS) if on_cpu else 1
@@ -128,8 +74,49 @@ def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
     return ScanPlan(tuple(plans), done, workers, available, matmul_flops_per_second())
 
 
+def plan_cell(experiment: Experiment, cell: Cell, corpus_bytes: int, together: int) -> CellPlan:
+    """The plan of one cell.
+
+    Args:
+      corpus_bytes: size of the rows that a device holds.
+      together: number of runs that a device holds at a time.
+    """
+    rates = experiment.subject(cell.model).learning_rates
+    least, most = min(LEAST_RATES, rates.most), rates.most
+    program = program_for(experiment.run(cell, 0))
+    tokens = experiment.max_tokens + cell.batch_tokens
+    return CellPlan(
+        cell=cell,
+        least_runs=least,
+        most_runs=most,
+        most_tokens=most * tokens,
+        most_flops=most * tokens * flops_per_token(program),
+        bytes_needed=corpus_bytes + together * (_state_bytes(program) + _step_bytes(program)),
+    )
+
+
+def refuse_what_cannot_fit(plans: list[CellPlan], bytes_available: int) -> None:
+    """Raises UserError if a cell needs more memory than there is."""
+    worst = max(plans, key=lambda p: p.bytes_needed)
+    if worst.bytes_needed > bytes_available:
+        raise UserError(
+            f"{worst.cell.name} needs about {worst.bytes_needed / 2**30:.1f} GiB of memory, but there are only "
+            f"{bytes_available / 2**30:.1f}: use a smaller model, microbatch_tokens or learning_rates.together"
+        )
+
+
+def flops_per_token(program: Program) -> float:
+    """FLOPs per training token: 6 per parameter, plus 12·n_layer·context·d_model for attention.
+
+    Kaplan et al. 2020, table 1; the unembedding is included, because it matters in small models.
+    """
+    model = program.model
+    parameters = model.num_params + model.vocab_size * model.d_model
+    return 6.0 * parameters + 12.0 * model.n_layer * model.context * model.d_model
+
+
 def matmul_flops_per_second(size: int = 1024, seconds: float = 0.3) -> float:
-    """What a large float32 matrix product reaches on all local devices together."""
+    """Speed of a large float32 matrix product on all local devices together, measured now."""
     product = jax.jit(lambda a: a @ a)
     a = jnp.ones((size, size))
     product(a).block_until_ready()
@@ -138,6 +125,19 @@ def matmul_flops_per_second(size: int = 1024, seconds: float = 0.3) -> float:
         product(a).block_until_ready()
         count += 1
     return jax.local_device_count() * count * 2.0 * size**3 / passed
+
+
+def _state_bytes(program: Program) -> int:
+    state = jax.eval_shape(lambda: program.init(0))
+    gradients = 2 * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    return gradients + sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
+
+
+def _step_bytes(program: Program) -> int:
+    """Size of the float32 activations of one microbatch, which the backward pass needs."""
+    model, sequences = program.model, program.batch_sequences // program.num_microbatches
+    per_position = model.n_layer * (16 * model.d_model + 2 * model.n_head * model.context) + 3 * model.vocab_size
+    return 4 * sequences * model.context * per_position
 
 
 def _cpu_bytes() -> int:

@@ -1,7 +1,7 @@
-"""Experiments on disk: a user's Python file; what a scan writes beside its runs, experiment.json and cells/.
+"""The files of experiments: a user's Python file, and a scan's experiment.json and search records in cells/.
 
-A file in cells/ is a search that has ended. It names its runs, so that a finished scan stays finished whatever later
-versions search.
+A file in cells/ records a search that has ended, and names its runs. So a finished scan stays finished, even if a later
+version searches differently.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
 from scaling_jax.training import Recipe, Run
 from scaling_jax.training.records import read_run_config
 
-SCHEMA = 2  # 1: experiment.json held no schema, and there were no cells
+SCHEMA = 2  # in schema 1, experiment.json has no schema, and there is no cells/
 _REMEDY = "give the folder of a scan, or scan again in another one"
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchRecord:
-    """A search that has ended: what was asked, and the runs that answered."""
+    """A search that has ended: its cell, its settings and its runs."""
 
     model: str
     batch_tokens: int
@@ -33,11 +33,11 @@ class SearchRecord:
     target_losses: tuple[float, ...]
     learning_rates: LearningRates
     max_tokens: int
-    runs: tuple[str, ...]  # run ids, which are their folders' names
+    runs: tuple[str, ...]  # run ids: the names of their folders
     schema: int = SCHEMA
 
     def answers(self, experiment: Experiment) -> bool:
-        """Whether an experiment asks of this cell what the search was for, or less."""
+        """True if an experiment asks no more of this cell than the search answered."""
         subject = experiment.subject(self.model)
         return (
             set(subject.target_losses) <= set(self.target_losses)
@@ -53,19 +53,19 @@ def write_search(workdir: Path, experiment: Experiment, cell: Cell, runs: Sequen
 
 
 def read_search(workdir: Path, cell: Cell) -> SearchRecord | None:
-    """None while the cell's search hasn't ended.
+    """The record of a cell's search; None if the search hasn't ended.
 
     Raises:
-      UserError: if it is damaged.
+      UserError: if the file is damaged.
     """
     path = workdir / "cells" / f"{cell.file_name}.json"
     if not path.exists():
         return None
-    return read_config(SearchRecord, path, "remove it, and the same scan writes it again")
+    return read_config(SearchRecord, path, "remove it, then the same scan command writes it again")
 
 
 def write_experiment(workdir: Path, experiment: Experiment) -> None:
-    """Writes experiment.json, unless it says the same already."""
+    """Writes experiment.json, unless it already holds this experiment."""
     path, values = workdir / "experiment.json", {"schema": SCHEMA, **to_dict(experiment)}
     try:
         if json.loads(path.read_bytes()) == values:
@@ -76,10 +76,10 @@ def write_experiment(workdir: Path, experiment: Experiment) -> None:
 
 
 def read_experiment(workdir: Path) -> Experiment:
-    """The experiment whose scan a folder holds.
+    """The experiment of the scan in a folder.
 
     Raises:
-      UserError: if it holds none, a damaged one or one of a later version.
+      UserError: if the folder holds no scan, or the file is damaged or from a later version.
     """
     path = workdir / "experiment.json"
     if not path.exists():
@@ -88,21 +88,21 @@ def read_experiment(workdir: Path) -> Experiment:
 
 
 def parse_experiment(path: Path, remedy: str) -> Experiment:
-    """An experiment.json; raises UserError as `read_experiment`."""
+    """The experiment in an experiment.json. Raises UserError as `read_experiment` does."""
     try:
         values = json.loads(path.read_bytes())
         schema = values.pop("schema", 1) if isinstance(values, dict) else 1
         if not isinstance(schema, int) or schema > SCHEMA:
-            raise UserError(f"its schema, {schema}, is of a later version")
+            raise UserError(f"its schema {schema} is from a later version; this version reads up to {SCHEMA}")
         return from_dict(Experiment, values)
     except UserError as error:
-        raise UserError(f"{path} is of another version or damaged ({error}): {remedy}") from None
+        raise UserError(f"{path} is from another version, or damaged ({error}): {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't read {path} ({error}): {remedy}") from None
 
 
 def is_without_searches(workdir: Path) -> bool:
-    """Whether a scan is of schema 1, which kept no files in cells/."""
+    """True if the scan has schema 1, which has no files in cells/."""
     try:
         return "schema" not in json.loads((workdir / "experiment.json").read_bytes())
     except (OSError, ValueError, TypeError):
@@ -110,7 +110,10 @@ def is_without_searches(workdir: Path) -> bool:
 
 
 def check_same_recipe(workdir: Path, experiment: Experiment) -> None:
-    """Raises UserError if a folder's runs were trained in another way than an experiment asks for; it may grow."""
+    """Raises UserError if a folder holds an experiment with another name, recipe or model.
+
+    More batch sizes, seeds, subjects, learning rates and lower targets are fine: then the scan grows.
+    """
     path = workdir / "experiment.json"
     if not path.exists():
         return
@@ -133,35 +136,37 @@ def check_same_recipe(workdir: Path, experiment: Experiment) -> None:
 
 
 def load_experiment(path: Path) -> Experiment:
-    """The `EXPERIMENT` of a Python file, or what a scan's experiment.json describes.
+    """The `EXPERIMENT` in a Python file, or the experiment in a scan's experiment.json.
 
     Raises:
-      UserError: if there is no such file, or it defines none.
+      UserError: if there is no such file, it can't be run, or it defines no experiment.
     """
     experiment = _definitions(path).get("EXPERIMENT")
     if not isinstance(experiment, Experiment):
-        raise UserError(f"{path} doesn't define EXPERIMENT = Experiment(…)")
+        raise UserError(f"{path} defines no EXPERIMENT: write EXPERIMENT = Experiment(…)")
     return experiment
 
 
 def load_plan(path: Path) -> Experiment | dict[str, Run]:
-    """As `load_experiment`, or a Python file's `RUNS` by name.
+    """Like `load_experiment`; if a Python file has no `EXPERIMENT`, its `RUNS` by name.
 
     Raises:
-      UserError: if there is no such file, or it defines neither.
+      UserError: if there is no such file, it can't be run, or it defines neither.
     """
     defined = _definitions(path)
     plan = defined.get("EXPERIMENT", defined.get("RUNS"))
     if isinstance(plan, Experiment) or (isinstance(plan, dict) and all(isinstance(r, Run) for r in plan.values())):
         return plan
-    raise UserError(f"{path} defines neither EXPERIMENT = Experiment(…) nor RUNS = {{name: Run(…)}}")
+    raise UserError(
+        f"{path} defines neither EXPERIMENT nor RUNS: write EXPERIMENT = Experiment(…) or RUNS = {{name: Run(…)}}"
+    )
 
 
 def load_run(path: Path, name: str | None = None) -> Run:
-    """The `RUN` of a Python file, one of its `RUNS`, or the run of a config.json.
+    """The `RUN` in a Python file, the one of its `RUNS` called `name`, or the run in a config.json.
 
     Raises:
-      UserError: if there is no such file, or it defines none of that name.
+      UserError: if there is no such file, it can't be run, or it defines no such run.
     """
     if path.name == "config.json":
         return read_run_config(path.parent).run
@@ -179,7 +184,7 @@ def load_run(path: Path, name: str | None = None) -> Run:
 
 def _definitions(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"no experiment file {path}: give one such as experiments/demo.py")
+        raise UserError(f"there is no file {path}: give an experiment or run file, such as experiments/demo.py")
     if path.suffix != ".json":
         try:
             return runpy.run_path(str(path))
@@ -192,7 +197,7 @@ def _definitions(path: Path) -> dict[str, Any]:
 
 
 def _line(path: Path, error: BaseException) -> str:
-    """Where in the file, if in it at all."""
+    """The line of the error as text; empty if it isn't in this file."""
     if isinstance(error, SyntaxError):
         return f" line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

@@ -1,4 +1,4 @@
-"""A whole scan: trains what is missing in a results folder, continues what was interrupted, adds what is new."""
+"""Runs a scan: trains the cells that a results folder doesn't hold yet, and continues an interrupted scan."""
 
 import contextlib
 import json
@@ -36,35 +36,39 @@ def scan(
     executor: Literal["local", "ray", "slurm"] = "local",
     executor_options: Sequence[str] = (),
 ) -> Path:
-    """Trains every run of an experiment that `workdir` doesn't hold yet; returns `workdir`, or its copy here.
+    """Trains every run of an experiment that `workdir` doesn't hold yet. Returns `workdir`, or its working copy.
 
-    The folder may hold a smaller scan: of fewer batch sizes, seeds, subjects, learning rates or target losses. Runs
-    that it has are used as they are.
+    The folder may hold a smaller scan, with fewer batch sizes, seeds, subjects, learning rates or target losses. Its
+    runs are reused.
 
-    On CPUs a worker process a core shares the cells. On accelerators this process drives all devices: with many runs
-    at once, spread over them, where the experiment tries several seeds or learning rates together; otherwise with one
-    run after the other, its batch split over all devices, or as many as share it evenly. Several processes
-    (`parallel.connect`) all call this; they train one run after the other on all of their devices, CPUs too, and the
-    first alone writes.
+    On CPUs, one worker process per core trains cells. On accelerators, this process drives all devices. If the
+    experiment has several seeds, or tries several learning rates together, many runs train at once, spread over the
+    devices. Otherwise one run trains after another, with its batch split over as many devices as divide it.
+
+    With several processes (`parallel.connect`), all must call this. They train one run after another on all of their
+    devices, also on CPUs, and only the first process writes.
 
     Args:
       workdir: a folder that all processes see, or gs://bucket/folder.
-      on_event: called with each `Event` as it comes, in the first process.
-      executor: who trains the cells: this machine, or an engine whose machines share `workdir`; see `executors`.
-      executor_options: the engine's own, as "key=value".
+      on_event: called with each `Event`, in the first process only.
+      executor: "local" trains on this machine; "ray" and "slurm" on machines that share `workdir`, see `executors`.
+      executor_options: options for Ray or SLURM, as "key=value".
 
     Raises:
-      UserError: if the folder holds another experiment or text or is in use, a run is refused, or processes differ.
-      KeyboardInterrupt: once all that was trained is saved; the same call continues it.
-      Interrupted: the same on SIGTERM, or because another process was asked to stop.
+      UserError: if the folder holds another experiment or text, or is in use; if a cell can't be trained; if the
+        processes have different experiments.
+      KeyboardInterrupt: after all runs in training are saved. Calling `scan` again continues them.
+      Interrupted: the same after SIGTERM, or if another process was asked to stop.
     """
     if executor == "local" and executor_options:
-        raise UserError(f"executor options {' '.join(executor_options)} are for --executor ray or slurm")
+        raise UserError(f"--executor-options {' '.join(executor_options)} need --executor ray or --executor slurm")
     with leave_if_one_is_gone(), contextlib.ExitStack() as stack:
         with together():
             workdir = working_copy(workdir, is_first())
             if executor != "local" and in_bucket(workdir):
-                raise UserError(f"--executor {executor} needs results on a file system with locks, which buckets lack")
+                raise UserError(
+                    f"--executor {executor} needs locks, which buckets lack: use a results folder on a shared disk"
+                )
         lock, missing = None, []
         given = from_first(to_dict(experiment))
         with together():
@@ -77,7 +81,7 @@ def scan(
                 missing = _missing(experiment, workdir)
         missing = [Cell(*values) for values in from_first(missing)]
         with together():
-            # Once, before workers ask for it together, and before the folder is claimed: a text may be mistyped.
+            # Before the workers start, so that only one packs, and before experiment.json: the text may be wrong.
             for context in {subject.model.context for subject in experiment.subjects} if missing else ():
                 corpus = prepare(experiment.text, context, experiment.tokenizer)
                 if is_first():
@@ -96,14 +100,22 @@ def scan(
     return workdir
 
 
+def relative_cost(experiment: Experiment, cell: Cell) -> float:
+    """Expected FLOPs of a cell up to a factor. Tokens to a loss grow as 1 + B/B_crit (McCandlish et al. 2018)."""
+    model = experiment.subject(cell.model).model
+    typical_b_crit = 2_000  # tokens, for small models at the losses that they reach
+    per_token = model.num_params + 2 * model.vocab_size * model.d_model
+    return per_token * (1 + cell.batch_tokens / typical_b_crit)
+
+
 def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:
-    """Cells to train, the longest first, which keeps all cores busy."""
+    """The cells to train, the most expensive first, so that all cores stay busy to the end."""
     missing = []
     for cell in experiment.cells:
         runs = finished_runs(experiment, cell, workdir)
         if runs is None:
             missing.append(cell)
-        elif read_search(workdir, cell) is None:  # of a version that kept no such records
+        elif read_search(workdir, cell) is None:  # schema 1 has no search records
             write_search(workdir, experiment, cell, runs)
     return sorted(missing, key=lambda cell: -relative_cost(experiment, cell))
 
@@ -111,18 +123,12 @@ def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:
 def _check_same_text(workdir: Path, experiment: Experiment, sha256: str) -> None:
     for path in (workdir / "runs").glob("*/result.json"):
         found = None
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged one is refused by its reader
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # `read_result` reports a damaged file later
             found = json.loads(path.read_bytes()).get("corpus_sha256")
         if found not in (None, sha256):
-            raise UserError(f"{workdir} holds runs on other text ({experiment.text} has changed): use another folder")
-
-
-def relative_cost(experiment: Experiment, cell: Cell) -> float:
-    """Expected FLOPs of a cell up to a constant: tokens to a loss grow as 1 + B/B_crit (McCandlish et al. 2018)."""
-    model = experiment.subject(cell.model).model
-    typical_b_crit = 2_000  # tokens; small models at the losses that they reach
-    per_token = model.num_params + 2 * model.vocab_size * model.d_model
-    return per_token * (1 + cell.batch_tokens / typical_b_crit)
+            raise UserError(
+                f"{workdir} holds runs on other text; the text {experiment.text} has changed since: use another folder"
+            )
 
 
 def _train_here(
@@ -133,7 +139,7 @@ def _train_here(
     waiting = list(missing)
     with stop_on_signals() as should_stop:
         while waiting:
-            alike = [cell for cell in waiting if cell[:2] == waiting[0][:2]]  # all but the seed
+            alike = [cell for cell in waiting if cell[:2] == waiting[0][:2]]  # same model and batch size
             waiting = [cell for cell in waiting if cell not in alike]
 
             def report(progress: Progress) -> None:
@@ -155,7 +161,7 @@ def _train_here(
 
 
 def _devices_for(run: Run) -> int:
-    """As many as share the run's batch evenly; all of them, or a refusal, where there are several processes."""
+    """Number of devices for a run: as many as divide its batch. With several processes, all devices or a UserError."""
     if jax.process_count() > 1:
         return program_for(run, jax.device_count()).num_devices
     return math.gcd(run.batch_sequences, jax.device_count())

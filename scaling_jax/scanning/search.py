@@ -1,9 +1,9 @@
-"""The learning-rate search of one cell: hill climbing until the best rate at every target has both its neighbours.
+"""The learning-rate search of one cell: hill climbing until, at every target, the best rate lies between two others.
 
-Between those, a factor of two costs little where steps are flat in the rate, as they are for small batches. For large
-ones the best rate lies just below where training diverges; the grid misses it by up to that factor, always to the side
-of more steps, and always at the same batches: B_crit came out 20 % too small (experiments/quadratic_scan.py). So places
-between rates are tried as well (`LearningRates.places`).
+With small batches, steps depend little on the rate, and neighbours at a factor of two are close enough. With large
+batches, the best rate lies just below the rates at which training diverges. The grid then misses it, and the cell needs
+too many steps, always at the same batch sizes: B_crit came out 20 % too small (experiments/quadratic_scan.py). So the
+search can also try rates between the neighbours (`LearningRates.places`).
 """
 
 import math
@@ -16,34 +16,34 @@ from scaling_jax.fitting import steps_to_loss
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
 from scaling_jax.training import Deadline, Run, RunResult, next_evaluation
 
-GAIN = 0.02  # in steps; a parabola that promises less isn't followed
+GAIN = 0.02  # in log steps; the search ignores a parabola that promises less
 
 
 class Outcome(NamedTuple):
-    """A run that is done."""
+    """A finished run and its evaluations."""
 
-    run: Run  # as it was asked for
-    result: RunResult  # its own, or that of one which went as far or farther
+    run: Run  # the run that was wanted
+    result: RunResult  # of this run, or of a run that is the same and trained farther
     steps: Sequence[int]  # of evaluations with a finite loss
     losses: Sequence[float]  # nats per token
 
 
 class Tried(NamedTuple):
-    """A learning rate of a cell, and what came of it."""
+    """A run of a cell's search, with its steps to each target loss."""
 
     run: Run
     result: RunResult
     steps: np.ndarray  # of evaluations with a finite loss
     losses: np.ndarray  # nats per token
-    steps_to_target: np.ndarray  # [target losses]; NaN where it didn't get there, or was there before it was evaluated
-    passed_early: np.ndarray  # [target losses], bool: below the target at its first evaluation
+    steps_to_target: np.ndarray  # [target losses]; NaN if not reached, or passed before the first evaluation
+    passed_early: np.ndarray  # [target losses], True if the loss was below the target at the first evaluation
 
 
 def search(experiment: Experiment, cell: Cell, train: Callable[[Run], Outcome]) -> list[Tried]:
-    """Runs the cell's learning rates, in an order and to lengths that depend on results alone; see `next_wave`.
+    """Runs the learning-rate search of a cell. Which runs it makes depends only on the results; see `next_wave`.
 
     Args:
-      train: gives what came of a run, or of one that is the same and went farther.
+      train: returns the outcome of a run.
     """
     tried: dict[int, Tried] = {}
     while wave := next_wave(experiment, cell, tried):
@@ -53,7 +53,7 @@ def search(experiment: Experiment, cell: Cell, train: Callable[[Run], Outcome]) 
 
 
 def look_at(targets: Sequence[float], outcome: Outcome) -> Tried:
-    """Where a run passed each target."""
+    """A run's steps to each target."""
     steps, losses = np.array(outcome.steps, int), np.array(outcome.losses, float)
     passed, early = np.full(len(targets), math.nan), np.zeros(len(targets), bool)
     if len(steps):  # otherwise it diverged before its first evaluation
@@ -63,12 +63,13 @@ def look_at(targets: Sequence[float], outcome: Outcome) -> Tried:
 
 
 def next_wave(experiment: Experiment, cell: Cell, tried: Mapping[int, Tried]) -> dict[int, Run]:
-    """The runs to be made next, by rate index; none once the search is over.
+    """The next runs of the search, {rate index: run}; empty when the search has ended.
 
-    The first are `LearningRates.together` around the rule. Then come neighbours of the rate that was best at the lowest
-    target until it has one on both sides, then places between them (`refinement`), and so on for each target above. A
-    run for the sake of a target ends there, and earlier once it can no longer be best: when it has taken as many steps
-    as the best one, or `LearningRates.give_up_factor` times as many to some loss on the way.
+    The first runs are `LearningRates.together` rates around the rule. Then the search takes the best rate at the lowest
+    target and tries its neighbours, until both sides are tried, then places between them. It goes on with the same for
+    each higher target. A run that is made for a target ends at that target. It ends earlier once it can no longer be
+    the best: after the steps of the best run, or after `LearningRates.give_up_factor` times the best run's steps to
+    some loss on the way.
     """
     subject = experiment.subject(cell.model)
     rates, targets = subject.learning_rates, subject.target_losses
@@ -77,7 +78,7 @@ def next_wave(experiment: Experiment, cell: Cell, tried: Mapping[int, Tried]) ->
         around = [0] + [sign * rates.places * k for k in range(1, rates.most) for sign in (1, -1)]
         return {index: experiment.run(cell, index) for index in around[: min(rates.together, rates.most)]}
     for target in range(last, -1, -1):
-        # A run for the sake of a higher loss ended there: it says nothing of this one.
+        # Leave out runs that were made for a higher target and ended there.
         as_far = {i: t for i, t in tried.items() if _goal(t) <= targets[target]}
         best = best_at(as_far.values(), target)
         if best is None:
@@ -91,11 +92,33 @@ def next_wave(experiment: Experiment, cell: Cell, tried: Mapping[int, Tried]) ->
     return {}
 
 
+def best_at(tried: Collection[Tried], target: int) -> Tried | None:
+    """The run with the fewest steps to a target; None if no run reached it."""
+    reached = [t for t in tried if math.isfinite(t.steps_to_target[target])]
+    return min(reached, key=lambda t: t.steps_to_target[target], default=None)
+
+
+def best_of(tried: Collection[Tried]) -> Tried:
+    """The run with the fewest steps to the lowest target; if no run reached it, the one with the lowest last loss."""
+    return best_at(tried, -1) or min(
+        tried, key=lambda t: math.inf if t.result.test_loss is None else t.result.test_loss
+    )
+
+
+def is_tuned(tried: Collection[Tried], target: int) -> bool:
+    """True if the best rate at a target lies between two other tried rates."""
+    best = best_at(tried, target)
+    rates = [t.run.learning_rate for t in tried]
+    return best is not None and min(rates) < best.run.learning_rate < max(rates)
+
+
 def _goal(t: Tried) -> float:
+    """The target loss for which a run was made."""
     return 0.0 if t.run.target_loss is None else t.run.target_loss
 
 
 def _wanted(rates: LearningRates, tried: Mapping[int, Tried], best: Tried, target: int) -> list[int]:
+    """Rate indices to try next for a target: beyond the tried rates, or between the best rate and a neighbour."""
     here, places = next(index for index, t in tried.items() if t is best), rates.places
     beyond = []
     if max(tried) == here:
@@ -112,9 +135,9 @@ def _wanted(rates: LearningRates, tried: Mapping[int, Tried], best: Tried, targe
 
 
 def _log_steps(t: Tried, best: Tried, target: int) -> float | None:
-    """To a target; of a slower rate's run that ended above it, by how far behind it was at the last loss of both.
+    """log(steps to a target); if the run ended above it, an estimate from its delay at the last loss that both reached.
 
-    A run at a higher rate than the best may never get there, whatever it did before.
+    None for a run that diverged, or whose rate is higher than the best: it might never reach the target.
     """
     least = math.log(best.steps_to_target[target])
     if math.isfinite(t.steps_to_target[target]):
@@ -127,11 +150,12 @@ def _log_steps(t: Tried, best: Tried, target: int) -> float | None:
 
 
 def _contender(experiment: Experiment, cell: Cell, index: int, best: Tried, target: int) -> Run:
+    """The run at a rate index, limited to what it needs to beat the best run at a target."""
     subject = experiment.subject(cell.model)
     losses, factor = subject.target_losses, subject.learning_rates.give_up_factor
     if not math.isfinite(best.steps_to_target[target]):
         return experiment.run(cell, index)
-    # Two evaluations below the target end a run.
+    # A run ends after two evaluations below the target, so allow two more than the best run's steps.
     most, growth = math.ceil(best.steps_to_target[target]), best.run.eval_growth
     for _ in range(2):
         most = next_evaluation(most, growth)
@@ -140,34 +164,14 @@ def _contender(experiment: Experiment, cell: Cell, index: int, best: Tried, targ
     return experiment.run(cell, index, losses[target], min(most, best.result.steps), deadlines)
 
 
-def best_at(tried: Collection[Tried], target: int) -> Tried | None:
-    """Who took the fewest steps to a target; None if nobody got there."""
-    reached = [t for t in tried if math.isfinite(t.steps_to_target[target])]
-    return min(reached, key=lambda t: t.steps_to_target[target], default=None)
-
-
-def best_of(tried: Collection[Tried]) -> Tried:
-    """By steps to the lowest target, else by the last loss."""
-    return best_at(tried, -1) or min(
-        tried, key=lambda t: math.inf if t.result.test_loss is None else t.result.test_loss
-    )
-
-
-def is_tuned(tried: Collection[Tried], target: int) -> bool:
-    """Whether the best rate at a target lies between two others that were tried."""
-    best = best_at(tried, target)
-    rates = [t.run.learning_rate for t in tried]
-    return best is not None and min(rates) < best.run.learning_rate < max(rates)
-
-
 def _next_between(best: int, log_steps: Mapping[int, float], tried: set[int], log_place: float) -> int | None:
-    """The grid place to try next to the best one, whose neighbours were tried; None if no better one is to be expected.
+    """The next grid place to try between the best place and its tried neighbours; None if none promises to be better.
 
     Args:
-      best: the place of the fewest steps.
-      log_steps: by place, natural logs; only of those whose steps to the target are known.
-      tried: all places, with one on either side of the best.
-      log_place: natural log of the ratio of rates one place apart.
+      best: the place with the fewest steps.
+      log_steps: {place: natural log of steps to the target}, where known.
+      tried: all tried places; at least one on each side of the best.
+      log_place: natural log of the ratio of rates at neighbouring places.
     """
     below, above = max(i for i in tried if i < best), min(i for i in tried if i > best)
     if below in log_steps and above in log_steps:
@@ -176,7 +180,7 @@ def _next_between(best: int, log_steps: Mapping[int, float], tried: set[int], lo
     if abs(failed - best) > 1:
         return (best + failed) // 2
     if below in log_steps and best - below > 1:
-        # Steps can't fall faster than the rate rises: this is what could still lie below the best.
+        # Steps can't fall faster than the rate rises, so this is the most that a rate below the best can gain.
         hope = log_steps[best] - log_steps[below] + (best - below) * log_place
         if hope > 2 * GAIN:
             return (best + below) // 2
@@ -184,7 +188,7 @@ def _next_between(best: int, log_steps: Mapping[int, float], tried: set[int], lo
 
 
 def _vertex(log_steps, tried, below, best, above) -> int | None:
-    """The place nearest to the minimum of the parabola through three, if it was not tried and promises enough."""
+    """The place nearest to the minimum of the parabola through three; None if tried, or if it gains too little."""
     rise_above = (log_steps[above] - log_steps[best]) / (above - best)
     rise_below = (log_steps[below] - log_steps[best]) / (best - below)
     curvature = 2 * (rise_above + rise_below) / (above - below)

@@ -1,6 +1,6 @@
-"""Worker processes, one a core, that train the cells of a scan.
+"""Worker processes, one per core, that train the cells of a scan; the events that they send.
 
-On two cores a process pinned to each trained small models 1.4 to 2.5 times as fast as one process over both
+On two cores, two pinned processes trained small models 1.4 to 2.5 times as fast as one process on both cores
 (benchmarks/placement.py).
 """
 
@@ -22,10 +22,10 @@ from scaling_jax.training import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What a scan tells while it goes on: a run of a cell was evaluated, or all of the cell's are done, or it stops."""
+    """News of a scan: a run of a cell was evaluated, or a cell is done, or the scan is stopping."""
 
-    cell: Cell | None  # None: the whole scan is being stopped
-    progress: Progress | None = None  # None: the cell is done
+    cell: Cell | None  # None: the whole scan is stopping
+    progress: Progress | None = None  # of a run after an evaluation; None: the cell is done
 
 
 STOPPING = Event(None)
@@ -40,15 +40,15 @@ def train_in_workers(
     lock: int | None = None,
     platform: str | None = "cpu",
 ) -> None:
-    """Trains the cells, first come first served, with a worker on each of `cores`.
+    """Trains the cells in order, with one worker on each of `cores`.
 
     Args:
-      lock: a file descriptor that workers keep open as long as they may write.
-      platform: JAX's; None leaves it to JAX, which prefers accelerators.
+      lock: descriptor of the lock file, so that the workers hold the lock until they end.
+      platform: JAX's platform; None lets JAX choose, which prefers accelerators.
 
     Raises:
-      UserError, OSError: what a worker refused, or that it died and where its log is.
-      KeyboardInterrupt: after the workers have saved their runs and left.
+      UserError, OSError: if a worker raised it, or a worker died.
+      KeyboardInterrupt: after the workers have saved their runs and ended.
     """
     log = f"worker-{socket.gethostname()}-{os.getpid()}"
     run_jobs(
@@ -70,12 +70,13 @@ def train_in_workers(
 
 
 def event_message(event: Event) -> Message:
-    """An event of a run as JSON values; `read_event` is the inverse."""
+    """The JSON values of an event with progress; `read_event` is the inverse."""
     assert event.progress is not None
     return {"cell": event.cell, "progress": {k: None if v != v else v for k, v in to_dict(event.progress).items()}}
 
 
 def read_event(message: Message) -> Event:
+    """The event in a message of `event_message`."""
     values: dict[str, Any] = {
         name: float("nan") if value is None else value for name, value in message["progress"].items()
     }
@@ -83,8 +84,8 @@ def read_event(message: Message) -> Event:
 
 
 def main(workdir: Path) -> None:
-    """A worker, until its input ends."""
-    # JAX takes a second to import: only the worker needs it.
+    """The main function of a worker process."""
+    # JAX takes a second to import, and only workers need it.
     import jax
 
     from scaling_jax.parallel.devices import keep_compiled_programs
@@ -93,7 +94,7 @@ def main(workdir: Path) -> None:
     from scaling_jax.training import Interrupted
 
     stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # as SLURM and preempted machines send it
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # sent by SLURM, and on preempted machines
     keep_compiled_programs()
     experiment = read_experiment(workdir)
 
@@ -116,7 +117,7 @@ def main(workdir: Path) -> None:
 
 
 def _environment(platform: str | None) -> dict[str, str]:
-    """On CPUs one thread, one device: whatever the parent's flags are, results are the same."""
+    """A worker's environment. On CPUs it has one thread and one device, whatever the parent's flags are."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
     chosen = dict(os.environ) if platform is None else os.environ | {"JAX_PLATFORMS": platform}
     return chosen | {"XLA_FLAGS": f"{flags} --xla_cpu_multi_thread_eigen=false".strip()}

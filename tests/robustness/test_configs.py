@@ -106,10 +106,10 @@ def test_the_command_refuses_an_override_in_one_line(override, names, refuses, e
         ("import no_such_module", "mine.py line 1 can't be run: ModuleNotFoundError"),
         ("def f():\n  return 1 / 0\nf()", "mine.py line 2 can't be run: ZeroDivisionError"),
         ("raise SystemExit(0)", "mine.py line 1 can't be run: SystemExit"),
-        ("x = 1", "doesn't define EXPERIMENT"),
-        ("EXPERIMENT = {}", "doesn't define EXPERIMENT"),
-        ("EXPERIMENT = None", "doesn't define EXPERIMENT"),
-        ("", "doesn't define EXPERIMENT"),
+        ("x = 1", "EXPERIMENT = Experiment"),
+        ("EXPERIMENT = {}", "EXPERIMENT = Experiment"),
+        ("EXPERIMENT = None", "EXPERIMENT = Experiment"),
+        ("", "EXPERIMENT = Experiment"),
         ("\x00", "mine.py"),
         ("from scaling_jax import Experiment\nEXPERIMENT = Experiment()", "mine.py line 2 can't be run: TypeError"),
         ("from scaling_jax.scanning import log_spaced\nlog_spaced(3, 2, 1)", "mine.py line"),
@@ -184,7 +184,7 @@ def test_no_experiment_may_be_a_folder_or_in_another_encoding(experiment, tmp_pa
     (tmp_path / "mine.py").write_bytes(b"# \xff\n")
     for path, names in (
         (experiment, "can't read"),
-        (tmp_path, "no experiment file"),
+        (tmp_path, "experiments/demo.py"),
         (tmp_path / "mine.py", "mine.py"),
     ):
         with pytest.raises(UserError, match=names):

@@ -40,7 +40,7 @@ def test_a_missing_key_is_named():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_tokens": (128, 256)}, r"batch_tokens = \(128, 256\).* three"),
+        ({"batch_tokens": (128, 256)}, r"batch_tokens = \(128, 256\).* 3 batch"),
         ({"batch_tokens": (128, 256, 500)}, "500 .* 448 or 512 tokens"),
         ({"subjects": DEMO.subjects[:1] * 2}, "1x32.* different"),
     ],
