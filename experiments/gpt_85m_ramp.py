@@ -4,11 +4,11 @@
     python experiments/gpt_85m_ramp.py
 
 The 12×768 model of kaplan_3m_85m.py, on the same text, down to 3.2 nats per token. Four runs: constant batches of 2^16
-and 2^18 tokens; a ramp from 2^16 that keeps the batch below half of B_crit = 2.1e8·L^-4.8 (arXiv 2001.08361, figure 10),
-with loss over steps by eq. 1.6 there; and a ramp whose batch doubles once the measured tr(Σ)/|G|² is sure to be twice
-the doubled batch. Learning rates go with √B. AdamW, weight decay, clipping and bfloat16 as is usual for such a model.
-batch_ramp.py is the same at a laptop's size, and was run. One of the four alone: `scaling-jax train` with this file and
---name 'ramp by the law'.
+and 2^18 tokens; a ramp from 2^16 that keeps the batch below half of B_crit = 2.1e8·L^-4.8 (arXiv 2001.08361, figure
+10), with loss over steps by eq. 1.6 there; and a ramp whose batch doubles once the measured tr(Σ)/|G|² is sure to be
+twice the doubled batch. Learning rates go with √B. AdamW, weight decay, clipping and bfloat16 as is usual for such a
+model. batch_ramp.py is the same at a laptop's size, and was run. One of the four alone: `scaling-jax train` with this
+file and --name 'ramp by the law'.
 
 NOT RUN YET, on any machine. What to expect, and what it would cost, by the same two laws:
 
