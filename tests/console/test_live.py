@@ -64,12 +64,12 @@ def test_a_log_gets_a_line_a_cell_and_one_a_minute(clock):
         display.on_event(progress(CELLS[0], learning_rate=2e-2, test_loss=3.25))
         display.on_event(Event(CELLS[0]))
         display.on_event(Event(None))
-    lines = shown.file.getvalue().splitlines()
-    assert len(lines) == 3, lines
-    assert lines[0].startswith("1:10  0 of 4 done, about ")
-    assert lines[0].endswith("running: 1x16 · 128 tokens at step 50, loss 2.750, 12.3k tokens/s")
-    assert lines[1].startswith("1:30  1 of 4 done, about ")
-    assert lines[1].endswith("done: 1x16 · 128 tokens, 2 learning rates, lowest loss 2.750")
+    running, done, _ = shown.file.getvalue().splitlines()
+    for line, values in (
+        (running, ("1:10 ", "0 of 4", "1x16 · 128 tokens", "step 50", "2.750", "12.3k tokens/s")),
+        (done, ("1:30 ", "1 of 4", "1x16 · 128 tokens", "2 learning rates", "2.750")),
+    ):
+        assert [value for value in values if value not in line] == []
     assert "\x1b" not in shown.file.getvalue()
 
 
@@ -80,7 +80,8 @@ def test_a_continued_scan_counts_what_was_done_but_not_as_its_own_speed(clock):
         display.on_event(progress(CELLS[0], step=100))
         assert display._time_left() == "8:20"  # 100 s for half of the first of three rates
         display.on_event(Event(CELLS[0]))
-    assert "4 of 4 done, about 0:00 left" in shown.file.getvalue()
+    assert "4 of 4" in shown.file.getvalue()
+    assert "0:00" in shown.file.getvalue()
 
 
 def test_a_terminal_shows_the_same_live():
@@ -90,7 +91,8 @@ def test_a_terminal_shows_the_same_live():
         table = Console(file=io.StringIO(), width=120)
         table.print(display._render())
     text = table.file.getvalue()
-    assert "small: 0 of 4 batch sizes done" in text
+    assert "small" in text
+    assert "0 of 4" in text
     assert "1x16 · 512 tokens" in text
     assert "0.01" in text
     assert "2.750" in text
@@ -192,7 +194,9 @@ def test_both_signals_save_and_only_ctrl_c_is_an_interruption(command, number, w
     if number == signal.SIGTERM:
         assert ended.type is SystemExit
         assert ended.value.code == 0
-        assert capsys.readouterr().out.endswith("saved; the same command continues where it was\n")
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert "saved" in last
+        assert "same command" in last
     else:
         assert ended.type is KeyboardInterrupt
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
