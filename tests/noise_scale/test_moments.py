@@ -156,7 +156,7 @@ def test_bad_input_is_refused_when_traced(params, batch, options, message):
 def test_options_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match="method='one_batch'"):
         value_and_grad(quadratic.loss, method="one_batch")
-    with pytest.raises(ValueError, match="norm .*method='two_batch'"):
+    with pytest.raises(ValueError, match=r"norm .*method='two_batch'"):
         value_and_grad(quadratic.loss, method="per_example", norm=sq_norm)
     aux_loss = lambda p, x: (quadratic.loss(p, x), {"count": jnp.int32(3)})  # noqa: E731
     with pytest.raises(TypeError, match="aux leaf 'count' is int32"):
