@@ -156,7 +156,7 @@ def test_the_interval_knows_that_neighbouring_points_share_runs():
 
 
 def covered(kind, count=500):
-    """Share of scans whose intervals hold the truth: exponent, band at the highest and the lowest loss, two-stage, joint.
+    """Share of scans whose intervals hold the truth: exponent, band at the highest and lowest loss, two-stage, joint.
 
     Resampled with a seed of its own each: with one seed for all, its luck shifts every interval the same way.
     """
