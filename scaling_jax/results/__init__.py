@@ -1,4 +1,4 @@
-"""A results folder, or a table, into runs, measurements, noise scales and fits."""
+"""Reads results folders and tables: runs, measurements, noise scales and fits."""
 
 from scaling_jax.results.measurements import Measurement, NoiseMeasurement
 from scaling_jax.results.results import Analysis, Curve, Results, analyse, noise_ratios, read_results

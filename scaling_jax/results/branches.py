@@ -1,4 +1,4 @@
-"""The critical batch size along a run, from its branches: branches.csv."""
+"""The critical batch size along a run, measured by branches (branches.csv); comparison with scan and noise scale."""
 
 import csv
 import math
@@ -18,43 +18,45 @@ from scaling_jax.scanning.branches import EVALUATIONS, BranchPlan
 from scaling_jax.training import Run
 
 Runs = Mapping[Run, RunRecord]
-_LAST = EVALUATIONS // 2  # evaluations at a branch's end that are averaged
-_STANDARD_ERRORS = 1.96  # of a 95 % interval
+_LAST = EVALUATIONS // 2  # average over this many last evaluations of a branch
+_STANDARD_ERRORS = 1.96  # for a 95 % interval
+_ENDS = ("b_crit", "low", "high")  # fields of BranchMeasurement
+_NEAR = 0.04  # in log loss; a measurement this close to a loss counts for it
 
 
 class BranchMeasurement(NamedTuple):
-    """The largest batch that kept up with a run over a stretch of it; batch quantities in tokens."""
+    """The critical batch size at one point of a run: the largest batch that kept up with the run, in tokens."""
 
     model: str
-    batch_tokens: int  # the run's own
+    batch_tokens: int  # of the run
     seed: int
     tokens: int  # where the branches start
-    loss: float  # of the run, mean over the stretch; nats per token
-    b_crit: float  # inf: the largest tried kept up
+    loss: float  # mean over the evaluations of the run after this point; nats per token
+    b_crit: float  # inf: even the largest batch kept up
     low: float
     high: float
 
 
 class Excess(NamedTuple):
-    """Test loss of a branch above that of the run after as many tokens, nats per token."""
+    """Test loss of a branch minus that of the run after the same number of tokens, in nats per token."""
 
     batch_tokens: int
-    mean: float  # NaN: the branch diverged
+    mean: float  # NaN if the branch diverged
     standard_error: float
 
 
 def check_tolerance(tolerance: float) -> None:
-    """Raises UserError unless it is positive and finite, before anything is trained for it."""
+    """Raises UserError unless the tolerance is positive and finite."""
     if not 0 < tolerance < math.inf:
-        raise UserError(f"tolerance = {tolerance} must be positive and finite: nats per token")
+        raise UserError(f"tolerance = {tolerance} nats per token must be positive and finite")
 
 
 def measure_branches(plans: Iterable[BranchPlan], runs: Runs, tolerance: float) -> list[BranchMeasurement]:
     """One measurement for each point of each plan.
 
     Args:
-      runs: that are done, by their values.
-      tolerance: nats per token by which a branch may fall behind.
+      runs: the finished runs and their records.
+      tolerance: a branch keeps up if its loss is at most this much above the run's, in nats per token.
     """
     check_tolerance(tolerance)
     rows = []
@@ -77,10 +79,10 @@ def write_branches(workdir: Path, rows: Sequence[BranchMeasurement]) -> None:
 
 
 def read_branches(workdir: Path) -> list[BranchMeasurement]:
-    """Every row of `branches.csv`; none if there is no such file.
+    """Every row of branches.csv; an empty list if there is no such file.
 
     Raises:
-      UserError: naming the line that doesn't hold what it should.
+      UserError: if a line is damaged. Names the line.
     """
     path = workdir / "branches.csv"
     if not path.exists():
@@ -90,84 +92,27 @@ def read_branches(workdir: Path) -> list[BranchMeasurement]:
         try:
             return [_read_row(row, f"{path} line {rows.line_num}") for row in rows]
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} isn't a table ({error}): measure the branches again") from None
-
-
-def _read_row(row: dict[str, str], where: str) -> BranchMeasurement:
-    kinds = typing.get_type_hints(BranchMeasurement)
-    try:
-        return BranchMeasurement(**{name: kind(row[name]) for name, kind in kinds.items()})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} isn't a branch measurement ({error}): measure the branches again") from None
-
-
-def excess(plan: BranchPlan, runs: Runs, point: int, factor: int, trunk: Mapping[int, float]) -> Excess:
-    """How far a branch fell behind the run, over the evaluations of its later half.
-
-    Args:
-      trunk: the run's own test losses, by tokens processed.
-    """
-    branch = plan.branch(point, factor)
-    losses = _losses(runs, branch, point, plan.branch_tokens)
-    both = sorted(trunk.keys() & losses.keys())[-_LAST:]
-    differences = np.array([losses[tokens] - trunk[tokens] for tokens in both])
-    if len(both) < _LAST or not np.all(np.isfinite(differences)):
-        return Excess(branch.ramp[0].batch_tokens, math.nan, math.nan)
-    return Excess(
-        branch.ramp[0].batch_tokens,
-        float(differences.mean()),
-        float(differences.std(ddof=1) / math.sqrt(len(differences))),
-    )
-
-
-def _losses(runs: Runs, run: Run, after: int, tokens: int) -> dict[int, float]:
-    """Test losses by tokens processed, at evenly spaced evaluations; NaN at the end for a run that diverged."""
-    every = tokens // EVALUATIONS
-    wanted = {after + k * every for k in range(1, EVALUATIONS + 1)}
-    record = runs[run]
-    evaluations = zip(record.course.eval_tokens.tolist(), record.course.eval_losses.tolist(), strict=True)
-    losses = {at: loss for at, loss in evaluations if at in wanted}
-    if record.result is not None and record.result.status == "diverged":
-        losses[max(wanted)] = math.nan
-    return losses
-
-
-def _largest_within(batch_tokens: int, branches: list[Excess], tolerance: float, shift: float) -> float:
-    """Where the excess, moved by `shift` standard errors, passes the tolerance; interpolated in log batch size."""
-    before_batch, before = batch_tokens, 0.0
-    for found in branches:
-        here = found.mean + shift * found.standard_error
-        if not here <= tolerance:
-            if not math.isfinite(here):
-                return float(before_batch)
-            share = (tolerance - before) / (here - before)
-            return float(math.exp(math.log(before_batch) + share * math.log(found.batch_tokens / before_batch)))
-        before_batch, before = found.batch_tokens, here
-    return math.inf
-
-
-_ENDS = ("b_crit", "low", "high")  # of a branch measurement
-_NEAR = 0.04  # of log loss: measurements so close to a loss count as its
+            raise UserError(f"{path} isn't a table ({error}): run the same branch command again") from None
 
 
 class Comparison(NamedTuple):
-    """One model at one loss of the scan's fit; tokens, with 95 % intervals or, for several runs, the middle half."""
+    """Three measurements of one model at one loss, in tokens: B_crit of the scan, noise scale, B_crit of branches."""
 
     model: str
     loss: float  # nats per token
     scan: float
-    scan_low: float
+    scan_low: float  # 95 % interval
     scan_high: float
-    noise_scale: float  # median over runs; NaN where none was measured, infinite where most are unresolved
-    noise_scale_low: float
+    noise_scale: float  # median over runs; NaN if not measured, infinite if most are unresolved
+    noise_scale_low: float  # the middle half of the runs
     noise_scale_high: float
-    branches: float  # median over points and seeds; NaN where none was measured
-    branches_low: float
+    branches: float  # median over points and seeds; NaN if not measured
+    branches_low: float  # medians of the ends of 95 % intervals
     branches_high: float
 
 
 def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[BranchMeasurement]) -> list[Comparison]:
-    """A row for each loss at which the scan's B_crit enters its law."""
+    """A row for each model and loss at which the scan's B_crit is in its law."""
     rows = []
     for point in fit.points:
         if not point.in_law:
@@ -194,3 +139,56 @@ def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[
             )
         )
     return rows
+
+
+def excess(plan: BranchPlan, runs: Runs, point: int, factor: int, trunk: Mapping[int, float]) -> Excess:
+    """How far a branch was behind the run, averaged over the later half of its evaluations.
+
+    Args:
+      trunk: {tokens processed: test loss} of the run.
+    """
+    branch = plan.branch(point, factor)
+    losses = _losses(runs, branch, point, plan.branch_tokens)
+    both = sorted(trunk.keys() & losses.keys())[-_LAST:]
+    differences = np.array([losses[tokens] - trunk[tokens] for tokens in both])
+    if len(both) < _LAST or not np.all(np.isfinite(differences)):
+        return Excess(branch.ramp[0].batch_tokens, math.nan, math.nan)
+    return Excess(
+        branch.ramp[0].batch_tokens,
+        float(differences.mean()),
+        float(differences.std(ddof=1) / math.sqrt(len(differences))),
+    )
+
+
+def _read_row(row: dict[str, str], where: str) -> BranchMeasurement:
+    kinds = typing.get_type_hints(BranchMeasurement)
+    try:
+        return BranchMeasurement(**{name: kind(row[name]) for name, kind in kinds.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} isn't a branch measurement ({error}): run the same branch command again") from None
+
+
+def _losses(runs: Runs, run: Run, after: int, tokens: int) -> dict[int, float]:
+    """{tokens processed: test loss} at the evenly spaced evaluations; the last is NaN if the run diverged."""
+    every = tokens // EVALUATIONS
+    wanted = {after + k * every for k in range(1, EVALUATIONS + 1)}
+    record = runs[run]
+    evaluations = zip(record.course.eval_tokens.tolist(), record.course.eval_losses.tolist(), strict=True)
+    losses = {at: loss for at, loss in evaluations if at in wanted}
+    if record.result is not None and record.result.status == "diverged":
+        losses[max(wanted)] = math.nan
+    return losses
+
+
+def _largest_within(batch_tokens: int, branches: list[Excess], tolerance: float, shift: float) -> float:
+    """Batch size at which the excess, plus `shift` standard errors, reaches the tolerance; linear in log batch size."""
+    before_batch, before = batch_tokens, 0.0
+    for found in branches:
+        here = found.mean + shift * found.standard_error
+        if not here <= tolerance:
+            if not math.isfinite(here):
+                return float(before_batch)
+            share = (tolerance - before) / (here - before)
+            return float(math.exp(math.log(before_batch) + share * math.log(found.batch_tokens / before_batch)))
+        before_batch, before = found.batch_tokens, here
+    return math.inf

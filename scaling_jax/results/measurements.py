@@ -1,6 +1,6 @@
-"""What the cells of a scan measure: measurements.csv, noise_scale.csv, seeds.csv.
+"""The measurements of a scan: steps to each target loss, noise scales, and the spread between seeds.
 
-Steps to each target loss at the best learning rate; the noise scale while the loss fell; how far seeds lie apart.
+They are the rows of measurements.csv, noise_scale.csv and seeds.csv.
 """
 
 import math
@@ -14,61 +14,61 @@ from scaling_jax.noise_scale import estimate
 from scaling_jax.results.runs import CellRuns, moments_by_step
 from scaling_jax.scanning.search import best_at, is_tuned
 
-MEANINGLESS = 0.25  # standard deviation of log steps between seeds from which a crossing says little
+MEANINGLESS = 0.25  # standard deviation of log steps between seeds, above which a crossing means little
 
 
 class Measurement(NamedTuple):
-    """One model, batch size, seed and target loss."""
+    """Steps of one model, batch size and seed to one target loss, at the best learning rate."""
 
     model: str
     batch_tokens: int
     seed: int
     target_loss: float  # nats per token
-    steps: float  # NaN: no learning rate got there within `steps_tried`
+    steps: float  # NaN: no run reached the target within `steps_tried`
     tokens: float
-    learning_rate: float  # of the run that got there first; NaN if none did
-    tuned: bool  # False: a better rate may lie beyond the grid
-    steps_tried: int  # the longest run
-    passed_early: bool = False  # some rate was below the target when first evaluated: its steps are unknown
+    learning_rate: float  # of the run with the fewest steps; NaN if no run reached the target
+    tuned: bool  # False: a better rate may lie beyond the rates tried
+    steps_tried: int  # steps of the longest run
+    passed_early: bool = False  # a run was below the target at its first evaluation, so its steps are unknown
 
 
 class NoiseMeasurement(NamedTuple):
-    """B_simple of one run while its loss fell through a window, with its interval; tokens."""
+    """The noise scale B_simple of one run while its loss fell from one target loss to the next, in tokens."""
 
     model: str
     batch_tokens: int
     seed: int
-    loss: float  # the window's geometric middle
-    b_simple: float  # NaN where unresolved
+    loss: float  # geometric middle of both target losses
+    b_simple: float  # NaN if unresolved
     low: float
-    high: float  # inf where unresolved
+    high: float  # inf if unresolved
     resolved: bool
     steps: int
 
 
 class SeedSpread(NamedTuple):
-    """The best run of each seed at one target loss."""
+    """How far the best runs of several seeds lie apart at one target loss."""
 
     model: str
     batch_tokens: int
     target_loss: float  # nats per token
-    seeds: int  # that reached it
+    seeds: int  # number of seeds that reached the target
     steps_spread: float  # standard deviation between seeds of log steps to the target
-    test_loss_std: float  # of the test loss between seeds at their mean (geometric) step; nats per token
+    test_loss_std: float  # standard deviation of the test loss at the geometric mean of these steps; nats per token
 
 
 def measure(cells: Sequence[CellRuns]) -> list[Measurement]:
-    """Every measurement of a scan, in the order of its cells."""
+    """The steps to each target loss, for every cell in order."""
     return [row for cell in cells for row in _measure_cell(cell)]
 
 
 def early_losses(measurements: Sequence[Measurement]) -> set[tuple[str, float]]:
-    """(model, loss) that some run had passed when it was first evaluated."""
+    """The (model, target loss) for which some run was below the target at its first evaluation."""
     return {(m.model, m.target_loss) for m in measurements if m.passed_early}
 
 
 def columns(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Keyword arguments of `fitting.fit_scan` and its like, without losses that were passed early."""
+    """Keyword arguments of `fitting.fit_scan`, `fit_joint` and `compare_forms`. Leaves out losses passed early."""
     early = early_losses(measurements)
     used = [m for m in measurements if (m.model, m.target_loss) not in early]
     return {
@@ -82,7 +82,7 @@ def columns(measurements: Sequence[Measurement]) -> dict[str, Any]:
 
 
 def measurement_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
-    """What was left out, untuned or not reached."""
+    """Notes on losses that were left out or not reached, and on learning rates that weren't tuned."""
     early = early_losses(measurements)
     notes = [
         f"model {model}: loss {loss:g} is left out, some run was below it when it was first evaluated"
@@ -107,7 +107,7 @@ def measurement_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
 
 
 def measure_noise(cells: Sequence[CellRuns]) -> list[NoiseMeasurement]:
-    """One measurement for each cell's best run and each two neighbouring target losses that it passed."""
+    """The noise scale of each cell's best run, between each two neighbouring target losses that it passed."""
     return [row for cell in cells for row in _between_targets(cell)]
 
 
@@ -130,7 +130,7 @@ def measure_spread(cells: Sequence[CellRuns]) -> list[SeedSpread]:
 
 
 def seed_notes(spreads: Sequence[SeedSpread]) -> tuple[str, ...]:
-    """Where seeds differ so much that a crossing means little."""
+    """Notes on batch sizes at which seeds differ so much that steps to a loss mean little."""
     notes = []
     for model, batch in dict.fromkeys((s.model, s.batch_tokens) for s in spreads):
         wide = [s for s in spreads if (s.model, s.batch_tokens) == (model, batch) and s.steps_spread > MEANINGLESS]

@@ -1,4 +1,4 @@
-"""A results folder, read once: runs, curves, measurements, noise scales; a finished scan's fit, kept beside them."""
+"""A results folder, read once: its runs, curves, measurements and noise scales; and the fits of a finished scan."""
 
 import dataclasses
 import functools
@@ -33,24 +33,24 @@ from scaling_jax.training import Run
 
 
 class Curve(NamedTuple):
-    """A run's evaluations: steps and losses [evaluations], nats per token."""
+    """The evaluations of a run."""
 
-    steps: np.ndarray
-    losses: np.ndarray
+    steps: np.ndarray  # [evaluations]
+    losses: np.ndarray  # [evaluations], nats per token
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
-    """What a folder holds. What is asked of it is computed from memory; nothing is read again."""
+    """The contents of a results folder. Properties are computed when first used, without reading the files again."""
 
     folder: Path
-    experiment: Experiment | None  # None in a folder of single runs
+    experiment: Experiment | None  # None if the folder holds single runs, not a scan
     runs: tuple[RunRecord, ...]
     branches: tuple[BranchMeasurement, ...] = ()
 
     @functools.cached_property
     def curves(self) -> dict[str, Curve]:
-        """By run id."""
+        """{run id: its evaluations}."""
         return {r.run_id: Curve(r.course.eval_steps, r.course.eval_losses) for r in self.runs}
 
     @functools.cached_property
@@ -58,49 +58,50 @@ class Results:
         """The scan's cells, in the order of its experiment.
 
         Raises:
-          UserError: if the folder holds no scan, or an unfinished one.
+          UserError: if the folder holds no scan, or the scan isn't finished.
         """
         experiment = self.scan
         found = cell_runs(experiment, self.runs)
         for cell in experiment.cells:
             if cell not in found or finished_runs(experiment, cell, self.folder, self._outcome) is None:
                 raise UserError(
-                    f"{self.folder} isn't complete ({cell.name} is missing): run the scan again, it continues"
+                    f"{self.folder} isn't complete ({cell.name} is missing): run the same scan again to continue it"
                 )
         return [found[cell] for cell in experiment.cells]
 
     @property
     def scan(self) -> Experiment:
-        """The experiment; raises UserError where there is none."""
+        """The experiment of the scan. Raises UserError if the folder holds no scan."""
         if self.experiment is None:
-            raise UserError(f"{self.folder} holds single runs and no scan: a fit takes a scan's folder, or a table")
+            raise UserError(f"{self.folder} holds single runs, not a scan: give the folder of a scan, or a table")
         return self.experiment
 
     @functools.cached_property
     def measurements(self) -> list[Measurement]:
-        """Steps to each target loss at the best learning rate; raises UserError for an unfinished scan."""
+        """Steps to each target loss at the best learning rate. Raises UserError if the scan isn't finished."""
         return measure(self.cells)
 
     @functools.cached_property
     def noise_scale(self) -> list[NoiseMeasurement]:
-        """Of each cell's best run, window by window of falling loss; raises UserError for an unfinished scan."""
+        """The noise scale of each cell's best run. Raises UserError if the scan isn't finished."""
         return measure_noise(self.cells)
 
     @functools.cached_property
     def seeds(self) -> list[SeedSpread]:
+        """How far seeds lie apart. Raises UserError if the scan isn't finished."""
         return measure_spread(self.cells)
 
     def fit(self) -> ScanFit:
-        """Trade-offs and their law; raises UserError for an unfinished scan, or one that measured no steps."""
+        """The trade-offs and their law. Raises UserError if the scan isn't finished, or measured no steps."""
         table = columns(self.measurements)
         if not table["steps"]:
             raise UserError(
-                f"{self.folder}: runs were below every target loss when they were first evaluated: give lower targets"
+                f"{self.folder}: runs were below all target losses at their first evaluation: give lower targets"
             )
         return fit_scan(**table)
 
     def find(self, run: Run) -> RunRecord | None:
-        """A run by its values; None if it isn't there."""
+        """The record of a run; None if the folder doesn't hold the run."""
         return self._by_run.get(run)
 
     @functools.cached_property
@@ -113,32 +114,35 @@ class Results:
 
 
 def read_results(folder: str | Path) -> Results:
-    """Reads what a scan or single runs left in a folder, or in gs://bucket/folder, of this version or any before.
+    """Reads the results of a scan or of single runs, written by this version or an earlier one.
+
+    Args:
+      folder: on disk, or gs://bucket/folder.
 
     Raises:
-      UserError: if the folder holds neither, or naming the file that is damaged.
+      UserError: if the folder holds no results, or a file is damaged. Names the file.
     """
     workdir = working_copy(folder)
     experiment = read_experiment(workdir) if (workdir / "experiment.json").exists() else None
     runs = read_runs(workdir)
     if experiment is None and not runs:
-        raise UserError(f"{folder} holds no results: give the folder that `scan`, `demo` or `train` wrote")
+        raise UserError(f"{folder} holds no results: give a folder that `scan`, `demo` or `train` wrote")
     return Results(workdir, experiment, runs, tuple(read_branches(workdir)))
 
 
 def missing_cells(results: Results) -> list[Cell]:
-    """Cells of a scan whose search hasn't ended."""
+    """The cells of a scan whose search hasn't ended."""
     experiment = results.scan
     return [c for c in experiment.cells if finished_runs(experiment, c, results.folder, results._outcome) is None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """All that figures, tables and advice read."""
+    """A fitted scan: everything that figures, tables and advice need."""
 
     results: Results
     fit: ScanFit
-    notes: tuple[str, ...]  # what the reader must know: left out, untuned, not reached
+    notes: tuple[str, ...]  # for the reader: losses left out or not reached, learning rates not tuned
     joint: JointFit | None = None
     forms: tuple[FormFit, ...] = ()
     comparison: tuple[Comparison, ...] = ()
@@ -161,19 +165,19 @@ class Analysis:
 
     @property
     def noise_ratio(self) -> float:
-        """Median over the fitted range of noise scale / B_crit at the same model and loss; NaN if there is none."""
+        """Median of (noise scale)/B_crit at the same model and loss, over the fitted range; NaN if there is none."""
         ratios = [ratio for _, ratio in noise_ratios(self.noise, self.fit)]
         return float(np.median(ratios)) if ratios else math.nan
 
 
 def analyse(results: str | Path | Results) -> Analysis:
-    """Fits a finished scan and writes what it found beside the runs; the same runs give the same bytes.
+    """Fits a finished scan, and writes fit.json and the CSV files to its folder. The same runs give the same bytes.
 
     Args:
-      results: a folder, gs://bucket/folder, or what `read_results` found there.
+      results: a folder, gs://bucket/folder, or what `read_results` returned.
 
     Raises:
-      UserError: if the folder holds no scan, or an unfinished one.
+      UserError: if the folder holds no scan, or the scan isn't finished.
     """
     found = results if isinstance(results, Results) else read_results(results)
     table, fit = columns(found.measurements), found.fit()
@@ -200,9 +204,10 @@ def analyse(results: str | Path | Results) -> Analysis:
 
 
 def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[NoiseMeasurement, float]]:
-    """Each measurement inside its model's fitted range with noise scale / B_crit, which is interpolated in log loss.
+    """(measurement, (noise scale)/B_crit) for each measurement in its model's fitted range.
 
-    Unresolved measurements count as infinite: leaving them out would pull the median down.
+    B_crit is interpolated in log loss. Unresolved noise scales count as infinite; without them, the median would be too
+    small.
     """
     ratios = []
     for model in dict.fromkeys(point.model for point in fit.points):
@@ -220,7 +225,7 @@ def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[Nois
 def fit_as_json(
     fit: ScanFit, joint: JointFit | None, forms: tuple[FormFit, ...], notes: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Laws and trade-offs, with units in the names or in `formula`; losses in nats per token, batches in tokens."""
+    """The values of fit.json. Losses are in nats per token, batches in tokens; names and `formula` give other units."""
     return {
         "law": fit.law and _law_as_json(fit.law),
         "joint_law": _law_as_json(joint.law) if joint is not None and joint.law is not None else None,

@@ -1,7 +1,7 @@
-"""Runs from their folders, each read once by what its own config.json says, and the noise scale along each.
+"""The runs in a results folder, grouped by cell, and the noise scale along each run.
 
-Noise scales are in tokens. Every step enters with the batch sizes of its own line: a run may go on over another number
-of devices.
+Each run is read once, with its own config.json. Noise scales are in tokens. Each step has the batch sizes of its own
+line, because a run may continue on another number of devices.
 """
 
 import dataclasses
@@ -24,43 +24,133 @@ from scaling_jax.training import Run, RunResult, read_metrics, read_result
 from scaling_jax.training.records import Course, course, read_run_config
 
 WINDOWS = 24  # of a run, for its noise scale over training
-FEWEST_STEPS = 4  # in a window
-MOST_PART_WINDOWS = 10  # for the noise scale of a part of the model
+FEWEST_STEPS = 4  # in such a window
+MOST_PART_WINDOWS = 10  # of a run, for the noise scale of a part of the model
+FEWEST_LINES = 6  # of metrics.jsonl, in such a window
 MOST_DRAWN = 40  # cells of one model in a chart of runs
-FEWEST_LINES = 6  # of metrics.jsonl, in one of those
 
 
 class NoiseWindow(NamedTuple):
-    """The noise scale of a stretch of a run, in tokens."""
+    """The noise scale in a window of a run, in tokens."""
 
-    tokens: float  # processed by its geometric middle
+    tokens: float  # processed up to the geometric middle of the window
     noise: Estimate
 
 
 class PartNoise(NamedTuple):
-    """The noise scale of a part of the model in a stretch of a run, with its interval; all in tokens."""
+    """The noise scale of a part of the model in a window of a run, with its interval, in tokens."""
 
-    tokens: float  # processed by its geometric middle
+    tokens: float  # processed up to the geometric middle of the window
     value: float
     low: float
     high: float
 
 
 class MomentsByPart(NamedTuple):
-    """Unbiased moments of each part of a model (`tasks.part_names`), averaged over the steps of each line of a run."""
+    """Unbiased moments of each part of a model (`tasks.part_names`), averaged over the steps of each line."""
 
     num_steps: np.ndarray  # [lines]
     grad_sq_norm: np.ndarray  # [lines, parts]
     trace_cov: np.ndarray  # [lines, parts], in tokens
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunRecord:
+    """A run and its records, as read from its folder."""
+
+    folder: Path
+    run: Run
+    corpus: dict[str, Any]  # the manifest of its text
+    result: RunResult | None  # None if the run isn't done
+    course: Course
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.name
+
+    @functools.cached_property
+    def noise(self) -> list[NoiseWindow]:
+        """The noise scale in windows of the run."""
+        return noise_windows(self.course)
+
+    @functools.cached_property
+    def noise_by_part(self) -> dict[str, list[PartNoise]]:
+        """The noise scale of each part of the model in windows; {} if not measured."""
+        return part_windows(self.course)
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome of a finished run."""
+        assert self.result is not None
+        return Outcome(self.run, self.result, self.course.eval_steps.tolist(), self.course.eval_losses.tolist())
+
+
+class CellRuns(NamedTuple):
+    """The finished runs of one cell: one model, batch size and seed."""
+
+    cell: Cell
+    subject: Subject
+    tried: list[Tried]  # in the order of learning rates
+    best: Tried
+    record: RunRecord  # of the best run
+
+    @property
+    def model(self) -> str:
+        return self.cell.model
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.cell.batch_tokens
+
+    @property
+    def name(self) -> str:
+        return self.cell.name
+
+
+def few_enough(cells: Sequence[CellRuns]) -> list[CellRuns]:
+    """Cells for a chart of runs. With many seeds, only the first seeds, so that readers can tell lines apart."""
+    of_model = Counter(cell.model for cell in cells)
+    seeds = list(dict.fromkeys(cell.cell.seed for cell in cells))
+    drawn = set(seeds[: max(1, MOST_DRAWN * len(seeds) // max(of_model.values(), default=1))])
+    return [cell for cell in cells if cell.cell.seed in drawn]
+
+
+def read_runs(workdir: Path) -> tuple[RunRecord, ...]:
+    """Every run in `workdir/runs`, in the order of their names.
+
+    Raises:
+      UserError: if a run is damaged. Names it.
+    """
+    folders = sorted((workdir / "runs").glob("*/"))
+    return tuple(_read_run(folder) for folder in folders if (folder / "config.json").exists())
+
+
+def deal_by_cell(experiment: Experiment, records: Sequence[RunRecord]) -> dict[Cell, list[RunRecord]]:
+    """{cell: its runs}, finished or not, for the cells that have runs."""
+    cells = {_curve(experiment.run(cell, 0)): cell for cell in experiment.cells}
+    found: dict[Cell, list[RunRecord]] = defaultdict(list)
+    for record in records:
+        if (cell := cells.get(_curve(record.run))) is not None:
+            found[cell].append(record)
+    return found
+
+
+def cell_runs(experiment: Experiment, records: Sequence[RunRecord]) -> dict[Cell, CellRuns]:
+    """{cell: its finished runs}. Of several runs with one learning rate, takes the longest."""
+    return {
+        cell: _cell_runs(experiment, cell, done)
+        for cell, runs in deal_by_cell(experiment, records).items()
+        if (done := [record for record in runs if record.result is not None])
+    }
+
+
 def moments_by_step(run: Course) -> tuple[np.ndarray, np.ndarray]:
-    """Unbiased |G|² and tr(Σ) of each step [steps], in tokens: their ratio is the noise scale in tokens."""
+    """Unbiased |G|² and tr(Σ) of each step [steps]; tr(Σ)/|G|² is the noise scale in tokens."""
     return unbiased(Moments(run.small_sq_norm, run.big_sq_norm, run.small_batch_tokens, run.batch_tokens))
 
 
 def moments_by_part(run: Course) -> MomentsByPart | None:
-    """None for a run that didn't measure them."""
+    """Unbiased moments of each part of the model; None if the run didn't measure them."""
     small, big = run.small_sq_norm_by_part, run.big_sq_norm_by_part
     if small is None or big is None:
         return None
@@ -69,7 +159,10 @@ def moments_by_part(run: Course) -> MomentsByPart | None:
 
 
 def last_noise_scale(run: Course, share: float = 0.25, fewest: int = 20) -> Estimate | None:
-    """Over the last steps of a run, in tokens: a share of those at its last batch size; None if they are too few."""
+    """The noise scale in tokens over the last steps of a run; None if they are too few.
+
+    Uses the last part, `share`, of the steps at the run's last batch size, and at least `fewest` of them.
+    """
     same = np.flatnonzero(run.batch_tokens != run.batch_tokens[-1]) if len(run.batch_tokens) else np.zeros(0, int)
     start = int(same[-1]) + 1 if len(same) else 0
     steps = len(run.batch_tokens) - start
@@ -81,7 +174,7 @@ def last_noise_scale(run: Course, share: float = 0.25, fewest: int = 20) -> Esti
 
 
 def noise_windows(run: Course) -> list[NoiseWindow]:
-    """Noise scales of windows that are equally long in log steps."""
+    """The noise scale in windows that are equally long in log steps."""
     grad_sq_norm, trace_cov = moments_by_step(run)
     tokens = np.cumsum(run.batch_tokens)
     found = []
@@ -92,7 +185,7 @@ def noise_windows(run: Course) -> list[NoiseWindow]:
 
 
 def part_windows(run: Course) -> dict[str, list[PartNoise]]:
-    """The same of each part of a model, from means over the steps of each line; unresolved ones are left out."""
+    """{part of the model: its noise scale in windows}, from means over lines. Leaves out unresolved windows."""
     moments = moments_by_part(run)
     if moments is None:
         return {}
@@ -112,9 +205,9 @@ def part_windows(run: Course) -> dict[str, list[PartNoise]]:
 def ratio_of_means(
     num_steps: np.ndarray, grad_sq_norm: np.ndarray, trace_cov: np.ndarray, confidence: float = 0.95
 ) -> tuple[float, float, float] | None:
-    """tr(Σ)/|G|² with Fieller's interval from means [lines] over steps; None where |G|² can't be told from zero.
+    """(tr(Σ)/|G|², low, high) with Fieller's interval, from means [lines] over steps; None if |G|² may be zero.
 
-    A line's mean varies as 1/its steps: each step draws rows of its own, and the windows are short against the drift.
+    The variance of a line's mean is taken as 1/(its steps): each step has new rows, and drift in a window is small.
     """
     weights = num_steps / num_steps.sum()
     tr_g2_Lx2 = np.stack([trace_cov, grad_sq_norm], axis=1)
@@ -126,115 +219,13 @@ def ratio_of_means(
     return (trace / sq_norm, low, high) if bounded and sq_norm > 0 else None
 
 
-def _windows(step: np.ndarray, most: int, fewest: int) -> list[tuple[int, int]]:
-    """Stretches [start, stop) of entries that end at steps, equally long in log steps, of no fewer entries each."""
-    if len(step) < fewest:
-        return []
-    found, start = [], 0
-    for stop in np.searchsorted(step, np.geomspace(step[fewest - 1], step[-1], most + 1), side="right"):
-        if stop - start >= fewest:
-            found.append((start, int(stop)))
-            start = int(stop)
-    return found
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RunRecord:
-    """A run as its folder holds it."""
-
-    folder: Path
-    run: Run
-    corpus: dict[str, Any]  # the manifest of its text
-    result: RunResult | None  # None while it isn't done
-    course: Course
-
-    @property
-    def run_id(self) -> str:
-        return self.folder.name
-
-    @functools.cached_property
-    def noise(self) -> list[NoiseWindow]:
-        """Over the run."""
-        return noise_windows(self.course)
-
-    @functools.cached_property
-    def noise_by_part(self) -> dict[str, list[PartNoise]]:
-        """Of each part of the model; {} where it wasn't measured."""
-        return part_windows(self.course)
-
-    @property
-    def outcome(self) -> Outcome:
-        """Of a run that is done."""
-        assert self.result is not None
-        return Outcome(self.run, self.result, self.course.eval_steps.tolist(), self.course.eval_losses.tolist())
-
-
-class CellRuns(NamedTuple):
-    """One model, batch size and seed: every learning rate tried, and the best one's course."""
-
-    cell: Cell
-    subject: Subject
-    tried: list[Tried]  # by learning rate
-    best: Tried
-    record: RunRecord  # of the best
-
-    @property
-    def model(self) -> str:
-        return self.cell.model
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.cell.batch_tokens
-
-    @property
-    def name(self) -> str:
-        return self.cell.name
-
-
-def few_enough(cells: Sequence[CellRuns]) -> list[CellRuns]:
-    """Cells for a chart that draws runs: of many seeds the first ones alone, so that lines can be told apart."""
-    of_model = Counter(cell.model for cell in cells)
-    seeds = list(dict.fromkeys(cell.cell.seed for cell in cells))
-    drawn = set(seeds[: max(1, MOST_DRAWN * len(seeds) // max(of_model.values(), default=1))])
-    return [cell for cell in cells if cell.cell.seed in drawn]
-
-
-def read_runs(workdir: Path) -> tuple[RunRecord, ...]:
-    """Every run under `workdir/runs`, in the order of their names.
-
-    Raises:
-      UserError: naming the run that is damaged.
-    """
-    folders = sorted((workdir / "runs").glob("*/"))
-    return tuple(_read_run(folder) for folder in folders if (folder / "config.json").exists())
-
-
-def deal_by_cell(experiment: Experiment, records: Sequence[RunRecord]) -> dict[Cell, list[RunRecord]]:
-    """The runs of each cell that has any, done or not, whoever made them."""
-    cells = {_curve(experiment.run(cell, 0)): cell for cell in experiment.cells}
-    found: dict[Cell, list[RunRecord]] = defaultdict(list)
-    for record in records:
-        if (cell := cells.get(_curve(record.run))) is not None:
-            found[cell].append(record)
-    return found
-
-
-def cell_runs(experiment: Experiment, records: Sequence[RunRecord]) -> dict[Cell, CellRuns]:
-    """Of each cell the runs that are done; of those that differ only in where they end the farthest."""
-    return {
-        cell: _cell_runs(experiment, cell, done)
-        for cell, runs in deal_by_cell(experiment, records).items()
-        if (done := [record for record in runs if record.result is not None])
-    }
-
-
 def _read_run(folder: Path) -> RunRecord:
     config, result = read_run_config(folder), read_result(folder)
     return RunRecord(folder, config.run, config.corpus, result, course(read_metrics(folder, result)))
 
 
 def _curve(run: Run) -> Run:
-    """What the runs of a cell share."""
+    """The part of a run that is equal for all runs of its cell."""
     return dataclasses.replace(run.without_limits, learning_rate=1.0)
 
 
@@ -246,3 +237,18 @@ def _cell_runs(experiment: Experiment, cell: Cell, done: Sequence[RunRecord]) ->
     tried = [look_at(subject.target_losses, by_rate[rate].outcome) for rate in sorted(by_rate)]
     best = best_of(tried)
     return CellRuns(cell, subject, tried, best, by_rate[best.run.learning_rate])
+
+
+def _windows(step: np.ndarray, most: int, fewest: int) -> list[tuple[int, int]]:
+    """Windows [start, stop) of entries, equally long in log steps; entry i ends at step[i].
+
+    At most `most` windows, of at least `fewest` entries each.
+    """
+    if len(step) < fewest:
+        return []
+    found, start = [], 0
+    for stop in np.searchsorted(step, np.geomspace(step[fewest - 1], step[-1], most + 1), side="right"):
+        if stop - start >= fewest:
+            found.append((start, int(stop)))
+            start = int(stop)
+    return found

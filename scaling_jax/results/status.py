@@ -1,4 +1,4 @@
-"""How far what a folder holds is, from its files alone: while it is trained, and after its processes died."""
+"""How far a scan or a run is, from its files alone: during training, and after its processes have ended."""
 
 import math
 import time
@@ -13,49 +13,41 @@ from scaling_jax.results.runs import RunRecord, deal_by_cell
 from scaling_jax.scanning import relative_cost
 from scaling_jax.training.records import read_clock
 
-USUAL_RATES = 3  # tried for a batch size, by and large
-RECENT_SECONDS = 60.0  # over which tokens/s are counted
+USUAL_RATES = 3  # learning rates that a cell usually tries
+RECENT_SECONDS = 60.0  # time over which tokens/s are counted
 
 State = Literal["done", "running", "interrupted", "not begun"]
 
 
 class PartStatus(NamedTuple):
-    """A cell of a scan, or a single run; what is of its newest run is None before there is one."""
+    """State of a cell of a scan, or of a single run. The values from `learning_rate` on are of its newest run."""
 
     name: str
     state: State
     rates_tried: int
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # None, like the values below, before the first run
     step: int | None = None
-    test_loss: float | None = None  # the newest one, nats per token
-    tokens_per_second: float | None = None  # None where it isn't running
-    seconds_ago: float | None = None  # since the newest run's last sign of life
+    test_loss: float | None = None  # at the last evaluation, nats per token
+    tokens_per_second: float | None = None  # None if it isn't running
+    seconds_ago: float | None = None  # since the run last wrote to its files
 
 
 class Status(NamedTuple):
-    """A folder; `running` is None where the system can't tell."""
+    """State of a results folder."""
 
     name: str
-    what: Literal["batch sizes", "runs"]
-    running: bool | None
+    what: Literal["batch sizes", "runs"]  # what `parts` are
+    running: bool | None  # None if the system can't tell
     parts: list[PartStatus]
-    fraction: float  # of the expected cost
-    seconds_left: float | None  # roughly; None where it can't be told
-
-
-class _Seen(NamedTuple):
-    """A run, and its files' times in seconds since 1970."""
-
-    record: RunRecord
-    done_at: float | None
-    touched_at: float
+    fraction: float  # part of the expected cost that is done
+    seconds_left: float | None  # an estimate; None if there is none
 
 
 def read_status(folder: str | Path) -> Status:
-    """Reads what a scan, or single runs, wrote so far.
+    """The state of a scan or of single runs, from what they have written so far.
 
     Raises:
-      UserError: if the folder holds neither.
+      UserError: if the folder holds no results.
     """
     results = read_results(folder)
     seen = [_see(record) for record in results.runs]
@@ -63,8 +55,16 @@ def read_status(folder: str | Path) -> Status:
 
 
 def part_done(rates_tried: float) -> float:
-    """How much of an unfinished cell's cost is spent, by the rates tried; parts of runs count as such."""
+    """Estimated part of an unfinished cell that is done. `rates_tried` counts unfinished runs as fractions."""
     return min(0.95, rates_tried / USUAL_RATES)
+
+
+class _Seen(NamedTuple):
+    """A run and the times of its files, in seconds since 1970."""
+
+    record: RunRecord
+    done_at: float | None
+    touched_at: float
 
 
 def _of_scan(results: Results, seen: list[_Seen]) -> Status:
@@ -123,7 +123,7 @@ def _part_status(
 
 
 def _tokens_per_second(record: RunRecord, since: float) -> float | None:
-    """From the evaluations' own times, of this session and lately; None where there are too few."""
+    """Speed over the last evaluations since the process started; None if there are too few."""
     times = read_clock(record.folder)
     tokens = dict(zip(record.course.eval_steps.tolist(), record.course.eval_tokens.tolist(), strict=True))
     timed = np.array([(times[step], n) for step, n in tokens.items() if times.get(step, 0.0) >= since])
@@ -135,7 +135,7 @@ def _tokens_per_second(record: RunRecord, since: float) -> float | None:
 
 
 def _share(run: _Seen) -> float:
-    """How much of a run is done; a cell's first runs know no last step."""
+    """Part of a run that is done; 0.5 if its last step isn't known, as for a cell's first runs."""
     if run.done_at is not None:
         return 1.0
     steps, most = run.record.course.line_steps.sum(), run.record.run.max_steps

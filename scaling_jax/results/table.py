@@ -1,4 +1,4 @@
-"""A table of steps to loss from anybody's CSV, checked: mistakes are named by line and column."""
+"""Reads, checks and fits a CSV table of steps to loss from any training code. Errors name the line and the column."""
 
 import csv
 import dataclasses
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, compare_forms, fit_joint, fit_scan
 from scaling_jax.io import UserError
+from scaling_jax.io.files import write_json
 from scaling_jax.results.results import fit_as_json
-from scaling_jax.training.records import write_json
 
 NAMES = {
     "model": ("model",),
@@ -21,57 +21,108 @@ NAMES = {
 }
 OPTIONAL = {name: (name,) for name in ("steps_tried", "params", "passed_early")} | {"run": ("seed", "run")}
 IN_SEQUENCES = {"batch_sequences", "batch_seqs", "sequences", "batch_size", "batch_examples", "examples"}
-FEWEST_TOKENS = 64  # a scan whose batches are all smaller counts sequences
-LARGEST_GAP = 64  # between neighbouring batches; a wider one is a change of unit
-LARGEST_LOSS = 15.0  # nats per token; guessing among three million tokens costs as much
+FEWEST_TOKENS = 64  # if all batches are smaller, they are probably in sequences
+LARGEST_GAP = 64  # between neighbouring batch sizes; a larger ratio is probably a change of unit
+LARGEST_LOSS = 15.0  # nats per token; the loss of guessing among three million tokens
 
 
 class Table(NamedTuple):
-    """Columns of one length, a row for each run and target loss."""
+    """The columns of a table, with one row for each run and target loss."""
 
     path: Path
-    lines: list[int]  # where each row stands in the file
+    lines: list[int]  # line of each row in the file
     model: list[str]
     batch_tokens: list[float]
     target_loss: list[float]  # nats per token
-    steps: list[float]  # NaN: not reached
+    steps: list[float]  # NaN if not reached
     run: list[str]
-    steps_tried: list[float]  # where a run that didn't reach its target ended; NaN if unknown
-    params: list[float]  # of the model, NaN if unknown
+    steps_tried: list[float]  # total steps of a run that didn't reach its target; NaN if unknown
+    params: list[float]  # of the model; NaN if unknown
     notes: tuple[str, ...]
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Keyword arguments of `fitting.fit_scan` and its like."""
+        """Keyword arguments of `fitting.fit_scan`, `fit_joint` and `compare_forms`."""
         names = ("model", "batch_tokens", "target_loss", "steps", "run", "steps_tried")
         return {name: getattr(self, name) for name in names}
 
     @property
     def num_params(self) -> dict[str, float] | None:
-        """Parameters by model; None unless all are known."""
+        """{model: parameters}; None unless known for all models."""
         known = {m: n for m, n in zip(self.model, self.params, strict=True) if math.isfinite(n)}
         return known if set(known) == set(self.model) else None
 
 
-def read_table(path: Path) -> Table:
-    """Reads columns model, batch_tokens, target_loss (or loss), steps; and seed or run, steps_tried, params if there.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableFit:
+    """The fits of a table."""
 
-    Batches are in tokens per step, losses in nats per token; empty `steps` mean that the target wasn't reached, and
-    `steps_tried` says within how many steps. A loss that some run had `passed_early`, as a scan's measurements.csv
-    says, is left out: steps to it are unknown.
+    table: Table
+    fit: ScanFit
+    joint: JointFit | None
+    forms: tuple[FormFit, ...]
+    notes: tuple[str, ...]
+
+
+def read_table(path: Path) -> Table:
+    """Reads and checks a CSV table.
+
+    Columns: model, batch_tokens (tokens per step), target_loss or loss (nats per token), and steps (empty if the run
+    didn't reach the target). Optional columns: seed or run, steps_tried (total steps of a run that didn't reach the
+    target), params, and passed_early. If any run of a model passed a loss early, the table leaves out this loss,
+    because the steps to it are unknown.
 
     Raises:
-      UserError: naming file, line and column of the first mistake, and the way out.
+      UserError: at the first mistake. Names the file, the line, the column and what to do.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {path}: {error}; a table is CSV text in UTF-8") from error
+        raise UserError(f"can't read {path} ({error}): give a CSV file in UTF-8") from error
     rows = csv.reader(text.splitlines())
     try:
         return _checked_table(path, rows)
     except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num} isn't CSV: {error}") from None
+        raise UserError(f"{path} line {rows.line_num} isn't CSV ({error}): correct this line") from None
+
+
+def fit_table(path: Path, *, laws: bool = True) -> TableFit:
+    """Reads and fits a CSV table (see `read_table`). Without `laws`, leaves out the joint fit and the other forms.
+
+    Raises:
+      UserError: if the table has a mistake. Names the line and the column.
+    """
+    table = read_table(path)
+    try:
+        fit = fit_scan(**table.columns)
+        joint = fit_joint(**table.columns) if laws else None
+        forms = compare_forms(**table.columns, num_params=table.num_params) if laws else ()
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return TableFit(table, fit, joint, forms, table.notes + fit.notes)
+
+
+def write_fit(found: TableFit) -> Path:
+    """Writes fit.json next to the CSV, and returns its path. In the folder of a scan, the name is <table>.fit.json.
+
+    A scan has its own fit.json, with more in it.
+
+    Raises:
+      UserError: if the file can't be written.
+    """
+    folder = found.table.path.parent
+    own = (folder / "experiment.json").exists()
+    path = folder / (f"{found.table.path.stem}.fit.json" if own else "fit.json")
+    try:
+        write_json(
+            path,
+            fit_as_json(found.fit, found.joint, found.forms, found.notes) | {"measurements": found.table.path.name},
+        )
+    except OSError as error:
+        raise UserError(
+            f"can't write {path} ({error.strerror}): copy the table to a folder that you can write to"
+        ) from error
+    return path
 
 
 def _checked_table(path: Path, rows: Any) -> Table:
@@ -83,17 +134,19 @@ def _checked_table(path: Path, rows: Any) -> Table:
         if not any(cell.strip() for cell in row):
             continue
         if len(row) != len(header):
-            raise UserError(f"{path} line {rows.line_num}: {len(row)} cells under {len(header)} columns")
+            raise UserError(
+                f"{path} line {rows.line_num}: {len(row)} cells under {len(header)} columns; give each column a cell"
+            )
         lines.append(rows.line_num)
         cells = {name: row[place].strip() for name, place in places.items()}
         for name in columns:
             where = f"{path} line {rows.line_num}, column {header[places[name]] if name in places else name}"
             columns[name].append(_value(where, name, cells.get(name, "")))
     if not lines:
-        raise UserError(f"{path} has no rows under its header")
+        raise UserError(f"{path} has no rows under its header: add at least one")
     lines, columns, notes = _without_early(lines, columns)
     if not lines:
-        raise UserError(f"{path}, column passed_early: every loss was passed early, give lower target losses")
+        raise UserError(f"{path}, column passed_early: every loss was passed early; give lower target losses")
     table = Table(path, lines, **columns, notes=notes)
     _check_duplicates(table)
     _check_batches(table)
@@ -101,7 +154,7 @@ def _checked_table(path: Path, rows: Any) -> Table:
 
 
 def _without_early(lines: list[int], columns: dict[str, list]) -> tuple[list[int], dict[str, list], tuple[str, ...]]:
-    """Rows without the losses that some run of the model was below when it was first evaluated."""
+    """The rows without the losses that some run of the model passed before its first evaluation; and notes on them."""
     keys = list(zip(columns["model"], columns["target_loss"], strict=True))
     passed_early = columns.pop("passed_early")
     early = {key: line for line, key, passed in zip(lines, keys, passed_early, strict=True) if passed}
@@ -116,10 +169,10 @@ def _without_early(lines: list[int], columns: dict[str, list]) -> tuple[list[int
 
 def _find_columns(path: Path, header: list[str]) -> dict[str, int]:
     if not header:
-        raise UserError(f"{path} is empty: the first line should name the columns {', '.join(NAMES)}")
+        raise UserError(f"{path} is empty: the first line must name the columns {', '.join(NAMES)}")
     for name in header:
         if header.count(name) > 1 and name:
-            raise UserError(f"{path} line 1: column {name} is there twice")
+            raise UserError(f"{path} line 1: column {name} is there twice; remove or rename one")
     places = {}
     for column, names in (NAMES | OPTIONAL).items():
         there = [name for name in names if name in header]
@@ -133,41 +186,43 @@ def _find_columns(path: Path, header: list[str]) -> dict[str, int]:
 def _hint(column: str, header: list[str]) -> str:
     sequences = [name for name in header if name in IN_SEQUENCES]
     if column == "batch_tokens" and sequences:
-        return f"; {sequences[0]} may count sequences: give batch_tokens = sequences × tokens in a sequence"
+        return f"; if {sequences[0]} counts sequences, give batch_tokens = sequences × tokens per sequence"
     for separator, called in ((";", "semicolons"), ("\t", "tabs")):
         if separator in "".join(header):
-            return f": columns are separated by {called}, save the table with commas"
+            return f"; the columns are separated by {called}: save the table with commas"
     others = [name for name in header if name not in NAMES]
     names = NAMES[column]
     close = [name for name in others if any(name in n or n in name for n in names if name)]
     close += [match for n in names for match in difflib.get_close_matches(n, others, n=1, cutoff=0.5)]
     if close:
         return f"; did you mean {close[0]!r}? Rename it to {column}"
-    return f" among {', '.join(header)}: the table takes {', '.join(NAMES)}"
+    return f" among {', '.join(header)}: a table needs {', '.join(NAMES)}"
 
 
 def _value(where: str, name: str, cell: str):
     if name == "model" and not cell:
-        raise UserError(f"{where} is empty: name the model, any name will do")
+        raise UserError(f"{where} is empty: give the model a name, such as a")
     if name in ("model", "run"):
         return cell
     if name == "passed_early":
         if cell.lower() not in ("", "true", "false"):
-            raise UserError(f"{where} is {cell!r}: it should be True or False")
+            raise UserError(f"{where} is {cell!r}: it must be True or False")
         return cell.lower() == "true"
     if not cell or cell.lower() == "nan":
         if name in ("steps", "steps_tried", "params"):
             return math.nan
-        raise UserError(f"{where} is {cell or 'empty'}: it should be a number")
+        raise UserError(f"{where} is {cell or 'empty'}: it must be a number")
     try:
         value = float(cell.replace("_", ""))
     except ValueError:
-        raise UserError(f"{where} is {cell!r}: it should be a number") from None
+        raise UserError(f"{where} is {cell!r}: it must be a number") from None
     if not (math.isfinite(value) and value > 0):
-        hint = "; leave it empty where the target was not reached" if name == "steps" else ""
-        raise UserError(f"{where} is {cell}: it should be positive and finite{hint}")
+        hint = "; leave it empty if the run didn't reach the target" if name == "steps" else ""
+        raise UserError(f"{where} is {cell}: it must be positive and finite{hint}")
     if name == "target_loss" and value > LARGEST_LOSS:
-        raise UserError(f"{where} is {cell}, too much for nats per token: is it a perplexity? Give its natural log")
+        raise UserError(
+            f"{where} is {cell}, too large for nats per token: if it is a perplexity, give its natural logarithm"
+        )
     return value
 
 
@@ -178,7 +233,7 @@ def _check_duplicates(table: Table) -> None:
         if first != line:
             raise UserError(
                 f"{table.path} line {line}, column batch_tokens: model {key[0]}, {key[1]:g} tokens and loss {key[2]:g} "
-                f"came before, on line {first}; tell runs apart by a column seed, or remove one"
+                f"are also on line {first}; if these are two runs, add a column seed, else remove one"
             )
 
 
@@ -190,21 +245,21 @@ def _check_batches(table: Table) -> None:
         if batches[-1] < FEWEST_TOKENS:
             raise UserError(
                 f"{table.path} line {table.lines[largest]}, column batch_tokens: the largest batch of model {model} is "
-                f"{batches[-1]:g} tokens; if these are sequences, multiply by the tokens in one"
+                f"{batches[-1]:g} tokens; if these are sequences, multiply by the tokens per sequence"
             )
         for smaller, larger in itertools.pairwise(batches):
             if larger >= LARGEST_GAP * smaller:
                 row = next(i for i in rows if table.batch_tokens[i] == smaller)
                 raise UserError(
                     f"{table.path} line {table.lines[row]}, column batch_tokens: model {model} has batches of "
-                    f"{smaller:g} and next of {larger:g} tokens; if the smaller are sequences, multiply by the tokens "
-                    "in one"
+                    f"{smaller:g} and then of {larger:g} tokens; if the smaller are sequences, multiply them by the "
+                    "tokens per sequence"
                 )
         if len(batches) < 3:
             listed = ", ".join(f"{b:g}" for b in batches)
             raise UserError(
                 f"{table.path} line {table.lines[rows[0]]}, column batch_tokens: model {model} has {len(batches)} "
-                f"distinct batch size{'s' * (len(batches) > 1)} ({listed}); a trade-off takes 3, better 7"
+                f"distinct batch size{'s' * (len(batches) > 1)} ({listed}); a fit needs at least 3, and 7 are better"
             )
         if all(math.isnan(table.steps[i]) for i in rows):
             raise UserError(
@@ -222,49 +277,3 @@ def _never_reached(table: Table) -> tuple[str, ...]:
         for (model, loss), members in rows.items()
         if all(math.isnan(table.steps[i]) for i in members)
     )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TableFit:
-    """A fitted CSV."""
-
-    table: Table
-    fit: ScanFit
-    joint: JointFit | None
-    forms: tuple[FormFit, ...]
-    notes: tuple[str, ...]
-
-
-def fit_table(path: Path, *, laws: bool = True) -> TableFit:
-    """Fits a CSV; `read_table` says what it holds. Without `laws` the joint fit and other forms are left out.
-
-    Raises:
-      UserError: naming line and column of what is wrong with it.
-    """
-    table = read_table(path)
-    try:
-        fit = fit_scan(**table.columns)
-        joint = fit_joint(**table.columns) if laws else None
-        forms = compare_forms(**table.columns, num_params=table.num_params) if laws else ()
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    return TableFit(table, fit, joint, forms, table.notes + fit.notes)
-
-
-def write_fit(found: TableFit) -> Path:
-    """Writes fit.json beside the CSV; <name>.fit.json in a scan's own folder, whose fit.json knows more.
-
-    Raises:
-      UserError: if it can't be written.
-    """
-    folder = found.table.path.parent
-    own = (folder / "experiment.json").exists()
-    path = folder / (f"{found.table.path.stem}.fit.json" if own else "fit.json")
-    try:
-        write_json(
-            path,
-            fit_as_json(found.fit, found.joint, found.forms, found.notes) | {"measurements": found.table.path.name},
-        )
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from error
-    return path

@@ -92,7 +92,7 @@ def test_a_branch_that_diverges_ends_the_range_below_it(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factors": (4, 2)}, r"factors = \(4, 2\).* from 2"),
+        ({"factors": (4, 2)}, r"factors = \(4, 2\).* 2 or more"),
         ({"branch_steps": 12}, "branch_steps = 12 .*multiple of 8"),
         ({"at_tokens": ()}, "one or more points"),
     ],
