@@ -16,6 +16,7 @@ from scaling_jax.io import UserError
 from scaling_jax.io.workers import available_cores
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.experiment import Cell, Experiment
+from scaling_jax.scanning.records import check_same_recipe
 from scaling_jax.training.program import Program, program_for
 
 LEAST_RATES = 3  # the best learning rate between two others
@@ -54,8 +55,9 @@ def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
     """What `scan` would still do in a folder, on this machine. Trains nothing, but packs the text if needed.
 
     Raises:
-      UserError: if a cell needs more memory than there is.
+      UserError: if a cell needs more memory than there is, or the folder holds another experiment.
     """
+    check_same_recipe(workdir, experiment)
     on_cpu = jax.default_backend() == "cpu"
     workers = min(len(available_cores()), MOST_WORKERS) if on_cpu else 1
     available = _cpu_bytes() // workers - PROCESS_BYTES if on_cpu else _accelerator_bytes()

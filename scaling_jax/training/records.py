@@ -7,9 +7,9 @@ reader here. config.json holds the `SCHEMA` with which it was written. All older
 2: the run id hashes only values that differ from their defaults.
 """
 
-import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import math
 import time
@@ -186,14 +186,17 @@ def course(lines: Sequence[MetricsLine]) -> Course:
 def run_folder(workdir: str | Path, run: Run) -> Path:
     """The folder of a run in a results folder: the one whose config.json holds this run, else a new one."""
     runs = Path(workdir) / "runs"
-    own = runs / run.run_id
-    if (own / "config.json").exists():
-        return own
-    for folder in sorted(runs.glob(f"{glob.escape(run.label)}-*")):  # another schema or other defaults give another id
-        with contextlib.suppress(UserError):
+    new = runs / run.run_id
+    # An id tells runs apart only under the defaults that it was made with: other schemas and versions had others.
+    for folder in (new, *sorted(runs.glob(f"{glob.escape(run.label)}-*"))):
+        try:
             if read_run_config(folder).run == run:
                 return folder
-    return own
+        except UserError:  # nothing there, or damaged: a new run may take its own folder
+            continue
+        if folder == new:
+            new = _free(runs, run)
+    return new
 
 
 def write_run_config(folder: Path, run: Run, corpus: dict[str, Any]) -> None:
@@ -294,6 +297,12 @@ def read_clock(folder: Path) -> dict[int, float]:
 def jsonable(value: float) -> float | None:
     """The value with eight digits, enough for a float32; None for NaN and infinity, which JSON doesn't have."""
     return float(f"{value:.8g}") if math.isfinite(value) else None
+
+
+def _free(runs: Path, run: Run) -> Path:
+    """Beside a folder that holds another run under the same id."""
+    names = (runs / f"{run.run_id}-{count}" for count in itertools.count(2))
+    return next(folder for folder in names if not (folder / "config.json").exists())
 
 
 def _count(values: dict[str, Any], name: str) -> int:

@@ -187,7 +187,7 @@ def test_a_run_that_is_not_all_said_is_refused(flags, names):
         (analyse, ["."], "holds no results"),
         (read_results, ["gs://bucket"], "gs://bucket"),
         (advice_on.advise, [Path("."), 2.0], "measurements.csv"),
-        (load_plan, [Path(".")], "experiment file"),
+        (load_plan, [Path(".")], "no file"),
         (load_plan, [Path("missing.py")], "missing.py"),
         (check_tolerance, [math.nan], "tolerance = nan"),
         (check_tolerance, [0.0], "tolerance = 0"),

@@ -90,6 +90,16 @@ def test_a_run_of_schema_1_is_found_by_its_values_whatever_its_id(tmp_path):
     assert run_folder(tmp_path, dataclasses.replace(RUN, max_steps=42)) not in (folder, other)
 
 
+def test_an_id_that_another_run_has_taken_is_no_match(tmp_path):
+    """As after a default has changed: two runs that differ in it had one id under different versions."""
+    other = dataclasses.replace(RUN, warmup_steps=20)
+    write_run_config(tmp_path / "runs" / RUN.run_id, other, CORPUS)
+    folder = run_folder(tmp_path, RUN)
+    assert folder != run_folder(tmp_path, other) == tmp_path / "runs" / RUN.run_id
+    write_run_config(folder, RUN, CORPUS)
+    assert run_folder(tmp_path, RUN) == folder
+
+
 def test_a_run_is_found_beside_a_folder_that_is_damaged(tmp_path):
     damaged, folder = (tmp_path / "runs" / f"{RUN.label}-{k}" for k in (1, 2))
     damaged.mkdir(parents=True)
