@@ -1,4 +1,4 @@
-"""From fitted critical batch sizes to a batch size or a batch ramp, and what each costs in steps, tokens and time."""
+"""Advice from fitted critical batch sizes: a batch size or a batch ramp, and their cost in steps, tokens and time."""
 
 from scaling_jax.advice.goal import (
     Adjusted,

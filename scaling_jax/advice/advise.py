@@ -1,4 +1,4 @@
-"""Everything that is advised for one loss: batch sizes side by side, and a ramp, which may be written to a file."""
+"""The advice for one target loss: batch sizes side by side, and a batch ramp, which can be written to a file."""
 
 import dataclasses
 import math
@@ -13,15 +13,15 @@ from scaling_jax.results.table import fit_table
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Advice:
-    """Everything that `scaling-jax advise` says."""
+    """What `scaling-jax advise` prints."""
 
     to: Goal
     rows: tuple[Choice, ...]
-    within_budget: float | None  # largest batch, tokens
+    within_budget: float | None  # largest batch within the budget, in tokens; None without a budget
     hardware: Hardware | None
-    fastest: float | None
-    stages: tuple[Stage, ...]  # of the ramp; empty where the goal is extrapolated
-    schedules: dict[str, Cost]  # the ramp and the constant batches that it lies between
+    fastest: float | None  # batch with the least wall time, in tokens
+    stages: tuple[Stage, ...]  # of the ramp; empty if the goal is extrapolated
+    schedules: dict[str, Cost]  # cost of the ramp, and of its smallest and largest batch as constant batches
     notes: tuple[str, ...]
 
 
@@ -37,10 +37,20 @@ def advise(
     fraction: float = 1.0,
     extrapolate: bool = False,
 ) -> Advice:
-    """Fits a results folder's measurements.csv, or a CSV, and advises on one loss.
+    """Fits measurements.csv in a results folder, or another CSV table, and gives advice for one target loss.
+
+    Args:
+      results: a results folder after `scaling-jax fit`, or a CSV table of steps to loss.
+      target_loss: nats per token.
+      model: None takes the model with the lowest loss.
+      budget_tokens: largest number of training tokens.
+      hardware: for wall times.
+      start_batch_tokens, max_batch_tokens: first and largest batch of the ramp.
+      fraction: the ramp follows this fraction of B_crit.
+      extrapolate: allow a loss outside the measured range.
 
     Raises:
-      UserError: where the data can't answer; the message says what would.
+      UserError: if the data can't answer. The message says which data could.
     """
     asked = {
         "budget_tokens": budget_tokens,
@@ -53,7 +63,7 @@ def advise(
             raise UserError(f"{name} = {value} must be positive and finite")
     path = results / "measurements.csv" if results.is_dir() else results
     if not path.exists():
-        raise UserError(f"no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")
+        raise UserError(f"there is no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")
     found = fit_table(path, laws=False)
     budget = math.inf if budget_tokens is None else budget_tokens
     to = goal(found.fit, target_loss, model, extrapolate=extrapolate)
@@ -86,21 +96,21 @@ def advise(
 
 
 def write_stages(path: Path, stages: tuple[Stage, ...]) -> None:
-    """The ramp as a JSON list of stages.
+    """Writes a ramp as a JSON list of stages.
 
     Raises:
-      UserError: if there is none, or it can't be written.
+      UserError: if there is no ramp, or the file can't be written.
     """
     if not stages:
-        raise UserError("no ramp to an extrapolated loss: choose a loss inside the range measured")
+        raise UserError("there is no ramp to an extrapolated loss: choose a loss inside the measured range")
     try:
         write_json(path, [dataclasses.asdict(stage) for stage in stages])
-    except (OSError, ValueError) as error:  # the latter for a path without a name
-        raise UserError(f"can't write {path}: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError for a path without a file name
+        raise UserError(f"can't write {path} ({error}): choose another file") from error
 
 
 def _start(to: Goal, b_crit: float) -> int:
-    """The largest doubling of the smallest batch tested that isn't above B_crit at the highest loss."""
+    """The smallest tested batch, doubled as often as it stays at or below B_crit at the highest loss."""
     smallest = to.batch_range[0]
     return round(smallest * 2 ** max(0, math.floor(math.log2(b_crit / smallest))))
 
@@ -109,13 +119,13 @@ def _notes(to: Goal) -> tuple[str, ...]:
     notes = []
     if to.extrapolated:
         notes.append(
-            f"EXTRAPOLATED: loss {to.loss:g} was not measured; S_min goes on along a straight line, B_crit along the "
-            "law, and no interval covers what may happen there"
+            f"EXTRAPOLATED: loss {to.loss:g} is outside the measured range. S_min continues along a straight line, "
+            "B_crit along the law. No interval covers the error of this"
         )
     elif to.law_b_crit is not None and to.law_interval is not None:
         low, high = to.b_crit_interval
         if to.law_interval[0] > high or to.law_interval[1] < low:
             notes.append(
-                "the law's B_crit and this model's lie outside of each other's intervals: trust the model's own"
+                "B_crit of the law and of this model lie outside of each other's intervals: use this model's B_crit"
             )
     return tuple(notes)

@@ -1,8 +1,9 @@
-"""A batch that doubles as B_crit grows, and how far a schedule of batches gets in steps and tokens.
+"""Batch ramps that double the batch as B_crit grows, and the cost of a ramp in steps and tokens.
 
-Merrill et al. 2025 (arXiv 2505.23971): start small, double the batch when the critical one has passed twice it, and the
-learning rate times √2. McCandlish et al. 2018 (arXiv 1812.06162), appendix D: while the loss falls a little, a batch B
-takes dS = dS_min + dE_min/B steps and so dE = B·dS_min + dE_min tokens, with S_min and E_min as functions of the loss.
+Merrill et al. 2025 (arXiv 2505.23971): start with a small batch. When B_crit exceeds twice the batch, double the batch
+and multiply the learning rate by √2. McCandlish et al. 2018 (arXiv 1812.06162), appendix D: for a small fall of the
+loss, a batch B needs dS = dS_min + dE_min/B steps, so dE = B·dS_min + dE_min tokens, where S_min and E_min are functions
+of the loss.
 """
 
 import math
@@ -19,32 +20,32 @@ GRID = 2_000  # losses between the highest measured one and the target
 
 
 class Descent(NamedTuple):
-    """S_min and E_min along falling losses, `[losses]` each; before the first loss nothing is known but their sums."""
+    """S_min, E_min and B_crit along falling losses, `[losses]` each; steps and tokens count from the first step."""
 
     losses: np.ndarray  # nats per token, falling
     s_min: np.ndarray  # steps
     e_min: np.ndarray  # tokens
-    b_crit: np.ndarray  # tokens, by the law, never falling
+    b_crit: np.ndarray  # tokens, by the law; never decreases
 
 
 class Cost(NamedTuple):
-    """Steps and tokens that a schedule takes to the last loss."""
+    """Steps and tokens that a schedule needs to the last loss."""
 
     steps: float
     tokens: float
 
 
 def descent(fit: ScanFit, target_loss: float, model: str | None = None) -> Descent:
-    """What the model needs on its way from the highest loss measured down to the target.
+    """S_min, E_min and B_crit of a model from its highest measured loss to the target.
 
     Raises:
-      UserError: if the target lies outside of the losses measured, or nothing is known about the model.
+      UserError: if the target is outside the measured range, or the model has no usable trade-off.
     """
     model = model or next(iter(models_of(fit)), "")
     _, first = losses_of(fit, model)
     losses = np.geomspace(first, goal(fit, target_loss, model).loss, GRID)
     goals = _on_grid(fit, model, losses)
-    # Where neighbouring fits are a little out of order nothing is gained by waiting.
+    # S_min and E_min can't fall as the loss falls, though neighbouring fits may show this.
     log_s_min, log_e_min = (np.maximum.accumulate(x) for x in goals)
     b_crit = fit.law(losses) if fit.law else np.exp(log_e_min - log_s_min)
     return Descent(losses, np.exp(log_s_min), np.exp(log_e_min), np.maximum.accumulate(b_crit))
@@ -59,27 +60,27 @@ def ramp(
     model: str | None = None,
     fraction: float = 1.0,
 ) -> tuple[Stage, ...]:
-    """Stages that keep the batch between half of `fraction`·B_crit(L) and all of it.
+    """A ramp that keeps the batch between half of `fraction`·B_crit(L) and all of it.
 
     Args:
       fit: of a scan.
-      target_loss: nats per token, inside the range measured.
-      start_batch_tokens: of the first stage; every later batch is it times a power of two.
-      max_batch_tokens: never exceeded; None leaves it open.
-      model: whose progress the tokens are of; by default the one that got to the lowest loss.
-      fraction: below 1 trades steps for tokens.
+      target_loss: nats per token, inside the measured range.
+      start_batch_tokens: batch of the first stage; later batches are this times a power of two.
+      max_batch_tokens: largest batch; None sets no limit.
+      model: its S_min and E_min give the tokens of the stages; None takes the model with the lowest loss.
+      fraction: below 1, the run needs more steps and fewer tokens.
 
     Returns:
-      the first stage from 0 tokens on; each later one starts where a whole number of steps of the stage before ends.
-      The batch isn't raised before the highest loss measured: the law is untested there.
+      The stages. The first starts at 0 tokens; each later one after a whole number of steps of the stage before. Before
+      the highest measured loss the batch doesn't grow, because the law is untested there.
 
     Raises:
-      UserError: for a batch or fraction that isn't positive, or a target outside of the losses measured.
+      UserError: for a batch or fraction that isn't positive, or a target outside the measured range.
     """
     if start_batch_tokens < 1 or (max_batch_tokens or math.inf) < start_batch_tokens or not fraction > 0:
         raise UserError(
-            f"a ramp from {start_batch_tokens} to {max_batch_tokens} tokens at {fraction:g}·B_crit: batches should be "
-            "positive and rising, and the fraction positive"
+            f"a ramp from {start_batch_tokens} to {max_batch_tokens} tokens at {fraction:g}·B_crit: the batches must "
+            "be positive, the second not below the first, and the fraction positive"
         )
     way = descent(fit, target_loss, model)
     largest = max_batch_tokens or math.inf
@@ -97,7 +98,7 @@ def ramp(
 
 
 def cost(way: Descent, stages: tuple[Stage, ...]) -> Cost:
-    """Steps and tokens to the last loss of `way` under a schedule; one stage is a constant batch."""
+    """Steps and tokens to the last loss of `way` with a schedule of batches. One stage is a constant batch."""
     steps = tokens = 0.0
     starts = [stage.tokens for stage in stages] + [math.inf]
     k = 0
@@ -112,7 +113,7 @@ def cost(way: Descent, stages: tuple[Stage, ...]) -> Cost:
             if needed <= left:
                 steps, tokens = steps + needed / batch, tokens + needed
                 break
-            done = left / needed  # of this stretch, before the next stage begins
+            done = left / needed  # part of this fall of the loss that comes before the next stage
             steps, tokens = steps + left / batch, tokens + left
             more_steps, more_tokens = more_steps * (1 - done), more_tokens * (1 - done)
             k += 1

@@ -1,1 +1,1 @@
-""""""
+"""Compiles training steps for TPU slices without a TPU."""

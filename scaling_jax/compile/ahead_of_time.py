@@ -1,4 +1,4 @@
-"""An experiment's training steps compiled for a TPU slice that isn't there: what they need, compute and send."""
+"""Compiles the training steps of an experiment for a TPU slice, without a TPU: memory, FLOPs and communication."""
 
 import dataclasses
 import functools
@@ -25,44 +25,44 @@ from scaling_jax.training import Run
 from scaling_jax.training.program import Program, many_steps, program_for
 from scaling_jax.training.run import Stage
 
-_SPLIT = (False, False, True, False)  # of the steps' arguments, the order of rows alone is dealt out to chips
-
-
+_SPLIT = (False, False, True, False)  # of the arguments of the steps, only the order of rows is split over chips
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# `-done` ends an operation that `-start` began: one operation in two instructions.
+# An operation may have two instructions, `-start` and `-done`; this doesn't match `-done`, so it counts once.
 _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (?P<shape>.+?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """One operation of a program; `num_bytes` is the size of its result on one device."""
+    """One communication operation of a program."""
 
     kind: str
-    num_bytes: int
+    num_bytes: int  # size of the result on one device
 
 
 @dataclasses.dataclass(frozen=True)
 class Executable:
-    """A compiled program; bytes and FLOPs are of one chip."""
+    """A compiled program. Bytes and FLOPs are per chip."""
 
-    memory_bytes: int | None  # None: libtpu says that it needs too much, not how much
+    memory_bytes: int | None  # None if libtpu only says that it is too much
     fits: bool
-    flops: float  # by XLA, which counts a loop's body once; NaN if it doesn't fit
+    flops: float  # XLA's count, which counts the body of a loop once; NaN if the program doesn't fit
     collectives: tuple[Collective, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledBatch:
-    """What a run of one model and batch size asks of a slice."""
+    """What a run of one model and batch size needs on a slice."""
 
     program: Program
-    slice_name: str  # whose chips share the batch
-    nearest_batches: tuple[int, ...]  # that all chips asked for could share, tokens; empty where they share this one
+    slice_name: str  # the slice that divides the batch; smaller than the one asked for if need be
+    nearest_batches: tuple[
+        int, ...
+    ]  # in tokens, batches that all chips asked for divide; empty if they divide this one
     step: Executable
     plain_step: Executable  # without the noise scale
-    evaluation: Executable  # beside the training state
-    step_flops: float  # of all chips, by formula: `plan.flops_per_token`
-    counted_flops: float  # of all chips, by XLA: `counted_flops_per_token`
+    evaluation: Executable  # with the training state in memory
+    step_flops: float  # of all chips, by the formula `plan.flops_per_token`
+    counted_flops: float  # of all chips, counted by XLA: `counted_flops_per_token`
 
     @property
     def fits(self) -> bool:
@@ -74,7 +74,7 @@ class CompiledBatch:
 
 
 def planned_runs(plan: Experiment | Mapping[str, Run]) -> tuple[Run, ...]:
-    """A run for each model and batch size of an experiment, or of runs by name, in which ramps may grow the batch."""
+    """One run for each model and batch size in an experiment, or in runs by name, including the batches of ramps."""
     if isinstance(plan, Experiment):
         return tuple(plan.run(cell, 0) for cell in plan.cells if cell.seed == plan.seeds[0])
     runs = {(run.model, batch): run.at(Stage(0, batch)) for run in plan.values() for batch in _batches_of(run)}
@@ -82,10 +82,10 @@ def planned_runs(plan: Experiment | Mapping[str, Run]) -> tuple[Run, ...]:
 
 
 def compile_runs(runs: Sequence[Run], slice_: Topology) -> Iterator[CompiledBatch]:
-    """The runs' programs, largest batch first, for a slice or the next smaller one whose chips can share the batch.
+    """Compiles the runs' programs, largest batch first. If the slice doesn't divide a batch, takes a smaller slice.
 
-    Batches that leave each chip the same sequences are compiled once, for the most chips: less the number of chips that
-    add up their gradients, they are one program.
+    Batches with the same number of sequences per chip are compiled once, for the largest slice. Their programs differ
+    only in the number of chips that add up their gradients.
     """
     shares: dict[Any, tuple[Executable, Executable]] = {}
     for run in sorted(map(_without_choices, runs), key=lambda run: -run.batch_tokens):
@@ -95,7 +95,7 @@ def compile_runs(runs: Sequence[Run], slice_: Topology) -> Iterator[CompiledBatc
         program = program_for(run, len(own.devices), "shard_map")
         share = (run.model, program.small_batch_sequences, program.num_microbatches)
         if share not in shares:
-            with ThreadPoolExecutor() as pool:  # a compilation keeps one core busy
+            with ThreadPoolExecutor() as pool:  # each compilation uses one core
                 methods = (value_and_grad, plain_value_and_grad)
                 with_noise, without = pool.map(functools.partial(compile_steps, program, own), methods)
             shares[share] = with_noise, without
@@ -114,12 +114,12 @@ def compile_runs(runs: Sequence[Run], slice_: Topology) -> Iterator[CompiledBatc
 
 
 def compile_steps(program: Program, slice_: Topology, differentiate: Callable = value_and_grad) -> Executable:
-    """The program that `Program.steps` calls, for chips that aren't there."""
+    """Compiles the program that `Program.steps` calls, for the chips of a slice."""
     return _compile(lower_steps(program, slice_, differentiate), slice_)
 
 
 def compile_evaluation(program: Program, eval_tokens: int, one_chip: Topology) -> Executable:
-    """The held-out loss, which every chip computes for itself, with what training keeps there counted in."""
+    """Compiles the test loss, which every chip computes. Its memory includes the training state and the rows."""
     alone = _evaluation_alone(program.model, eval_tokens, one_chip)
     state, rows, *_ = _arguments(program)
     if alone.memory_bytes is None:
@@ -129,7 +129,7 @@ def compile_evaluation(program: Program, eval_tokens: int, one_chip: Topology) -
 
 
 def lower_steps(program: Program, slice_: Topology, differentiate: Callable = value_and_grad):
-    """The same per-device body as in training, over a mesh of the slice's chips."""
+    """Lowers the training steps, with the same function per device as in training, for the chips of a slice."""
     steps: Any = spmd(
         many_steps(program, differentiate),
         split=_SPLIT,
@@ -144,7 +144,7 @@ def lower_steps(program: Program, slice_: Topology, differentiate: Callable = va
 def plain_value_and_grad(
     loss_fn: Callable, *, num_microbatches: int, axis_name: str | None, groups=None, stacked=lambda name: False
 ):
-    """`noise_scale.value_and_grad` less the norms: the same sums over microbatches and devices, made-up moments."""
+    """`noise_scale.value_and_grad` without the norms: the same sums over microbatches and devices, but fake moments."""
 
     def wrapped(params, batch):
         split = accumulate.split(params, batch, num_microbatches, axis_name)
@@ -157,11 +157,11 @@ def plain_value_and_grad(
 
 @functools.cache
 def counted_flops_per_token(model: ModelConfig, one_chip: Topology) -> float:
-    """`plan.flops_per_token` by XLA's count of what it made of one sequence's gradient.
+    """FLOPs per training token as XLA counts them, from the gradient of one sequence; compare `plan.flops_per_token`.
 
-    XLA counts a loop's body once, and layers and logits may be looped over. So models of one and two layers and small
-    vocabularies are compiled, which aren't; FLOPs are linear in both. What a loop computes twice to save memory, as
-    models/transformer.py does with logits, counts once.
+    XLA counts the body of a loop once, and large models loop over layers and over logits. So this compiles models with
+    one and two layers and with small vocabularies, which have no loops, and extrapolates: FLOPs are linear in both.
+    Logits that the loss computes twice to save memory (tasks/transformer.py) count once.
     """
 
     def count(n_layer: int, vocab_size: int) -> float:
@@ -171,6 +171,17 @@ def counted_flops_per_token(model: ModelConfig, one_chip: Topology) -> float:
     a_layer, a_thousand_tokens = count(2, 1_024) - least, count(1, 2_048) - least
     all_layers = least + (model.n_layer - 1) * a_layer
     return (all_layers + (model.vocab_size / 1_024 - 1) * a_thousand_tokens) / model.context
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collective operations in optimized HLO (`compiled.as_text()`). Each counts once, also inside a loop."""
+    found = []
+    for line in hlo.splitlines():
+        if match := _INSTRUCTION.match(line):
+            arrays = [_array_bytes(*array) for array in _ARRAY.findall(match["shape"])]
+            with_operand = match["start"] and match["kind"] != "all-reduce"  # then the shape is (operand, result, …)
+            found.append(Collective(match["kind"], max(arrays) if with_operand else sum(arrays)))
+    return found
 
 
 def _gradient_flops(model: ModelConfig, one_chip: Topology) -> float:
@@ -210,7 +221,7 @@ def _compile(lowered, slice_: Topology) -> Executable:
 
 
 def _without_choices(run: Run) -> Run:
-    """What a model leaves to the machine that it is compiled on is settled for TPUs."""
+    """The run with attention="xla": with "auto", the model would look at this machine, not at the slice."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, attention="xla"))
 
 
@@ -229,7 +240,7 @@ def _abstract_params(model: ModelConfig):
 
 
 def _arguments(program: Program) -> tuple[Any, ...]:
-    """Shapes of the steps' arguments, with as many rows as a chip holds at most; a larger corpus passes through."""
+    """Shapes of the arguments of the steps, with the largest number of rows that a chip holds at a time."""
     num_rows = RESIDENT_BYTES // (2 * (program.model.context + 1))
     order_DxCxB = (program.num_devices, program.steps_per_call, program.batch_sequences // program.num_devices)
     return (
@@ -260,17 +271,6 @@ def _bytes_wanted(message: str) -> int | None:
         return None
     number, unit = (group for group in match.groups() if group is not None)
     return round(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
-
-
-def collectives(hlo: str) -> list[Collective]:
-    """The collective operations in optimized HLO (`compiled.as_text()`), each once, loops or not."""
-    found = []
-    for line in hlo.splitlines():
-        if match := _INSTRUCTION.match(line):
-            arrays = [_array_bytes(*array) for array in _ARRAY.findall(match["shape"])]
-            with_operand = match["start"] and match["kind"] != "all-reduce"  # its shape is (operand, result, …)
-            found.append(Collective(match["kind"], max(arrays) if with_operand else sum(arrays)))
-    return found
 
 
 def _array_bytes(element: str, bits: str, dimensions: str) -> int:

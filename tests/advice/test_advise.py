@@ -63,7 +63,7 @@ def test_fit_takes_a_table(table, scaling_jax):
         (("--target-loss", 2, "--budget-tokens", 10), "needs more than"),
         (("--target-loss", 2, "--devices", 8), "--devices and --tokens-per-second"),
         (("--target-loss", 2, "--model", "big"), "choose from model"),
-        (("--target-loss", -2), "give a positive loss"),
+        (("--target-loss", -2), "must be positive"),
     ],
 )
 def test_a_question_without_an_answer_is_one_line_and_exit_code_2(table, options, message, scaling_jax):

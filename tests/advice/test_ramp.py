@@ -96,7 +96,7 @@ def test_stages_survive_json(tmp_path):
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
-        (1.5, {"start_batch_tokens": 256}, "outside of 1.75 to 2.9"),
+        (1.5, {"start_batch_tokens": 256}, "1.75 to 2.9"),
         (TARGET, {"start_batch_tokens": 0}, "a ramp from 0 to None"),
         (TARGET, {"start_batch_tokens": 512, "max_batch_tokens": 256}, "a ramp from 512 to 256"),
         (TARGET, {"start_batch_tokens": 512, "fraction": 0.0}, "the fraction positive"),
