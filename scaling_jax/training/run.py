@@ -78,9 +78,7 @@ class Recipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     warmup_steps: int | None = 10
     warmup_tokens: int | None = None  # instead of warmup_steps
-    average_half_life_tokens: float | None = (
-        None  # evaluate an exponential average of the parameters (Zhang et al. 2024)
-    )
+    average_half_life_tokens: float | None = None  # evaluate an average of the weights (Zhang et al. 2024)
     text: str = "python"
     tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
     microbatch_tokens: int = 1024  # largest small batch of the noise scale; a step has at least two small batches

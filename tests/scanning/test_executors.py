@@ -98,7 +98,7 @@ def test_slurm_is_missing(tmp_path, monkeypatch):
 def test_an_unknown_option_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"SLURM .*speed"):
         executors.train_on_slurm(tmp_path, [CELL], print, {"speed": 3}, cluster="local")
-    with pytest.raises(UserError, match="'num_gpus' .*key=value"):
+    with pytest.raises(UserError, match=r"'num_gpus' .*key=value"):
         executors.parse_options(["num_gpus"])
 
 
