@@ -28,7 +28,7 @@ def run(*arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=300,
     )
 
 
@@ -41,7 +41,7 @@ def train(tmp_path_factory):
         words = random.Random(k).choices(WORDS, k=300)
         (folder / "text" / f"{k}.txt").write_text(" ".join(words))
     model = ("train", "--model", "1x16", "--learning-rate", "3e-3", "--batch-tokens", "1Ki")
-    where = ("--text", f"files:{folder}/text/*", "--results", str(folder / "results"))
+    where = ("--text", f"files:{folder}/text/*", "--results", str(folder / "results"), "--set", "eval_growth=1.5")
     return lambda *arguments: run(*model, *where, *arguments)
 
 
@@ -57,7 +57,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2():
     """Of a process of its own; `tests/robustness` has the mistakes."""
     done = run("fit", "/nowhere")
     assert done.returncode == 2
-    assert "/nowhere holds no results" in done.stderr
+    assert "/nowhere" in done.stderr
+    assert "scan" in done.stderr  # whose folder it takes
     assert done.stderr.count("\n") == 1
 
 
@@ -88,7 +89,7 @@ def test_a_run_with_other_arguments_says_that_it_starts_beside_the_first(train, 
     results = trained[1].parents[1]
     said = train("--max-steps", "3", "--seed", "1").stdout.splitlines()
     assert f"{results} holds 1 other run" in said[0]
-    assert "too few steps" in said[-2]
+    assert "[" not in said[-2]  # three steps have no interval
     again = train("--max-steps", "3", "--seed", "1").stdout
     assert "note:" not in again
     third = train("--max-steps", "3", "--seed", "2").stdout.splitlines()
@@ -114,7 +115,7 @@ def test_single_runs_have_a_status_and_a_report_and_no_fit(trained, cli, tmp_pat
     assert refused.code == 2
     assert refused.errors.count("\n") == 1
     assert str(results) in refused.errors
-    assert "no scan" in refused.errors
+    assert "scan" in refused.errors.replace(str(results), "")  # what it takes
 
 
 @pytest.mark.long

@@ -127,9 +127,9 @@ def lines_of(steps, grad_sq_norm, trace_cov):
 @pytest.mark.parametrize(
     ("steps", "moments", "noise"),
     [
-        (100, (1.0, 300.0), r"last 25 steps: \d+ tokens \[(\d+), (\d+)\]"),
-        (100, (0.0, 300.0), "last 25 steps: unresolved, at least"),
-        (19, (1.0, 300.0), "too few steps"),
+        (100, (1.0, 300.0), r"25 steps\D+\d+ tokens \[(\d+), (\d+)\]"),
+        (100, (0.0, 300.0), r"25 steps.*unresolved"),
+        (19, (1.0, 300.0), r"few[^\[]*$"),
     ],
 )
 def test_training_ends_with_how_it_ended_and_its_noise_scale(
