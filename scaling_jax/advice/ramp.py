@@ -2,8 +2,8 @@
 
 Merrill et al. 2025 (arXiv 2505.23971): start with a small batch. When B_crit exceeds twice the batch, double the batch
 and multiply the learning rate by √2. McCandlish et al. 2018 (arXiv 1812.06162), appendix D: for a small fall of the
-loss, a batch B needs dS = dS_min + dE_min/B steps, so dE = B·dS_min + dE_min tokens, where S_min and E_min are functions
-of the loss.
+loss, a batch B needs dS = dS_min + dE_min/B steps, so dE = B·dS_min + dE_min tokens. S_min and E_min are functions of
+the loss.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""`scaling-jax …`: parse, call, print. Here is the register to which each module adds its commands."""
+"""The command line `scaling-jax …`. Each module here adds its commands to `app`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ Size = Annotated[
 
 
 def joined(arguments: Sequence[str], flag: str = "--set") -> list[str]:
-    """Arguments in which the values of a flag that is given several times stand behind the first."""
+    """The arguments with all values of a repeated flag after a single flag, because tyro reads a flag only once."""
     kept: list[str] = []
     values: list[str] = []
     inside = False

@@ -1,11 +1,11 @@
-"""`scaling-jax data …`: text packed into token rows."""
+"""The commands `scaling-jax data prepare` and `scaling-jax data inspect`."""
 
 import tyro
 
 from scaling_jax.cli import app
 
 data = tyro.extras.SubcommandApp()
-app.command(data, name="data", help="Pack text into token rows once, and look at them.")
+app.command(data, name="data", help="Pack text into token rows, and inspect packed text.")
 
 
 @data.command(name="prepare")
@@ -16,18 +16,18 @@ def prepare_data(
     workers: int | None = None,
     check: bool = False,
 ) -> None:
-    """Pack text into token rows, once; training and scans on the same text then use them.
+    """Pack text into token rows. Training and scans on the same text then start at once.
 
-    Interrupt it as you like: the same command continues.
+    You can interrupt it at any time. Run the same command again to continue.
 
     Example: scaling-jax data prepare 'files:~/notes/**/*.txt' --tokenizer bpe:4096
 
     Args:
       source: 'python', 'files:<glob>[#field]' (text, .jsonl[.gz|.zst]) or 'tfds:<name>[/<config>][#field]'.
-      tokenizer: bytes, gpt2, or bpe:<vocabulary>, trained on the source's train split.
-      context: tokens per row; one packing serves any.
-      workers: processes; one a core unless given.
-      check: compare all checksums of what was packed before.
+      tokenizer: bytes, gpt2, or bpe:<vocabulary>, which is trained on the source's train split.
+      context: tokens per row; packed text works with any context.
+      workers: number of processes; by default one per core.
+      check: if the text is already packed, compare all checksums.
     """
     from rich.console import Console
     from rich.progress import (
@@ -61,15 +61,15 @@ def prepare_data(
 
 @data.command(name="inspect")
 def inspect_data(source: tyro.conf.Positional[str], tokenizer: str = "bytes", context: int = 64, rows: int = 3) -> None:
-    """Check packed text against its manifest, show its counts and a few rows as text.
+    """Check the files of packed text, and show its counts and a few rows as text.
 
     Example: scaling-jax data inspect python
 
     Args:
-      source: as for prepare.
-      tokenizer: as for prepare.
+      source: as for 'data prepare'.
+      tokenizer: as for 'data prepare'.
       context: tokens per row.
-      rows: shown of each split.
+      rows: number of rows to show from each split.
     """
     from scaling_jax.data.packing import inspect
 

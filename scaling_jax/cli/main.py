@@ -1,4 +1,4 @@
-"""The command line's entry."""
+"""The entry point of the command line: dispatch, error messages and exit codes."""
 
 import importlib.metadata
 import sys
@@ -13,19 +13,19 @@ DESCRIPTION = """Measure, fit and plan the critical batch size of language-model
 
 Examples:
 
-  scaling-jax demo                          two small models on this machine, a chart and a report
+  scaling-jax demo                          scan two small models on this machine; figures and a report
 
-  scaling-jax scan mine.py --dry-run        what an experiment would take
+  scaling-jax scan mine.py --dry-run        show what an experiment needs at most
 
-  scaling-jax fit mine.csv                  critical batch sizes and their law from a table of your own
+  scaling-jax fit mine.csv                  fit critical batch sizes and their law to your own table
 
   scaling-jax advise results/demo --target-loss 2.0
 
-Numbers may be written as 4096, 1e6, 2^18, 2k (2,000), 64Ki (65,536), 1.5M or 10G.
+Write numbers as 4096, 1e6, 2^18, 2k (2,000), 64Ki (65,536), 1.5M or 10G.
 
-Exit codes: 0 done, or saved because SIGTERM asked for it; 1 what `compile` was asked for doesn't fit; 2 it could not be
-done and one line says why; 75 or 134 another process of the run was lost; 130 interrupted, the same command continues.
-With --debug an error shows where it came from; --version says which version this is.
+Exit codes: 0 done, or saved after SIGTERM; 1 a program of `compile` doesn't fit; 2 an error, explained in one line;
+75 or 134 another process of the run was lost; 130 interrupted: run the same command again to continue.
+--debug shows the traceback of an error; --version shows the version.
 """
 
 
@@ -33,7 +33,7 @@ _COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "tcsh", "fish"
 
 
 def main() -> None:
-    """Runs the command that the arguments name; see `DESCRIPTION` for exit codes."""
+    """Runs the command in the arguments; `DESCRIPTION` lists the exit codes."""
     arguments = joined([argument for argument in sys.argv[1:] if argument != "--debug"])
     if arguments == ["--version"]:
         print(f"scaling-jax {importlib.metadata.version('scaling-jax')}")
@@ -44,11 +44,11 @@ def main() -> None:
     except (UserError, OSError, ImportError) as error:
         if "--debug" in sys.argv:
             raise
-        kept = ": what was done is kept, the same command continues" if isinstance(error, OSError) else ""
+        kept = ": finished work is kept; run the same command again to continue" if isinstance(error, OSError) else ""
         print(f"scaling-jax: {error}{kept}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command continues where it was", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 
@@ -57,7 +57,7 @@ def _check_shell(arguments: list[str]) -> None:
         return
     shell = [*arguments, ""][arguments.index(_COMPLETION) + 1]
     if shell not in _SHELLS:
-        raise UserError(f"{_COMPLETION} {shell}: completion is for {', '.join(_SHELLS)}")
+        raise UserError(f"{_COMPLETION} {shell}: choose from {', '.join(_SHELLS)}")
 
 
 if __name__ == "__main__":

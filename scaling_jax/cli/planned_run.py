@@ -1,4 +1,4 @@
-"""The run that `train` is asked for: of a file, of flags, of overrides, the later ones of these first."""
+"""The run for `train`, from a file, flags and overrides. Flags replace values of the file; overrides replace both."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,22 +26,25 @@ def planned_run(
     model: str | None = None,
     context: int | None = None,
 ) -> Run:
-    """A run, checked.
+    """The run to train.
 
     Args:
-      flags: values of `Run` that were given.
-      overrides: `key=value`, of any of its values.
-      run_file: what flags and overrides change; see `load_run`. Without it they must say batch size, learning rate and
-        where the run ends.
+      flags: values of `Run` from the command line.
+      overrides: `key=value` for any value of the run.
+      run_file: a file with a run, whose values flags and overrides change; see `load_run`. Without a file, they must
+        give the batch size, the learning rate and the end of the run.
+      name: the run to take, if the file has several.
+      ramp: a file with stages; see `read_stages`.
+      model, context: size of the model, and its context.
 
     Raises:
-      UserError: naming what is missing, or doesn't fit.
+      UserError: if a value is missing or doesn't fit. Names it.
     """
     given = dict(flags)
     factor = 1.0
     if ramp is not None:
         if "batch_tokens" in given:
-            raise UserError("give --batch-tokens or --ramp, not both")
+            raise UserError(f"give --batch-tokens or --ramp {ramp}, not both")
         first, *later = read_stages(ramp)
         factor = first.learning_rate_factor
         check_positive(f"learning_rate_factor of the first stage of {ramp}", factor)
@@ -62,14 +65,14 @@ def planned_run(
 
 
 def with_vocabulary(run: Run, vocab_size: int, overrides: Sequence[str]) -> Run:
-    """The run with its tokenizer's vocabulary, unless an override says another."""
+    """The run with a model of this vocabulary size, unless an override sets another size."""
     if any(override.startswith("model.vocab_size=") for override in overrides):
         return run
     return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=vocab_size))
 
 
 def with_other_halves(overrides: Sequence[str]) -> list[str]:
-    """Of values that exclude each other, the one that isn't set is taken away."""
+    """The overrides, plus `null` for each value that excludes a value that is set, such as max_steps for max_tokens."""
     keys = {override.partition("=")[0] for override in overrides}
     both = [pair for a, b in _EITHER for pair in ((a, b), (b, a))]
     return [*overrides, *(f"{b}=null" for a, b in both if a in keys and b not in keys)]
@@ -90,7 +93,7 @@ def _from_flags(given: dict[str, Any], overrides: Sequence[str], model: str | No
         if not said.intersection(keys):
             raise UserError(f"give {flag}, or a file that defines RUN = Run(…)")
     size = model_config(model or "2x64", context=64 if context is None else context)
-    # What an override says takes the place of these.
+    # Overrides replace these values later.
     values: dict[str, Any] = {"batch_tokens": 2 * size.context, "learning_rate": 1.0}
     if not given.keys() & {"max_tokens", "max_steps"}:
         values["max_steps"] = 1

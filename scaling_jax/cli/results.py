@@ -1,4 +1,4 @@
-"""Commands that read results."""
+"""The commands that read results: status, fit, report, advise."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from scaling_jax.io import UserError
 
 @app.command
 def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
-    """How far the scan or the runs in a folder are: newest losses, time left; while they train and after.
+    """Show how far the scan or the runs in a folder are, with their newest losses. Also works during training.
 
     Example: scaling-jax status results/demo
 
     Args:
-      results: the folder that a scan or `train` writes, or gs://bucket/folder.
-      json: print it for machines.
+      results: a folder that a scan or `train` writes, or gs://bucket/folder.
+      json: print JSON.
     """
     from rich.console import Console
 
@@ -33,12 +33,12 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 @app.command
 def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
-    """Fit a finished scan again, or a table of your own: critical batch sizes and their law, fit.json.
+    """Fit critical batch sizes and their law to a finished scan, or to your own table. Writes fit.json.
 
     Example: scaling-jax fit mine.csv
 
     Args:
-      results: the folder that a scan wrote, or a CSV with columns model, batch_tokens, target_loss, steps.
+      results: the folder of a finished scan, or a CSV with columns model, batch_tokens, target_loss, steps.
       json: print fit.json instead of a table.
     """
     from rich.console import Console
@@ -50,7 +50,7 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
     results = working_copy(results)
     if results.suffix == ".csv" and not results.exists():
-        raise UserError(f"no table {results}")
+        raise UserError(f"there is no table {results}: give the path of a CSV file")
     if results.is_file():
         found = fit_table(results)
         written = write_fit(found)
@@ -67,14 +67,14 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 @app.command
 def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb: str | None = None) -> None:
-    """Fit a finished scan again and write its figures and report.html; of single runs, what there is to show.
+    """Write report.html and figures. For a finished scan, fit it first; single runs get a report without a fit.
 
     Example: scaling-jax report results/demo --tensorboard
 
     Args:
-      results: the folder that a scan or `train` wrote, or gs://bucket/folder.
-      tensorboard: write event files beside each run's metrics.
-      wandb: the Weights & Biases project that runs are shown in.
+      results: a folder that a scan or `train` wrote, or gs://bucket/folder.
+      tensorboard: also write TensorBoard event files next to each run's metrics.
+      wandb: also send the runs to this Weights & Biases project.
     """
     from scaling_jax.console.dashboards import Follower, asked_for
     from scaling_jax.io.stores import working_copy
@@ -102,24 +102,25 @@ def advise(
     extrapolate: bool = False,
     json: bool = False,
 ) -> None:
-    """Batch size against steps, tokens, time and extra compute to one loss; the knee; a batch ramp.
+    """Show steps, tokens, compute and wall time to one loss for each batch size; B_crit there; and a batch ramp.
 
     Example: scaling-jax advise results/demo --target-loss 2.2 --write-ramp ramp.json
 
     Args:
-      results: a results folder with measurements.csv, or such a CSV.
-      target_loss: nats per token.
-      model: which one's steps; the one that got to the lowest loss unless given.
-      budget_tokens: finds the largest batch that gets there within so many tokens.
-      devices: that share each batch; with --tokens-per-second, for wall time.
-      tokens_per_second: of one device.
-      device_batch_tokens: tokens per step from which on a device is that fast.
-      start_batch_tokens: of the ramp.
-      max_batch_tokens: of the ramp.
-      ramp_fraction: the ramp's batch stays below this share of B_crit; less takes more steps and fewer tokens.
-      write_ramp: file for the ramp's stages, as JSON.
-      extrapolate: allow losses outside of those measured.
-      json: print it for machines.
+      results: a results folder with measurements.csv, or a CSV with the same columns.
+      target_loss: loss to reach, in nats per token.
+      model: model to advise on; by default the model with the lowest loss.
+      budget_tokens: show the largest batch size that reaches the loss within this many tokens.
+      devices: number of devices over which each batch is split; with --tokens-per-second it gives wall time.
+      tokens_per_second: speed of one device.
+      device_batch_tokens: batch size (tokens per device) at which the device reaches full speed.
+      start_batch_tokens: first batch size of the ramp.
+      max_batch_tokens: largest batch size of the ramp.
+      ramp_fraction: the ramp's batch size stays below this fraction of B_crit; a smaller fraction needs more steps and
+        fewer tokens.
+      write_ramp: write the ramp's stages to this file, as JSON.
+      extrapolate: allow a loss outside the measured range.
+      json: print JSON.
     """
     from rich.console import Console
 
@@ -130,7 +131,7 @@ def advise(
     from scaling_jax.io.stores import working_copy
 
     if (devices is None) != (tokens_per_second is None):
-        raise UserError("--devices and --tokens-per-second go together")
+        raise UserError("give both --devices and --tokens-per-second, or neither")
     hardware = None
     if devices is not None and tokens_per_second is not None:
         hardware = Hardware(devices, tokens_per_second, device_batch_tokens)
@@ -154,7 +155,7 @@ def advise(
 
 
 def show(folder: Path) -> None:
-    """Fits a finished scan, draws it and says what came out; of single runs it writes a report alone."""
+    """Fits a finished scan, prints its summary, and writes figures and a report. Single runs only get a report."""
     from rich.console import Console
 
     from scaling_jax.console.tables import summary
@@ -173,4 +174,4 @@ def show(folder: Path) -> None:
         report = write_report(analysis)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     if in_bucket(results.folder):
-        console.print(f"all of it is in {address(results.folder)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"all files are in {address(results.folder)}", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Commands that train."""
+"""The commands that train or compile: demo, scan, train, branch, compile."""
 
 import dataclasses
 import sys
@@ -21,19 +21,19 @@ def demo(
     tensorboard: bool = False,
     wandb: str | None = None,
 ) -> None:
-    """Measure the critical batch size of two small models on this machine, and draw it.
+    """Measure the critical batch size of two small models on this machine. Writes figures and a report.
 
-    Interrupt it as you like: the same command continues.
+    You can interrupt it at any time. Run the same command again to continue.
 
     Example: scaling-jax demo --quick
 
     Args:
-      quick: smaller models and higher losses, two to three minutes.
-      results: where to keep runs, tables and figures; results/demo unless given.
-      text: 'python' (the standard library's sources) or 'files:<glob>' for text of your own.
-      dry_run: say what it would take, and train nothing.
-      tensorboard: write event files beside each run's metrics.
-      wandb: the Weights & Biases project that runs are shown in.
+      quick: use smaller models and higher losses; takes two to three minutes.
+      results: folder for runs, tables and figures; by default results/demo, or results/quick-demo with --quick.
+      text: 'python' (sources of the standard library), or 'files:<glob>' for your own text.
+      dry_run: show what the demo needs at most, and train nothing.
+      tensorboard: also write TensorBoard event files next to each run's metrics.
+      wandb: also send the runs to this Weights & Biases project.
     """
     from scaling_jax.parallel import connect
 
@@ -60,28 +60,27 @@ def scan(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Train every run of an experiment file, fit and draw; continues what was interrupted.
+    """Train all runs of an experiment, fit them, and write figures and a report. Continues an interrupted scan.
 
     Example: scaling-jax scan experiments/demo.py --set max_tokens=2e6 --results results/short
 
     Args:
-      experiment: a Python file that defines EXPERIMENT, such as experiments/demo.py.
-      overrides: values that differ from the file's, such as max_tokens=2e6 seeds=[0,1] optimizer.beta2=0.95.
-      results: where to keep runs, tables and figures, also gs://bucket/folder; results/<experiment's name> unless
-        given.
-      dry_run: say what it would take, and train nothing.
-      executor: who trains: this machine, or a Ray cluster or SLURM queue that shares the results folder.
-      executor_options: the engine's own, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
-      tensorboard: write event files beside each run's metrics.
-      wandb: the Weights & Biases project that runs are shown in.
-      coordinator: host:port of the first of several processes that train each run together; see `train`.
-      num_processes: how many there are.
-      process_id: which this one is, from 0.
+      experiment: a Python file that defines EXPERIMENT, such as experiments/demo.py, or a scan's experiment.json.
+      overrides: values to change, such as max_tokens=2e6 seeds=[0,1] optimizer.beta2=0.95.
+      results: folder for runs, tables and figures, or gs://bucket/folder; by default results/<name of the experiment>.
+      dry_run: show what the scan needs at most, and train nothing.
+      executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder.
+      executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
+      tensorboard: also write TensorBoard event files next to each run's metrics.
+      wandb: also send the runs to this Weights & Biases project.
+      coordinator: host:port of process 0, if several processes train each run together; see 'train'.
+      num_processes: number of these processes.
+      process_id: number of this process, from 0.
     """
     from scaling_jax.parallel import connect
 
     if executor != "local" and coordinator is not None:
-        raise UserError("--coordinator joins processes that train each run together, which --executor local does")
+        raise UserError(f"--coordinator works only with --executor local, not with --executor {executor}")
     if executor == "local" and not dry_run:
         connect(coordinator, num_processes, process_id)  # before JAX looks for devices
 
@@ -117,36 +116,36 @@ def train(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Train one run with its noise scale measured at every step; the same command continues it.
+    """Train one run, and measure its noise scale at every step. Run the same command again to continue it.
 
     Example: scaling-jax train --model 2x64 --batch-tokens 2Ki --learning-rate 2e-3 --max-tokens 4M
 
     Args:
-      run_file: a Python file that defines RUN = Run(…), or RUNS by name, or an earlier run's config.json; flags change
-        its values. Without it flags say all.
+      run_file: a Python file that defines RUN = Run(…) or RUNS, or the config.json of an earlier run; flags change its
+        values. Without a file, give the run by flags.
       overrides: any value of the run, such as model.compute_dtype=bfloat16 warmup_steps=500 microbatch_tokens=16Ki
         optimizer.name=adamw optimizer.weight_decay=0.1 optimizer.clip_norm=1 average_half_life_tokens=1e6
         live_ramp.threshold=0.5 live_ramp.max_batch_tokens=64Ki.
-      name: which of RUNS.
-      learning_rate: after warm-up, for the first batch size.
-      batch_tokens: tokens per step; or give --ramp.
-      ramp: a batch size that grows, as 'advise --write-ramp' writes it.
-      model: layers x width, such as 2x64 (unless given), 4x256 or 12x768.
-      text: 'python' (unless given), 'files:<glob>' or 'tfds:<name>'; see 'data prepare'.
-      tokenizer: bytes (unless given), gpt2, or bpe:<vocabulary>.
-      context: tokens per sequence; 64 unless given.
-      max_tokens: where to end; or give --max-steps.
-      max_steps: where to end.
-      target_loss: ends the run once the test loss, nats per token, is below it.
-      seed: of parameters and of the order of the text.
-      results: where to keep the run: a folder that all processes see, or gs://bucket/folder.
-      dry_run: print the run that would be trained, as JSON, and train nothing.
-      tensorboard: write event files beside the run's metrics.
-      wandb: the Weights & Biases project that the run is shown in.
-      coordinator: host:port of the first of several processes that train the run together, where they don't find each
-        other by themselves (on TPU pods, under SLURM and Open MPI they do).
-      num_processes: how many there are.
-      process_id: which this one is, from 0.
+      name: the name of the run, if the file defines RUNS.
+      learning_rate: learning rate after warm-up, for the first batch size.
+      batch_tokens: batch size in tokens; or give --ramp.
+      ramp: a file with a growing batch size, written by 'advise --write-ramp'.
+      model: layers x width, such as 2x64 (default), 4x256 or 12x768.
+      text: 'python' (default), 'files:<glob>' or 'tfds:<name>'; see 'data prepare'.
+      tokenizer: bytes (default), gpt2, or bpe:<vocabulary>.
+      context: tokens per sequence; 64 by default.
+      max_tokens: end the run after this many tokens; or give --max-steps.
+      max_steps: end the run after this many steps.
+      target_loss: also end the run once its test loss (nats per token) is below this.
+      seed: seed for the parameters and for the order of the text.
+      results: folder for the run, which all processes see, or gs://bucket/folder.
+      dry_run: print the run as JSON, and train nothing.
+      tensorboard: also write TensorBoard event files next to the run's metrics.
+      wandb: also send the run to this Weights & Biases project.
+      coordinator: host:port of process 0, if several processes train the run together. On TPU pods, under SLURM and
+        under Open MPI, processes find each other without it.
+      num_processes: number of these processes.
+      process_id: number of this process, from 0.
     """
     from scaling_jax.parallel import connect, is_first, together
 
@@ -196,18 +195,18 @@ def branch(
     tolerance: float = 0.01,
     points: int = 8,
 ) -> None:
-    """Measure the critical batch size along a scan's runs by branches at larger batches (Merrill et al. 2025).
+    """Measure the critical batch size along runs of a scan, by branches with larger batches (Merrill et al. 2025).
 
-    Writes branches.csv, which the report then shows beside the scan and the noise scale.
+    Writes branches.csv. The report then shows it beside the scan and the noise scale.
 
     Example: scaling-jax branch results/demo --batch-tokens 512
 
     Args:
       results: the folder of a finished scan.
-      batch_tokens: whose best runs are branched; well below the critical batch size.
-      model: all of the scan's unless given.
-      tolerance: nats per token by which a branch may fall behind and still keep up.
-      points: places along each run, at most.
+      batch_tokens: branch the best runs with this batch size; choose one well below the critical batch size.
+      model: branch only this model; by default all models of the scan.
+      tolerance: a branch keeps up if its loss is at most this much (nats per token) above the loss of the run.
+      points: largest number of points per run at which branches start.
     """
     from scaling_jax.console import commands
     from scaling_jax.results import read_results
@@ -243,13 +242,13 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", ex
 
 @app.command(name="compile")
 def compile_ahead(experiment: tyro.conf.Positional[Path], topology: str = "v5e:16x16") -> None:
-    """Compile every batch size of an experiment for a TPU slice, without one; exit code 1 if something doesn't fit.
+    """Compile every batch size of an experiment for a TPU slice, without a TPU. Exit code 1 if a program doesn't fit.
 
     Example: scaling-jax compile experiments/gpt_85m_ramp.py --topology v5p:4x4x8
 
     Args:
-      experiment: a Python file that defines EXPERIMENT, or RUNS by name.
-      topology: v4, v5e, v5p or v6e and the slice's shape, such as v5e:4x4 or v5p:4x4x8.
+      experiment: a Python file that defines EXPERIMENT or RUNS.
+      topology: the slice: v4, v5e, v5p or v6e, and a shape, such as v5e:4x4 or v5p:4x4x8.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""Training with what it does on the console: a scan, one run, branches. Signals save first, then end the command."""
+"""Trains a scan, a run or branches, with progress on the console. A signal saves the runs, then ends the command."""
 
 import contextlib
 import math
@@ -22,7 +22,7 @@ from scaling_jax.io import UserError
 from scaling_jax.parallel import is_first, together
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import stop_on_signals
-from scaling_jax.report.words import clock, short
+from scaling_jax.report.words import clock, ending, short
 from scaling_jax.results import Results, read_results
 from scaling_jax.results.branches import check_tolerance, measure_branches, write_branches
 from scaling_jax.results.runs import last_noise_scale
@@ -33,18 +33,21 @@ from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.training import Interrupted, Progress, Run, read_metrics, run_folder, train
 from scaling_jax.training.records import course
 
+LOG_SECONDS = 60.0  # between lines if the output is no terminal
+
 
 def scan_on_console(
     experiment: Experiment, results: Path, writers: Iterable[Callable[[Path], Writer]] = (), **options: Any
 ) -> None:
-    """A scan with what it does on the console, and in the dashboards that `writers` open (`trackers`).
+    """Runs a scan, and shows its progress on the console and in dashboards.
 
     Args:
+      writers: open a run in a dashboard; see `dashboards.asked_for`.
       options: see `scan`.
 
     Raises:
       UserError, KeyboardInterrupt: see `scan`.
-      SystemExit: with code 0, after SIGTERM stopped it, here or in another of its processes.
+      SystemExit: with code 0, after SIGTERM stopped the scan, in this process or another one of the scan.
     """
     console = Console(quiet=not is_first())
     console.print(f"{experiment.name}: results in {results}", highlight=False, markup=False, soft_wrap=True)
@@ -70,11 +73,11 @@ def scan_on_console(
 
 
 def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[Callable[[Path], Writer]] = ()) -> None:
-    """Trains a run with a line an evaluation; Ctrl-C and SIGTERM save it first.
+    """Trains a run, and prints a line per evaluation. Ctrl-C and SIGTERM save the run first.
 
     Raises:
-      KeyboardInterrupt: after a run that Ctrl-C stopped has been saved.
-      SystemExit: with code 0, after one has been that SIGTERM stopped, here or in another process of the run.
+      KeyboardInterrupt: after Ctrl-C, once the run is saved.
+      SystemExit: with code 0 after SIGTERM, in this process or another one of the run, once the run is saved.
     """
     console = Console()
 
@@ -107,61 +110,31 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
     if not is_first():
         return
     loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
+    done = "finished: " if result.status in ("reached", "exhausted") else ""
     folder = run_folder(results, run)
     for line in (
-        f"{_ending(run, result.status)} after {result.steps:,} steps, {short(result.tokens)} tokens: test loss {loss}",
+        f"{done}{ending(run, result)}; {result.steps:,} steps, {short(result.tokens)} tokens, test loss {loss}",
         _noise_scale_line(folder),
         f"records: {folder}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _note_of_others(run: Run, results: Path) -> str | None:
-    """That a new run starts where others are: somebody may have meant to continue one of them."""
-    folder = run_folder(results, run)
-    others = len(list(folder.parent.glob("*/config.json")))
-    if not others or (folder / "config.json").exists():
-        return None
-    what, beside = ("1 other run", "it") if others == 1 else (f"{others} other runs", "them")
-    return f"note: {results} holds {what}; these arguments start a new one beside {beside}"
-
-
-def _ending(run: Run, status: str) -> str:
-    """How a run ended, in words."""
-    if status == "exhausted":
-        limit = "max_tokens" if run.max_steps is None else "max_steps"
-        return f"finished: reached {limit} ({run.max_tokens if run.max_steps is None else run.max_steps:,})"
-    return f"finished: reached the target loss ({run.target_loss:g})" if status == "reached" else status
-
-
-def _noise_scale_line(folder: Path) -> str:
-    found = last_noise_scale(course(read_metrics(folder)))
-    if found is None:
-        return "noise scale: too few steps for an interval"
-    if not found.resolved:
-        return (
-            f"noise scale over the last {found.steps:,} steps: unresolved, at least {short(max(found.low, 0.0))} tokens"
-        )
-    return (
-        f"noise scale over the last {found.steps:,} steps: {short(found.value)} tokens "
-        f"[{short(found.low)}, {short(found.high)}] (95 % interval)"
-    )
-
-
 def branch_on_console(
     results: Results, models: Sequence[str], batch_tokens: int, tolerance: float, **options: Any
 ) -> None:
-    """Branches of a scan's best runs with a line an evaluation of each, and `branches.csv`.
+    """Trains branches of a scan's best runs, prints a line per evaluation, and writes branches.csv.
 
     Args:
-      batch_tokens: of the runs that are branched; well below B_crit.
-      tolerance: nats per token by which a branch may fall behind.
+      batch_tokens: batch size of the runs to branch; well below B_crit.
+      tolerance: a branch keeps up if its loss is at most this much above the run's, in nats per token.
       options: see `plan_branches`.
 
     Raises:
-      UserError: if the scan isn't finished, or has no such model or batch size; of the tolerance; see `train`.
-      KeyboardInterrupt: after a run that Ctrl-C stopped has been saved.
-      SystemExit: with code 0, after one has been that SIGTERM stopped.
+      UserError: if the scan isn't finished, or has no such model or batch size; if the tolerance isn't positive; see
+        `train`.
+      KeyboardInterrupt: after Ctrl-C, once the run is saved.
+      SystemExit: with code 0 after SIGTERM, once the run is saved.
     """
     console = Console()
 
@@ -184,55 +157,8 @@ def branch_on_console(
     write_branches(results.folder, measure_branches(plans, trained, tolerance))
 
 
-def _branch_plans(results: Results, models: Sequence[str], batch_tokens: int, **options: Any) -> list[BranchPlan]:
-    plans = []
-    for model in models:
-        cells = [cell for cell in results.cells if (cell.model, cell.batch_tokens) == (model, batch_tokens)]
-        if not cells:
-            raise UserError(f"{results.folder} has no runs of {model} at {batch_tokens:,} tokens")
-        plans += [plan_branches(cell.best, **options) for cell in cells]
-    return plans
-
-
-def _leave(console: Console, by_hand: bool) -> NoReturn:
-    """Ends a command whose runs have been saved: as Ctrl-C does, or with code 0 where SIGTERM or a notice asked for it.
-
-    Who restarts commands and must tell one that was saved from one that is done names a file in SCALING_JAX_SAVED.
-    """
-    if by_hand:
-        raise KeyboardInterrupt from None
-    if marker := os.environ.get("SCALING_JAX_SAVED"):
-        Path(marker).touch()
-    console.print("saved; the same command continues where it was")
-    raise SystemExit(0) from None
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
-    """SIGTERM interrupts as Ctrl-C does, once; yields what tells whether it has."""
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield came.is_set
-        return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def interrupt(*_):
-        came.set()
-        signal.signal(signal.SIGTERM, before)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-LOG_SECONDS = 60.0  # between lines where there is no terminal
-
-
 class ScanDisplay:
-    """A context manager whose `on_event` takes a scan's events.
+    """Shows the progress of a scan: a live table on a terminal, else a line now and then. Use it as a context manager.
 
     Args:
       done: cells that were done before.
@@ -241,8 +167,8 @@ class ScanDisplay:
     def __init__(self, experiment: Experiment, console: Console, done: Collection[Cell] = ()):
         self._experiment = experiment
         self._console = console
-        self._latest: dict[Cell, Progress] = {}  # of running cells
-        self._runs: dict[Cell, dict[str, float]] = {}  # the last loss of each, by run id
+        self._latest: dict[Cell, Progress] = {}  # newest progress of each running cell
+        self._runs: dict[Cell, dict[str, float]] = {}  # {run id: last loss} of each cell
         self._cost = {cell: relative_cost(experiment, cell) for cell in experiment.cells}
         self._done = set(done)
         self._fraction_before = self._fraction()
@@ -274,7 +200,7 @@ class ScanDisplay:
             self._log(f"done: {cell.name}, {len(losses)} learning rates{loss}")
 
     def _log(self, what: str) -> None:
-        """A line for a log; a terminal shows the same live."""
+        """Prints a line for a log. A terminal shows the same live, so it gets no line."""
         if not self._console.is_terminal:
             count = f"{len(self._done)} of {len(self._cost)} done"
             self._print(f"{self._clock()}  {count}, about {self._time_left()} left  {what}")
@@ -290,7 +216,7 @@ class ScanDisplay:
         ]
 
     def _fraction(self) -> float:
-        """Of the expected cost."""
+        """Part of the scan's expected cost that is done."""
         spent = sum(self._cost[cell] for cell in self._done)
         for cell, p in self._latest.items():
             within = p.step / p.last_step if len(self._runs[cell]) > 1 else 0.5
@@ -325,6 +251,78 @@ class ScanDisplay:
             f"{self._experiment.name}: {len(self._done)} of {len(self._cost)} batch sizes done · {self._clock()} · "
             f"about {self._time_left()} left"
         )
-        bar = Table.grid()  # alone, a progress bar doesn't end its line
+        bar = Table.grid()  # a progress bar outside of a table has no line end
         bar.add_row(ProgressBar(total=1.0, completed=self._fraction(), width=60))
         return Group(head, bar, table)
+
+
+def _note_of_others(run: Run, results: Path) -> str | None:
+    """A note if a new run starts beside others, because the user may have meant to continue one of them."""
+    folder = run_folder(results, run)
+    others = len(list(folder.parent.glob("*/config.json")))
+    if not others or (folder / "config.json").exists():
+        return None
+    what, beside = ("1 other run", "it") if others == 1 else (f"{others} other runs", "them")
+    return f"note: {results} holds {what}; these arguments start a new one beside {beside}"
+
+
+def _noise_scale_line(folder: Path) -> str:
+    found = last_noise_scale(course(read_metrics(folder)))
+    if found is None:
+        return "noise scale: too few steps for an interval"
+    if not found.resolved:
+        return (
+            f"noise scale over the last {found.steps:,} steps: unresolved, at least {short(max(found.low, 0.0))} tokens"
+        )
+    return (
+        f"noise scale over the last {found.steps:,} steps: {short(found.value)} tokens "
+        f"[{short(found.low)}, {short(found.high)}] (95 % interval)"
+    )
+
+
+def _branch_plans(results: Results, models: Sequence[str], batch_tokens: int, **options: Any) -> list[BranchPlan]:
+    plans = []
+    for model in models:
+        cells = [cell for cell in results.cells if (cell.model, cell.batch_tokens) == (model, batch_tokens)]
+        if not cells:
+            there = ", ".join(f"{cell.model} at {cell.batch_tokens:,}" for cell in results.cells)
+            raise UserError(
+                f"{results.folder} has no runs of {model} at {batch_tokens:,} tokens: choose one of {there}"
+            )
+        plans += [plan_branches(cell.best, **options) for cell in cells]
+    return plans
+
+
+def _leave(console: Console, by_hand: bool) -> NoReturn:
+    """Ends a command after its runs are saved: as Ctrl-C does, or with code 0 after SIGTERM or a notice.
+
+    A script that restarts the command can name a file in SCALING_JAX_SAVED. If the command was stopped, it makes this
+    file, so that the script can tell this from a finished command.
+    """
+    if by_hand:
+        raise KeyboardInterrupt from None
+    if marker := os.environ.get("SCALING_JAX_SAVED"):
+        Path(marker).touch()
+    console.print("saved; run the same command again to continue")
+    raise SystemExit(0) from None
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
+    """Makes the first SIGTERM act like Ctrl-C. Yields a function that returns True once SIGTERM has come."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield came.is_set
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt(*_):
+        came.set()
+        signal.signal(signal.SIGTERM, before)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

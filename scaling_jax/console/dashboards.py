@@ -1,6 +1,6 @@
-"""Runs in other people's dashboards: TensorBoard event files beside metrics.jsonl, Weights & Biases.
+"""Runs in dashboards: TensorBoard event files beside metrics.jsonl, and Weights & Biases.
 
-Both follow the runs' metrics.jsonl, which stays the record: they can be written while a scan runs, or afterwards.
+Both read the runs' metrics.jsonl, while a scan runs or afterwards.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from scaling_jax.io.files import Tail
 from scaling_jax.noise_scale import Moments, MovingAverage, unbiased
 from scaling_jax.training.records import MetricsLine, read_run_config
 
-_SECONDS = 2.0  # between looks at the folder while runs are going on
-_HALF_LIFE = 20.0  # steps, of the moments' averages; their ratio is the noise scale
+_SECONDS = 2.0  # between looks at the folder while runs train
+_HALF_LIFE = 20.0  # in steps, of the averages of both moments
 
 
 class Writer(Protocol):
-    """One run in a dashboard."""
+    """A run in a dashboard."""
 
     def add(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -29,15 +29,15 @@ class Writer(Protocol):
 
 
 class Scalars:
-    """A run's lines of metrics as values at steps, the noise scale from averages of both moments."""
+    """Turns metrics lines into named values at each step. The noise scale comes from averages of both moments."""
 
     def __init__(self) -> None:
         self.last_step = 0
         self._averages = MovingAverage(_HALF_LIFE), MovingAverage(_HALF_LIFE)
 
     def of(self, line: MetricsLine) -> Iterator[tuple[int, dict[str, float]]]:
-        """What a line says about each of its steps; nothing for steps that came before."""
-        # In tokens, so that the noise scale is.
+        """(step, {name: value}) for each step of a line, without steps that came before."""
+        # Batch sizes in tokens give a noise scale in tokens.
         sizes = line.small_batch_tokens, line.batch_tokens
         moments = unbiased(Moments(line.small_sq_norm, line.big_sq_norm, *sizes))
         first = line.step - line.num_steps + 1
@@ -55,14 +55,8 @@ class Scalars:
             yield step, {name: x for name, x in values.items() if math.isfinite(x)}
 
 
-class _Followed(NamedTuple):
-    writer: Writer
-    scalars: Scalars
-    lines: Tail
-
-
 class Follower:
-    """Passes on what runs in `workdir` write; a context manager, which looks a last time when it ends."""
+    """Passes new metrics of the runs in `workdir` to their writers; a context manager that looks again at its end."""
 
     def __init__(self, workdir: Path, open_writer: Callable[[Path], Writer]):
         self._runs = workdir / "runs"
@@ -80,18 +74,20 @@ class Follower:
             followed.writer.close()
 
     def look(self) -> None:
-        """Catches up, unless it did a moment ago."""
+        """Calls `catch_up`, at most every two seconds."""
         if time.monotonic() - self._looked_at > _SECONDS:
             self.catch_up()
             self._looked_at = time.monotonic()
 
     def catch_up(self) -> None:
-        """Passes on every line that is new."""
+        """Passes on all new lines."""
         for metrics in sorted(self._runs.glob("*/metrics.jsonl")):
             folder = metrics.parent
             if folder in self._closed:
                 continue
-            done = (folder / "result.json").exists()  # asked first: then its lines are all there
+            done = (
+                folder / "result.json"
+            ).exists()  # comes before reading, so that a finished run's lines are complete
             if folder not in self._followed:
                 self._followed[folder] = _Followed(self._open_writer(folder), Scalars(), Tail(metrics, from_start=True))
             followed = self._followed[folder]
@@ -102,35 +98,45 @@ class Follower:
                 self._closed.add(folder)
 
 
+def asked_for(tensorboard: bool, wandb_project: str | None) -> list[Callable[[Path], Writer]]:
+    """For each dashboard asked for, a function that opens a writer for a run's folder.
+
+    Raises:
+      UserError: if a package isn't installed.
+    """
+    files = [_event_files()] if tensorboard else []
+    return files + ([_wandb_runs(wandb_project)] if wandb_project else [])
+
+
+class _Followed(NamedTuple):
+    writer: Writer
+    scalars: Scalars
+    lines: Tail
+
+
 def _pass_on(followed: _Followed) -> None:
-    # A run that continues from a checkpoint cuts its lines back and writes the same ones again.
+    # A run that continues from a checkpoint removes its last lines and writes them again; `Scalars` leaves these out.
     path = followed.lines.path
     try:
         for line in map(MetricsLine.read, followed.lines.new()):
             for step, values in followed.scalars.of(line):
                 followed.writer.add(step, values)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): remove {path.parent}, it is trained again") from None
-
-
-def asked_for(tensorboard: bool, wandb_project: str | None) -> list[Callable[[Path], Writer]]:
-    """What opens a writer for a run's folder, for each dashboard that is asked for.
-
-    Raises:
-      UserError: if one isn't installed.
-    """
-    files = [_event_files()] if tensorboard else []
-    return files + ([_wandb_runs(wandb_project)] if wandb_project else [])
+        raise UserError(
+            f"{path} is damaged ({error!r}): remove {path.parent}, then the same command trains the run again"
+        ) from None
 
 
 def _event_files() -> Callable[[Path], Writer]:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard needs tensorboardX: pip install 'scaling-jax[tensorboard]'") from None
+        raise UserError(
+            "--tensorboard needs the package tensorboardX: pip install 'scaling-jax[tensorboard]'"
+        ) from None
 
     def open_writer(folder: Path) -> Writer:
-        for old in folder.glob("events.out.tfevents.*"):  # of an earlier look
+        for old in folder.glob("events.out.tfevents.*"):  # from an earlier command
             old.unlink()
         return _EventFiles(SummaryWriter(str(folder)))
 
@@ -153,7 +159,7 @@ def _wandb_runs(project: str) -> Callable[[Path], Writer]:
     try:
         import wandb
     except ImportError:
-        raise UserError("--wandb needs Weights & Biases: pip install wandb") from None
+        raise UserError("--wandb needs the package wandb: pip install wandb") from None
 
     def open_writer(folder: Path) -> Writer:
         config = to_dict(read_run_config(folder).run)
@@ -168,12 +174,12 @@ def _wandb_runs(project: str) -> Callable[[Path], Writer]:
 class _WandbRun:
     def __init__(self, run: Any):
         self._run = run
-        self._first = run.step  # an earlier look logged what came before
+        self._first = run.step  # an earlier command logged the steps before
 
     def add(self, step: int, values: dict[str, float]) -> None:
         if step >= self._first:
             self._run.log(values, step=step)
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # a dashboard that is away loses nothing: metrics.jsonl has it all
+        with contextlib.suppress(Exception):  # if the dashboard fails, metrics.jsonl still has everything
             self._run.finish()

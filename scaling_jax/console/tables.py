@@ -1,10 +1,13 @@
-"""Results as tables on a terminal: a fit, a scan's summary, a plan, what was compiled, status, advice."""
+"""Tables and sentences for the terminal: fits, summaries of scans, plans, compiled programs, status, advice."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console, ConsoleOptions
 from rich.console import Group as Rows
 from rich.table import Table
 from rich.text import Text
@@ -19,9 +22,13 @@ from scaling_jax.results.table import TableFit
 from scaling_jax.scanning.plan import EFFICIENCY, ScanPlan
 from scaling_jax.training import Stage
 
+_GIB = 2**30
+_POWER = re.compile(r"\^(-?\d+(?:\.\d+)?)")
+_SUPERSCRIPTS = str.maketrans("-.0123456789", "⁻·⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 def print_fit(found: TableFit, written: Path) -> Rows:
-    """Every trade-off, the laws through them, what was left out."""
+    """The fit of a table: every trade-off, the laws, and the notes."""
     table = Table(title="S_min in steps; E_min, B_crit, CBS20 in tokens", title_justify="left", title_style="bold")
     for column in ("model", "loss", "S_min", "E_min", "B_crit", "95 % interval", "CBS20", "flags"):
         left, first = column in ("model", "flags"), column == "model"
@@ -31,7 +38,7 @@ def print_fit(found: TableFit, written: Path) -> Rows:
         s_min, e_min, b_crit, cbs20 = (
             "–" if t.one_sided else short(value) for value in (t.s_min, t.e_min, t.b_crit, t.cbs20)
         )
-        flags = ["one-sided"] * t.one_sided + [f"{point.not_reached} missed"] * bool(point.not_reached)
+        flags = ["one-sided"] * t.one_sided + [f"{point.not_reached} not reached"] * bool(point.not_reached)
         interval = "–".join(short(end) for end in t.b_crit_interval)
         table.add_row(point.model, f"{point.loss:.4g}", s_min, e_min, b_crit, interval, cbs20, ", ".join(flags))
     lines = [
@@ -39,13 +46,13 @@ def print_fit(found: TableFit, written: Path) -> Rows:
         *(f"note: {note}" for note in found.notes),
         f"fit: {written}",
     ]
-    return Rows(table, *(Text(line) for line in lines))
+    return Rows(table, *map(_Line, lines))
 
 
 def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
-    """B_crit and noise scale at three losses of each model, the law, what was flagged, where the figures are."""
+    """The summary of a scan: B_crit and noise scale at three losses of each model, the laws, notes, and figures."""
     table = Table(title="Critical batch size, tokens", title_justify="left", title_style="bold")
-    for column in ("model", "loss", "B_crit", "95 % interval", "noise scale", "its middle half"):
+    for column in ("model", "loss", "B_crit", "95 % interval", "noise scale", "middle half of runs"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model in dict.fromkeys(p.model for p in analysis.fit.points):
         points = [p for p in analysis.fit.points if p.model == model and p.in_law]
@@ -60,17 +67,111 @@ def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
                 middle,
                 half,
             )
-    lines = _summary_sentences(analysis)
+    lines = law_lines(analysis.fit, analysis.joint, analysis.forms)
+    if math.isfinite(analysis.noise_ratio):
+        lines.append(f"noise scale / B_crit: {analysis.noise_ratio:.2f} (median over the losses of the law)")
+    lines += [f"note: {note}" for note in analysis.notes]
     if figures:
         lines.append(f"figures in {figures[0].parent}: {', '.join(path.name for path in figures)}")
+    return Rows(table, *map(_Line, lines))
+
+
+def plan_table(plan: ScanPlan) -> Rows:
+    """The plan of a scan: what each missing batch size needs at most, and the totals."""
+    table = Table(title="At most, per batch size", title_justify="left", title_style="bold")
+    for column in ("model · batch", "runs", "tokens", "FLOPs", "memory, GiB"):
+        table.add_column(column, justify="left" if column.startswith("model") else "right")
+    for p in plan.cells:
+        runs = f"{p.least_runs}–{p.most_runs}"
+        table.add_row(p.cell.name, runs, short(p.most_tokens), f"{p.most_flops:.2g}", f"{p.bytes_needed / 2**30:.2f}")
+    cells = plan.cells
+    lines = [
+        f"{len(cells)} batch sizes to train, {plan.cells_done} done; {sum(p.least_runs for p in cells)} to "
+        f"{sum(p.most_runs for p in cells)} runs, {plan.workers} batch sizes at a time",
+        f"at most {short(sum(p.most_tokens for p in cells))} tokens, {sum(p.most_flops for p in cells):.2g} FLOPs, "
+        f"{duration(plan.most_seconds)} at {100 * EFFICIENCY:.0f} % of the {plan.flops_per_second / 1e9:,.0f} GFLOP/s "
+        "that a large matrix product reaches here",
+        "at most: if every learning rate is tried and trains to max_tokens; most runs end earlier, at their targets: "
+        "the demo needs 1/30 of its upper limit",
+        f"memory for one batch size at a time: {plan.bytes_available / 2**30:.1f} GiB",
+    ]
     return Rows(table, *(Text(line) for line in lines))
 
 
-def _summary_sentences(analysis: Analysis) -> list[str]:
-    lines = law_lines(analysis.fit, analysis.joint, analysis.forms)
-    if math.isfinite(analysis.noise_ratio):
-        lines.append(f"noise scale / B_crit, median over that range: {analysis.noise_ratio:.2f}")
-    return lines + [f"note: {note}" for note in analysis.notes]
+def print_compiled(batches: Sequence[CompiledBatch], slice_: Topology) -> Rows:
+    """Memory, FLOPs and collective operations of each batch size; what doesn't divide; what doesn't fit."""
+    return Rows(
+        Text(
+            f"{slice_.name}: {len(slice_.devices)} chips of {slice_.chip.memory_bytes / _GIB:.4g} GiB, "
+            f"{slice_.num_hosts} hosts. Compiled, not run."
+        ),
+        *(_compiled_table(model_batches) for model_batches in _by_model(batches)),
+        *(Text(line) for line in _compiled_sentences(batches, slice_)),
+    )
+
+
+def status_table(status: Status) -> Rows:
+    """The status of a scan or of runs: a summary, and a row for each cell or run."""
+    count = {state: sum(g.state == state for g in status.parts) for state in ("done", "running", "not begun")}
+    head = f"{status.name}: {count['done']} of {len(status.parts)} {status.what} done"
+    if count["done"] < len(status.parts):
+        others = len(status.parts) - sum(count.values())
+        head += f", {count['running']} running" * bool(status.running) + f", {others} interrupted" * bool(others)
+        head += f", {count['not begun']} not begun · {100 * status.fraction:.0f} % of the work"
+        if status.seconds_left is not None:
+            head += f" · about {clock(status.seconds_left)} left"
+        if status.running is False:
+            head += "\nIt isn't running. Run the same command again to continue it."
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("model · batch", "", "rates", "newest", "step", "loss", "tokens/s", "ago"):
+        first = column == "model · batch"  # on a narrow terminal only this column wraps, so that no number is cut
+        left = first or not column
+        table.add_column(
+            column, justify="left" if left else "right", no_wrap=not first, min_width=12 if first else None
+        )
+    for g in status.parts:
+        newest = (
+            "" if g.learning_rate is None else f"{g.learning_rate:.3g}",
+            "" if g.step is None else f"{g.step:,}",
+            "" if g.test_loss is None else f"{g.test_loss:.3f}",
+            "" if g.tokens_per_second is None else short(g.tokens_per_second),
+            "" if g.seconds_ago is None else clock(g.seconds_ago),
+        )
+        table.add_row(g.name, g.state, str(g.rates_tried or ""), *(() if g.state == "done" else newest))
+    return Rows(Text(head), table)
+
+
+def advice_table(advice: Advice) -> Rows:
+    """The advice for a loss: a row for each batch size, B_crit, and the ramp."""
+    to = advice.to
+    shown = Table(title=f"model {to.model} to loss {to.loss:g}", title_justify="left", title_style="bold")
+    names = ["batch", "steps", "95 % interval", "tokens", "excess", "wall time", "flags"]
+    for column in names:
+        if column != "wall time" or advice.hardware is not None:
+            shown.add_column(column, justify="left" if column == "flags" else "right", no_wrap=column != "flags")
+    for row in advice.rows:
+        low, high = row.steps_interval
+        flags = ["untested"] * (not row.tested) + ["over budget"] * (not row.within_budget)
+        shown.add_row(
+            f"{row.batch_tokens:,.0f}",
+            short(row.steps),
+            f"{short(low)}–{short(high)}" if high < math.inf else "unknown",
+            short(row.tokens),
+            f"{row.excess_compute:.0%}",
+            *([duration(row.seconds)] if row.seconds is not None else []),
+            ", ".join(flags),
+        )
+    return Rows(shown, *(Text(line) for line in _advice_sentences(advice)))
+
+
+class _Line(NamedTuple):
+    """A line of text; a terminal that can show them gets superscripts in place of `^`."""
+
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        can_show = console.is_terminal and console.encoding.startswith("utf")
+        yield Text(_POWER.sub(lambda power: power[1].translate(_SUPERSCRIPTS), self.text) if can_show else self.text)
 
 
 def _spread(points: list, count: int) -> list:
@@ -88,50 +189,14 @@ def _noise_near(analysis: Analysis, model: str, loss: float) -> tuple[str, str]:
     return short(float(middle)), f"{short(float(low))} – {short(float(high))}"
 
 
-def plan_table(plan: ScanPlan) -> Rows:
-    """A line for each batch size that isn't done, and the sums."""
-    table = Table(title="At most, for each batch size", title_justify="left", title_style="bold")
-    for column in ("model · batch", "runs", "tokens", "FLOPs", "memory, GiB"):
-        table.add_column(column, justify="left" if column.startswith("model") else "right")
-    for p in plan.cells:
-        runs = f"{p.least_runs}–{p.most_runs}"
-        table.add_row(p.cell.name, runs, short(p.most_tokens), f"{p.most_flops:.2g}", f"{p.bytes_needed / 2**30:.2f}")
-    cells = plan.cells
-    lines = [
-        f"{len(cells)} batch sizes to train, {plan.cells_done} done; {sum(p.least_runs for p in cells)} to "
-        f"{sum(p.most_runs for p in cells)} runs, {plan.workers} at a time",
-        f"at most {short(sum(p.most_tokens for p in cells))} tokens, {sum(p.most_flops for p in cells):.2g} FLOPs, "
-        f"{duration(plan.most_seconds)} at {EFFICIENCY:.0%} of the {plan.flops_per_second / 1e9:,.0f} GFLOP/s that a "
-        "large matrix product reaches here",
-        "that is if every rate ran to max_tokens; runs end at their targets: the demo takes a thirtieth of its bound",
-        f"each run that trains at a time may take {plan.bytes_available / 2**30:.1f} GiB of memory",
-    ]
-    return Rows(table, *(Text(line) for line in lines))
-
-
-_GIB = 2**30
-
-
-def print_compiled(batches: Sequence[CompiledBatch], slice_: Topology) -> Rows:
-    """Memory, FLOPs and collective operations of each batch size, then what doesn't divide and what doesn't fit."""
-    return Rows(
-        Text(
-            f"{slice_.name}: {len(slice_.devices)} chips of {slice_.chip.memory_bytes / _GIB:.4g} GiB, "
-            f"{slice_.num_hosts} hosts. Compiled, not run."
-        ),
-        *(_compiled_table(model_batches) for model_batches in _by_model(batches)),
-        *(Text(line) for line in _compiled_sentences(batches, slice_)),
-    )
-
-
 def _compiled_table(batches: list[CompiledBatch]) -> Table:
     table = Table(title=batches[0].program.model.name, title_justify="left", title_style="bold")
     for column in (
         "batch",
         "chips",
         "small\nbatch",
-        "GiB\na chip",
-        "FLOPs\na step",
+        "GiB per\nchip",
+        "FLOPs per\nstep",
         "XLA's\ncount",
         "all-\nreduces",
         "MiB",
@@ -155,14 +220,14 @@ def _compiled_table(batches: list[CompiledBatch]) -> Table:
 
 def _compiled_sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> list[str]:
     lines = [
-        "small batch: microbatches a chip × sequences in each; in parentheses: without the noise scale; XLA's: its "
-        "count of FLOPs over the formula's; MiB: what the all-reduces sum"
+        "small batch: microbatches per chip × sequences per microbatch; in parentheses: without the noise scale; XLA's "
+        "count: FLOPs counted by XLA divided by FLOPs of the formula; MiB: size of all all-reduces together"
     ]
     compared = [b for b in batches if b.step.fits and b.plain_step.fits]
     if compared:
         operations = max(len(b.step.collectives) - len(b.plain_step.collectives) for b in compared)
         num_bytes = max(_bytes_reduced(b.step) - _bytes_reduced(b.plain_step) for b in compared)
-        lines.append(f"the noise scale adds {operations} collective operations and {num_bytes} bytes to them, at most")
+        lines.append(f"the noise scale adds {operations} collective operations and {num_bytes} bytes to them at most")
     for model_batches in _by_model(batches):
         lines.append(f"evaluation of {model_batches[0].program.model.name}: {_gib(model_batches[0].evaluation)} GiB")
     for batch in batches:
@@ -170,11 +235,11 @@ def _compiled_sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> l
             near = " or ".join(f"{tokens:,}" for tokens in batch.nearest_batches)
             lines.append(
                 f"batch of {batch.batch_tokens:,} tokens is {batch.program.batch_sequences} sequences, which "
-                f"{len(slice_.devices)} chips can't share: {batch.slice_name} can; nearest that they can: "
-                f"{near} tokens"
+                f"{len(slice_.devices)} chips can't share, so it is compiled for {batch.slice_name}; nearest batches "
+                f"that {len(slice_.devices)} chips can share: {near} tokens"
             )
     lines += [f"DOESN'T FIT: {b.program.model.name}, batch of {b.batch_tokens:,} tokens" for b in batches if not b.fits]
-    return list(dict.fromkeys(lines))  # models of one context say the same of a batch
+    return list(dict.fromkeys(lines))  # models with the same context give the same line for a batch
 
 
 def _by_model(batches: Sequence[CompiledBatch]) -> list[list[CompiledBatch]]:
@@ -191,72 +256,21 @@ def _bytes_reduced(executable: Executable) -> int:
     return sum(collective.num_bytes for collective in executable.collectives)
 
 
-def status_table(status: Status) -> Rows:
-    """A line that sums up, and a row for each cell or run."""
-    count = {state: sum(g.state == state for g in status.parts) for state in ("done", "running", "not begun")}
-    head = f"{status.name}: {count['done']} of {len(status.parts)} {status.what} done"
-    if count["done"] < len(status.parts):
-        others = len(status.parts) - sum(count.values())
-        head += f", {count['running']} running" * bool(status.running) + f", {others} interrupted" * bool(others)
-        head += f", {count['not begun']} not begun · {100 * status.fraction:.0f} % of the work"
-        if status.seconds_left is not None:
-            head += f" · about {clock(status.seconds_left)} left"
-        if status.running is False:
-            head += "\nIt isn't running: the same command continues it."
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("model · batch", "", "rates", "newest", "step", "loss", "tokens/s", "ago"):
-        first = column == "model · batch"  # it wraps on a narrow terminal; what is measured is never cut
-        left = first or not column
-        table.add_column(
-            column, justify="left" if left else "right", no_wrap=not first, min_width=12 if first else None
-        )
-    for g in status.parts:
-        newest = (
-            "" if g.learning_rate is None else f"{g.learning_rate:.3g}",
-            "" if g.step is None else f"{g.step:,}",
-            "" if g.test_loss is None else f"{g.test_loss:.3f}",
-            "" if g.tokens_per_second is None else short(g.tokens_per_second),
-            "" if g.seconds_ago is None else clock(g.seconds_ago),
-        )
-        table.add_row(g.name, g.state, str(g.rates_tried or ""), *(() if g.state == "done" else newest))
-    return Rows(Text(head), table)
-
-
-def advice_table(advice: Advice) -> Rows:
-    to = advice.to
-    shown = Table(title=f"model {to.model} to loss {to.loss:g}", title_justify="left", title_style="bold")
-    names = ["batch", "steps", "95 % interval", "tokens", "excess", "wall time", "flags"]
-    for column in names:
-        if column != "wall time" or advice.hardware is not None:
-            shown.add_column(column, justify="left" if column == "flags" else "right", no_wrap=column != "flags")
-    for row in advice.rows:
-        low, high = row.steps_interval
-        flags = ["untested"] * (not row.tested) + ["over budget"] * (not row.within_budget)
-        shown.add_row(
-            f"{row.batch_tokens:,.0f}",
-            short(row.steps),
-            f"{short(low)}–{short(high)}" if high < math.inf else "unknown",
-            short(row.tokens),
-            f"{row.excess_compute:.0%}",
-            *([duration(row.seconds)] if row.seconds is not None else []),
-            ", ".join(flags),
-        )
-    return Rows(shown, *(Text(line) for line in _advice_sentences(advice)))
-
-
 def _advice_sentences(advice: Advice) -> list[str]:
     to = advice.to
     low, high = to.b_crit_interval
     lines = [
-        "batch and tokens in tokens; excess: compute over the least that any batch size needs",
-        f"knee: {short(to.b_crit)} tokens (B_crit, {short(low)}–{short(high)}): twice the fewest steps, "
-        f"{short(to.s_min)}, and twice the fewest tokens, {short(to.e_min)}",
+        "batch and tokens are in tokens; excess: compute above the minimum that any batch size needs",
+        f"B_crit (the knee): {short(to.b_crit)} [{short(low)}, {short(high)}] tokens; there a run needs twice the "
+        f"minimum of {short(to.s_min)} steps and twice the minimum of {short(to.e_min)} tokens",
     ]
     if to.law_b_crit is not None and to.law_interval is not None:
         low, high = to.law_interval
-        lines.append(f"by the law through all losses: {short(to.law_b_crit)} ({short(low)}–{short(high)})")
+        lines.append(
+            f"B_crit by the law through all losses: {short(to.law_b_crit)} [{short(low)}, {short(high)}] tokens"
+        )
     if advice.within_budget is not None:
-        lines.append(f"largest batch within the budget of tokens: {short(advice.within_budget)} tokens")
+        lines.append(f"largest batch within the budget: {short(advice.within_budget)} tokens")
     if advice.hardware is not None:
         lines.append(_about_time(advice))
     if advice.stages:
@@ -270,13 +284,13 @@ def _about_time(advice: Advice) -> str:
     assert hardware is not None
     if advice.fastest is None:
         return (
-            "wall time takes every device as equally fast at any share of the batch, so that smaller batches win; say "
-            "with --device-batch-tokens from how many tokens on a device is at full speed"
+            "wall time assumes that a device has full speed at any batch size, so the smallest batch is the fastest; "
+            "give --device-batch-tokens, the batch size (tokens per device) at which the device reaches full speed"
         )
     seconds = hardware.seconds(advice.fastest, float(advice.to.steps(advice.fastest)))
     return f"fastest on {hardware.devices} devices: {short(advice.fastest)} tokens, {duration(seconds)}"
 
 
 def _stage(stage: Stage) -> str:
-    start = f"from {short(stage.tokens)} tokens on " if stage.tokens else ""
+    start = f"from {short(stage.tokens)} tokens " if stage.tokens else ""
     return f"{start}{stage.batch_tokens:,} (lr × {stage.learning_rate_factor:.3g})"

@@ -1,4 +1,4 @@
-"""Figures and the report of a finished scan; reads results, runs nothing."""
+"""Figures and HTML reports of results. Trains nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list[Path]:
-    """The scan's figures as PNG and SVG in `figures` of its folder, or of another; returns the PNGs' paths."""
+    """Writes the scan's figures as PNG and SVG to the folder `figures`. Returns the paths of the PNG files.
+
+    Args:
+      workdir: results folder to write to; None takes the scan's folder.
+    """
     from scaling_jax.io.stores import publish, working_copy
     from scaling_jax.report.chart import save
 
@@ -22,9 +26,10 @@ def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list
 
 
 def write_report(analysis: Analysis, workdir: str | Path | None = None) -> Path:
-    """`report.html` in the scan's folder, or in another: one file that needs no other. Returns its path.
+    """Writes the scan's report.html, a single file that needs no other, and returns its path.
 
-    An old one stays until the new one is whole.
+    Args:
+      workdir: results folder to write to; None takes the scan's folder.
     """
     from scaling_jax.io.files import write_whole
     from scaling_jax.io.stores import publish, working_copy
@@ -39,7 +44,7 @@ def write_report(analysis: Analysis, workdir: str | Path | None = None) -> Path:
 
 
 def write_runs_report(results: Results) -> Path:
-    """`report.html` of a folder of single runs; returns its path."""
+    """Writes report.html for a folder of single runs, and returns its path."""
     from scaling_jax.io.files import write_whole
     from scaling_jax.io.stores import publish
     from scaling_jax.report.page import page

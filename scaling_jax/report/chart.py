@@ -1,4 +1,4 @@
-"""How every figure looks: colour-blind safe colours, units on axes, plain numbers."""
+"""Charts: the common style of all figures, and charts as files or as inline SVG with marks."""
 
 import dataclasses
 import html
@@ -19,11 +19,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from scaling_jax.io.files import whole_file, write_whole
 
-# Okabe & Ito's palette, without the green that noise-scale dots use
+# Okabe and Ito's palette for colour-blind readers; its green is for noise scales
 MODEL_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 NOISE_COLOUR = "#009E73"
 LAW_COLOUR = "0.35"
-# Of losses and batch sizes; viridis' last yellows can't be seen on white
+# For losses and batch sizes; without the last yellows of viridis, which are hard to see on white
 COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.94, 256)))
 
 PARAMETERS: Any = {
@@ -36,12 +36,66 @@ PARAMETERS: Any = {
     "legend.frameon": True,
     "legend.framealpha": 0.9,
     "legend.edgecolor": "0.85",
-    "svg.hashsalt": "scaling_jax",  # the same figure is the same file
+    "svg.hashsalt": "scaling_jax",  # so that equal figures give equal files
 }
+_POINTS_PER_INCH = 72  # the unit of an SVG is a point
+
+
+class Mark(NamedTuple):
+    """A point of a chart with the text of its tooltip."""
+
+    axis: Axes
+    x: float
+    y: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chart:
+    """A figure with marks for tooltips."""
+
+    name: str  # of its files
+    caption: str  # a description, also for readers who can't see the figure
+    figure: Figure
+    marks: list[Mark] = dataclasses.field(default_factory=list)
+
+    def mark(self, axis: Axes, x: Iterable[float], y: Iterable[float], texts: Iterable[str]) -> None:
+        """Adds a mark for each point (x, y), in data coordinates."""
+        self.marks.extend(Mark(axis, *point) for point in zip(x, y, texts, strict=True))
+
+
+class Drawn(NamedTuple):
+    """A chart for an HTML page."""
+
+    caption: str
+    svg: str  # an <svg> element without namespaces
+    marks: list[tuple[float, float, str]]  # x and y in the units of the SVG, and the text
+
+
+def save(chart: Chart, folder: Path) -> Path:
+    """Writes the chart as PNG and SVG, whole or not at all. Returns the path of the PNG file."""
+    path = folder / f"{chart.name}.png"
+    write_whole(path.with_suffix(".svg"), _svg(chart))
+    with matplotlib.rc_context(PARAMETERS), whole_file(path) as file:
+        chart.figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+    return path
+
+
+def draw(chart: Chart, prefix: str) -> Drawn:
+    """The chart for an HTML page. Charts on one page need different prefixes, so that their ids differ."""
+    svg = _svg(chart)  # comes first, because saving sets the layout of the axes
+    width, height = chart.figure.get_size_inches() * _POINTS_PER_INCH
+    to_figure = chart.figure.transFigure.inverted()
+    marks = []
+    for mark in chart.marks:
+        x, y = to_figure.transform(mark.axis.transData.transform((mark.x, mark.y)))
+        if 0 <= x <= 1 and 0 <= y <= 1:
+            marks.append((round(x * width, 1), round((1 - y) * height, 1), mark.text))
+    return Drawn(chart.caption, _inline(svg, prefix, chart.caption), marks)
 
 
 def new_figure(panels: int = 1, *, width: float = 5.6, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, each of a size in inches, with room for a colour bar or a legend."""
+    """A figure with panels side by side; sizes are in inches. There is room for a colour bar or a legend."""
     with matplotlib.rc_context(PARAMETERS):
         figure = Figure(figsize=(width + 4.8 * (panels - 1), height), layout="constrained")
         (axes,) = figure.subplots(1, panels, squeeze=False, sharey=True)
@@ -49,14 +103,14 @@ def new_figure(panels: int = 1, *, width: float = 5.6, height: float = 4.2) -> t
 
 
 def loss_bar(figure: Figure, axes: list[Axes], losses: list[float]) -> Normalize:
-    """A colour bar for test losses, dark = low; returns the scale of its colours."""
+    """Adds a colour bar for test losses, dark = low. Returns the scale of its colours."""
     norm = Normalize(min(losses, default=2.0), max(losses, default=3.0))
     _bar(figure, axes, norm).set_label("test loss, nats per token")
     return norm
 
 
 def batch_bar(figure: Figure, axes: list[Axes], batch_tokens: list[int]) -> Normalize:
-    """A colour bar for batch sizes, dark = small; returns the scale of its colours."""
+    """Adds a colour bar for batch sizes, dark = small. Returns the scale of its colours."""
     norm = LogNorm(min(batch_tokens), max(batch_tokens))
     bar = _bar(figure, axes, norm)
     bar.set_label("batch size, tokens")
@@ -66,14 +120,8 @@ def batch_bar(figure: Figure, axes: list[Axes], batch_tokens: list[int]) -> Norm
     return norm
 
 
-def _bar(figure: Figure, axes: list[Axes], norm: Normalize):
-    bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    return bar
-
-
 def loss_axis(axis: Axes, losses: list[float]) -> tuple[float, float]:
-    """Logarithmic, falling from left to right, with plain numbers and a little room; returns the ends, low first."""
+    """Makes x a logarithmic axis of losses that fall from left to right. Returns its (low, high) ends."""
     low, high = min(losses, default=2.0), max(losses, default=3.0)
     room = max(1.02, (high / low) ** 0.06)
     low, high = low / room, high * room
@@ -90,7 +138,7 @@ def loss_axis(axis: Axes, losses: list[float]) -> tuple[float, float]:
 
 
 def count_axis(axis: Any) -> None:
-    """A logarithmic x or y axis of counts with plain numbers, as many as fit; call it once its limits are set."""
+    """Makes an x or y axis logarithmic, with plain numbers. Call it after the limits of the axis are set."""
     axis.axes.set_xscale("log") if axis.axis_name == "x" else axis.axes.set_yscale("log")
     low, high = axis.axes.get_xlim() if axis.axis_name == "x" else axis.axes.get_ylim()
     within = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 3_000 else (1,)
@@ -100,7 +148,7 @@ def count_axis(axis: Any) -> None:
 
 
 def batch_axis(axis: Axes) -> None:
-    """A logarithmic x axis of batch sizes in tokens, with every power of two."""
+    """Makes x a logarithmic axis of batch sizes in tokens, with powers of two."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axis.tick_params(axis="x", labelsize=8.5)
@@ -108,8 +156,14 @@ def batch_axis(axis: Axes) -> None:
 
 
 def plain(text: str) -> str:
-    """Without meaning for matplotlib's formulas."""
+    """The text, escaped so that matplotlib sees no formulas in it."""
     return text.replace("$", r"\$")
+
+
+def _bar(figure: Figure, axes: list[Axes], norm: Normalize):
+    bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, pad=0.02)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return bar
 
 
 def _count(value: float) -> str:
@@ -117,61 +171,6 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"
-
-
-_POINTS_PER_INCH = 72  # an SVG's unit
-
-
-class Mark(NamedTuple):
-    """A point in data coordinates, and its text."""
-
-    axis: Axes
-    x: float
-    y: float
-    text: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Chart:
-    """A figure with marks; `mark` adds them."""
-
-    name: str  # of its files
-    caption: str  # what it shows, for people who can't see it as well
-    figure: Figure
-    marks: list[Mark] = dataclasses.field(default_factory=list)
-
-    def mark(self, axis: Axes, x: Iterable[float], y: Iterable[float], texts: Iterable[str]) -> None:
-        self.marks.extend(Mark(axis, *point) for point in zip(x, y, texts, strict=True))
-
-
-class Drawn(NamedTuple):
-    """A chart as HTML takes it: an <svg> without namespaces, and its marks in the SVG's units."""
-
-    caption: str
-    svg: str
-    marks: list[tuple[float, float, str]]
-
-
-def save(chart: Chart, folder: Path) -> Path:
-    """Writes the chart's PNG and SVG, each whole or not at all; returns the PNG's path."""
-    path = folder / f"{chart.name}.png"
-    write_whole(path.with_suffix(".svg"), _svg(chart))
-    with matplotlib.rc_context(PARAMETERS), whole_file(path) as file:
-        chart.figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
-    return path
-
-
-def draw(chart: Chart, prefix: str) -> Drawn:
-    """The chart for a page whose other charts have other prefixes: an id must not come twice."""
-    svg = _svg(chart)  # first: saving lays the axes out
-    width, height = chart.figure.get_size_inches() * _POINTS_PER_INCH
-    to_figure = chart.figure.transFigure.inverted()
-    marks = []
-    for mark in chart.marks:
-        x, y = to_figure.transform(mark.axis.transData.transform((mark.x, mark.y)))
-        if 0 <= x <= 1 and 0 <= y <= 1:
-            marks.append((round(x * width, 1), round((1 - y) * height, 1), mark.text))
-    return Drawn(chart.caption, _inline(svg, prefix, chart.caption), marks)
 
 
 def _svg(chart: Chart) -> str:
@@ -192,5 +191,5 @@ def _inline(svg: str, prefix: str, caption: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
-    # Hundredths of a point are finer than any screen; the scales of letters (scale(0.015625)) stay as they are.
+    # Two digits after the point are enough for any screen. The scale of letters, scale(0.015625), keeps its digits.
     return re.sub(r'(?<= d| x| y)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m.group()), svg)

@@ -1,4 +1,7 @@
-"""Figure 1: critical batch size against loss (Kaplan et al. 2020, fig. 10), with every noise-scale measurement."""
+"""Charts of the critical batch size against loss: with the law and noise scales, and with branches beside them.
+
+The first is like Kaplan et al. 2020, figure 10.
+"""
 
 import math
 
@@ -22,11 +25,11 @@ from scaling_jax.results.branches import BranchMeasurement
 
 
 def critical_batch_chart(analysis: Analysis) -> Chart:
-    """Log-log; x = test loss falling to the right, y = tokens."""
+    """B_crit of all models, the law and the noise scales. Log-log; x = test loss, falling to the right; y = tokens."""
     figure, (axis,) = new_figure(width=6.4, height=4.8)
     chart = Chart(
         "critical_batch_size",
-        "Critical batch size against test loss, for each model, with the fitted law and every noise scale measured.",
+        "Critical batch size against test loss for each model, with the fitted law and all measured noise scales.",
         figure,
     )
     fitted = [p for p in analysis.fit.points if p.in_law]
@@ -50,89 +53,12 @@ def critical_batch_chart(analysis: Analysis) -> Chart:
     return chart
 
 
-def draw_critical_batches(chart: Chart, axis: Axes, points: list[CriticalBatch], colour, label: str, marker="o"):
-    """A scan's B_crit at each loss with its interval."""
-    loss = [p.loss for p in points]
-    b_crit = np.array([p.tradeoff.b_crit for p in points])
-    intervals = np.array([p.tradeoff.b_crit_interval for p in points])
-    axis.errorbar(loss, b_crit, whiskers(b_crit, intervals), color=colour, elinewidth=0.8, alpha=0.55, fmt="none")
-    axis.plot(loss, b_crit, f"{marker}-", color=colour, ms=5, label=label)
-    chart.mark(
-        axis,
-        loss,
-        b_crit,
-        [f"{p.model}, loss {p.loss:.3f}\nB_crit {_with_interval(p)} tokens" for p in points],
-    )
-
-
-def draw_law(chart: Chart, axis: Axes, analysis: Analysis, low: float, high: float) -> None:
-    law = analysis.fit.law
-    if law is None:
-        return
-    x = np.geomspace(low, high, 60)
-    below, above = analysis.fit.band(x)
-    axis.fill_between(x, below, above, color=LAW_COLOUR, alpha=0.12, linewidth=0)
-    formula = f"$B_{{crit}}$ = {_power_of_ten(law.b_star)} tokens · $L^{{{law.exponent:.1f}}}$"
-    span = "[{:.1f}, {:.1f}]".format(*law.exponent_interval)
-    axis.plot(x, law(x), "--", color=LAW_COLOUR, label=f"{formula}\nexponent's 95 % interval {span}")
-    texts = [
-        f"the law at loss {loss:.3f}\n{tokens(value)} [{tokens(a)}, {tokens(b)}] tokens"
-        for loss, value, a, b in zip(x, law(x), below, above, strict=True)
-    ]
-    chart.mark(axis, x[::4], law(x)[::4], texts[::4])
-
-
-def draw_noise(chart: Chart, axis: Axes, noise: list, *, intervals: bool = False) -> None:
-    """Noise scales; those that are only bounded from below as open triangles at their bound."""
-    resolved, bounds = [n for n in noise if n.resolved], [n for n in noise if not n.resolved and n.low > 0]
-    loss, value = [n.loss for n in resolved], np.array([n.b_simple for n in resolved])
-    if intervals:
-        ends = np.array([(n.low, n.high) for n in resolved]).reshape(-1, 2)
-        axis.errorbar(loss, value, whiskers(value, ends), color=NOISE_COLOUR, elinewidth=0.7, alpha=0.3, fmt="none")
-    label = "noise scale tr(Σ)/|G|², measured in the training step"
-    axis.plot(loss, value, "o", color=NOISE_COLOUR, ms=3.5, alpha=0.6, mec="none", label=label)
-    texts = [
-        _noise_text(n) + f"\nnoise scale {tokens(n.b_simple)} [{tokens(n.low)}, {tokens(n.high)}]" for n in resolved
-    ]
-    chart.mark(axis, loss, value, texts)
-    if bounds:
-        loss, value = [n.loss for n in bounds], np.array([n.low for n in bounds])
-        label = "noise scale unresolved: at least"
-        axis.plot(loss, value, "^", color="none", ms=4, alpha=0.6, mec=NOISE_COLOUR, label=label)
-        texts = [_noise_text(n) + f"\nnoise scale unresolved: at least {tokens(n.low)}" for n in bounds]
-        chart.mark(axis, loss, value, texts)
-
-
-def whiskers(values: np.ndarray, intervals: np.ndarray) -> np.ndarray:
-    """[2, values]: how far whiskers reach below and above; an infinite end lies far outside of the axes."""
-    return np.abs(np.nan_to_num(intervals, posinf=1e15).T.reshape(2, -1) - values)
-
-
-def _with_interval(point: CriticalBatch) -> str:
-    low, high = point.tradeoff.b_crit_interval
-    return f"{tokens(point.tradeoff.b_crit)} [{tokens(low)}, {tokens(high)}]"
-
-
-def _noise_text(n) -> str:
-    return f"{n.model}, batch of {n.batch_tokens:,} tokens, loss {n.loss:.3f}"
-
-
-def _num_params(analysis: Analysis, model: str) -> str:
-    n = next(s.model.num_params for s in analysis.experiment.subjects if s.model.name == model)
-    return f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n / 1e3:.3g}k"
-
-
-def _power_of_ten(value: float) -> str:
-    exponent = math.floor(math.log10(value))
-    return f"{value / 10**exponent:.1f}·$10^{{{exponent}}}$"
-
-
 def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
-    """A panel a model; x = test loss falling to the right, y = tokens, all with intervals."""
+    """B_crit of the scan and of branches, and noise scales. A panel per model; x = test loss, falling; y = tokens."""
     figure, axes = new_figure(len(models), height=4.8)
     chart = Chart(
         "three_measurements",
-        "Noise scale, critical batch size from the scan and from branches of one run, against test loss.",
+        "Noise scale, and critical batch size from the scan and from branches of one run, against test loss.",
         figure,
     )
     for axis, model in zip(axes, models, strict=False):
@@ -158,6 +84,84 @@ def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
         list(entries.values()), list(entries), loc="outside lower center", fontsize=8.5, ncols=min(2, len(models))
     )
     return chart
+
+
+def draw_critical_batches(chart: Chart, axis: Axes, points: list[CriticalBatch], colour, label: str, marker="o"):
+    """Draws the B_crit of a scan at each loss, with intervals."""
+    loss = [p.loss for p in points]
+    b_crit = np.array([p.tradeoff.b_crit for p in points])
+    intervals = np.array([p.tradeoff.b_crit_interval for p in points])
+    axis.errorbar(loss, b_crit, whiskers(b_crit, intervals), color=colour, elinewidth=0.8, alpha=0.55, fmt="none")
+    axis.plot(loss, b_crit, f"{marker}-", color=colour, ms=5, label=label)
+    chart.mark(
+        axis,
+        loss,
+        b_crit,
+        [f"{p.model}, loss {p.loss:.3f}\nB_crit {_with_interval(p)} tokens" for p in points],
+    )
+
+
+def draw_law(chart: Chart, axis: Axes, analysis: Analysis, low: float, high: float) -> None:
+    """Draws the law with its band between two losses; nothing without a law."""
+    law = analysis.fit.law
+    if law is None:
+        return
+    x = np.geomspace(low, high, 60)
+    below, above = analysis.fit.band(x)
+    axis.fill_between(x, below, above, color=LAW_COLOUR, alpha=0.12, linewidth=0)
+    formula = f"$B_{{crit}}$ = {_power_of_ten(law.b_star)} tokens · $L^{{{law.exponent:.1f}}}$"
+    span = "[{:.1f}, {:.1f}]".format(*law.exponent_interval)
+    axis.plot(x, law(x), "--", color=LAW_COLOUR, label=f"{formula}\n95 % interval of the exponent {span}")
+    texts = [
+        f"the law at loss {loss:.3f}\n{tokens(value)} [{tokens(a)}, {tokens(b)}] tokens"
+        for loss, value, a, b in zip(x, law(x), below, above, strict=True)
+    ]
+    chart.mark(axis, x[::4], law(x)[::4], texts[::4])
+
+
+def draw_noise(chart: Chart, axis: Axes, noise: list, *, intervals: bool = False) -> None:
+    """Draws noise scales. If unresolved, draws an open triangle at the lower bound."""
+    resolved, bounds = [n for n in noise if n.resolved], [n for n in noise if not n.resolved and n.low > 0]
+    loss, value = [n.loss for n in resolved], np.array([n.b_simple for n in resolved])
+    if intervals:
+        ends = np.array([(n.low, n.high) for n in resolved]).reshape(-1, 2)
+        axis.errorbar(loss, value, whiskers(value, ends), color=NOISE_COLOUR, elinewidth=0.7, alpha=0.3, fmt="none")
+    label = "noise scale tr(Σ)/|G|², measured in the training step"
+    axis.plot(loss, value, "o", color=NOISE_COLOUR, ms=3.5, alpha=0.6, mec="none", label=label)
+    texts = [
+        _noise_text(n) + f"\nnoise scale {tokens(n.b_simple)} [{tokens(n.low)}, {tokens(n.high)}]" for n in resolved
+    ]
+    chart.mark(axis, loss, value, texts)
+    if bounds:
+        loss, value = [n.loss for n in bounds], np.array([n.low for n in bounds])
+        label = "noise scale unresolved: at least"
+        axis.plot(loss, value, "^", color="none", ms=4, alpha=0.6, mec=NOISE_COLOUR, label=label)
+        texts = [_noise_text(n) + f"\nnoise scale unresolved: at least {tokens(n.low)}" for n in bounds]
+        chart.mark(axis, loss, value, texts)
+
+
+def whiskers(values: np.ndarray, intervals: np.ndarray) -> np.ndarray:
+    """Lengths of whiskers below and above the values, [2, values]; an infinite end is far outside the axes."""
+    return np.abs(np.nan_to_num(intervals, posinf=1e15).T.reshape(2, -1) - values)
+
+
+def _with_interval(point: CriticalBatch) -> str:
+    low, high = point.tradeoff.b_crit_interval
+    return f"{tokens(point.tradeoff.b_crit)} [{tokens(low)}, {tokens(high)}]"
+
+
+def _noise_text(n) -> str:
+    return f"{n.model}, batch of {n.batch_tokens:,} tokens, loss {n.loss:.3f}"
+
+
+def _num_params(analysis: Analysis, model: str) -> str:
+    n = next(s.model.num_params for s in analysis.experiment.subjects if s.model.name == model)
+    return f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n / 1e3:.3g}k"
+
+
+def _power_of_ten(value: float) -> str:
+    exponent = math.floor(math.log10(value))
+    return f"{value / 10**exponent:.1f}·$10^{{{exponent}}}$"
 
 
 def _draw_branches(chart: Chart, axis: Axes, branches: list[BranchMeasurement]) -> None:

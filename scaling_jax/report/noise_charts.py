@@ -1,4 +1,4 @@
-"""Figures 8 and 9: the noise scale as runs went on, of whole models and by part; the loss of single runs."""
+"""Charts over the course of runs: the noise scale of whole models and of their parts, and the loss of single runs."""
 
 import math
 from collections.abc import Sequence
@@ -12,9 +12,12 @@ from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, RunRecord
 from scaling_jax.results.runs import NoiseWindow, PartNoise
 
+MOST_NAMED = 6  # layers in the legend; with more layers, only the first and the last
+_ENDS = {"embedding": ("s", MODEL_COLOURS[1]), "unembedding": ("D", MODEL_COLOURS[2])}
+
 
 class SingleRun(NamedTuple):
-    """A run that belongs to no scan, as charts of runs take it."""
+    """A run outside of a scan, for charts of runs."""
 
     record: RunRecord
 
@@ -32,7 +35,7 @@ class SingleRun(NamedTuple):
 
 
 def loss_chart(runs: Sequence[SingleRun], models: list[str]) -> Chart:
-    """A panel a model; x = tokens processed, y = test loss, coloured by the run's first batch size."""
+    """The loss of each run. A panel per model; x = tokens processed; y = test loss; colour = first batch size."""
     figure, axes = new_figure(len(models))
     chart = Chart("loss", "Test loss against tokens processed, for every run.", figure)
     norm = batch_bar(figure, axes, [r.batch_tokens for r in runs])
@@ -50,7 +53,7 @@ def loss_chart(runs: Sequence[SingleRun], models: list[str]) -> Chart:
 
 
 def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Chart:
-    """A panel a model; x = tokens processed, y = noise scale in tokens with its interval, coloured by batch size."""
+    """The noise scale of each run, with intervals. A panel per model; x = tokens processed; y = tokens."""
     figure, axes = new_figure(len(models))
     chart = Chart(
         "noise_scale_over_training",
@@ -85,20 +88,8 @@ def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Char
     return chart
 
 
-def _window_text(run: CellRuns | SingleRun, window: NoiseWindow) -> str:
-    found = window.noise
-    said = f"at least {tokens(found.low)}"
-    if found.resolved:
-        said = f"{tokens(found.value)} [{tokens(found.low)}, {tokens(found.high)}]"
-    return f"{run.name}\nby {tokens(window.tokens)} tokens: noise scale {said}"
-
-
-MOST_NAMED = 6  # layers in the legend; of more only the first and the last
-_ENDS = {"embedding": ("s", MODEL_COLOURS[1]), "unembedding": ("D", MODEL_COLOURS[2])}
-
-
 def run_near_b_crit(analysis: Analysis, model: str) -> CellRuns | None:
-    """Of the runs whose parts were measured the one at the batch size next to the model's median B_crit."""
+    """The run with noise scales by part whose batch size is nearest to the model's median B_crit; None without any."""
     runs = analysis.results.cells
     b_crit = [p.tradeoff.b_crit for p in analysis.fit.points if p.model == model]
     middle = math.log(np.median(b_crit or [r.batch_tokens for r in runs]))
@@ -107,7 +98,7 @@ def run_near_b_crit(analysis: Analysis, model: str) -> CellRuns | None:
 
 
 def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
-    """A panel a run; x = tokens processed, y = noise scale of each part, tokens, where it is resolved."""
+    """The resolved noise scales of each part of a model. A panel per run; x = tokens processed; y = tokens."""
     figure, axes = new_figure(len(runs))
     chart = Chart(
         "noise_scale_by_layer",
@@ -137,6 +128,14 @@ def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
     count_axis(axes[0].yaxis)
     axes[0].set_ylabel("noise scale tr(Σ)/|G|², tokens")
     return chart
+
+
+def _window_text(run: CellRuns | SingleRun, window: NoiseWindow) -> str:
+    found = window.noise
+    said = f"at least {tokens(found.low)}"
+    if found.resolved:
+        said = f"{tokens(found.value)} [{tokens(found.low)}, {tokens(found.high)}]"
+    return f"{run.name}\nby {tokens(window.tokens)} tokens: noise scale {said}"
 
 
 def _part_text(run: CellRuns, part: str, window: PartNoise) -> str:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that loads nothing: sections with charts inside, and a tooltip for their points."""
+"""The report as one HTML file that loads no other files: sections with tables, text, and charts with tooltips."""
 
 import functools
 import re
@@ -13,19 +13,19 @@ from scaling_jax.report.chart import Drawn
 
 
 class Section(NamedTuple):
-    """A heading and what is under it, made by the functions below."""
+    """A heading and its content, made by the functions below."""
 
     title: str
     content: Markup
 
 
 def page(title: str, sections: Iterable[Section]) -> str:
-    """A whole document."""
+    """The HTML document."""
     return _template().page(title, list(sections))
 
 
 def without_home(text: str) -> str:
-    """Home folders as ~, this user's and those of whoever made the results: reports get passed on."""
+    """The text with ~ in place of home folders, this user's and any other's, because reports are passed on."""
     home = str(Path.home())
     if home != "/":
         text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
@@ -49,19 +49,19 @@ def folded(summary: str, content: Markup) -> Markup:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
-    """Columns of words to the left, of numbers to the right; wide ones scroll."""
+    """A table. Columns of words are aligned left, columns of numbers right; a wide table scrolls."""
     cells = [[str(cell) for cell in row] for row in rows]
     words = [k == 0 or any(row[k][:1].isalpha() for row in cells) for k in range(len(header))]
     return _template().table(header, cells, words)
 
 
 def facts(values: Mapping[str, Any]) -> Markup:
-    """Names and what they are."""
+    """A list of names and values."""
     return _template().facts(dict(values))
 
 
 def charts(drawn: Iterable[Drawn]) -> Markup:
-    """Charts side by side where there is room, under each other where there isn't."""
+    """Charts, side by side if there is room."""
     return _template().charts(
         [(Markup(one.svg), [(x, y, without_home(said)) for x, y, said in one.marks]) for one in drawn]
     )

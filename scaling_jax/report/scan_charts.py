@@ -1,4 +1,4 @@
-"""Figure 2: the batch size scan, tokens against steps along every run, coloured by loss."""
+"""Charts of a scan: its runs and fits, what each batch size costs, and the learning-rate search."""
 
 import math
 from collections.abc import Sequence
@@ -21,15 +21,37 @@ from scaling_jax.report.chart import (
     new_figure,
     plain,
 )
+from scaling_jax.report.words import ending
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns
 from scaling_jax.results.runs import few_enough
 
+_FLAG = MODEL_COLOURS[1]
+_MARKERS = "os^Dv"
+
+
+class Best(NamedTuple):
+    """The learning rate with the fewest steps to a target loss."""
+
+    learning_rate: float
+    steps: float
+    at_edge: bool  # True if it is the smallest or largest rate tried, so a better one may lie beyond
+
+
+def best_rate(cell: CellRuns, target: int) -> Best | None:
+    """The best learning rate for target loss number `target`; None if no run reached the target."""
+    reached = [t for t in cell.tried if math.isfinite(t.steps_to_target[target])]
+    if not reached:
+        return None
+    best = min(reached, key=lambda t: t.steps_to_target[target])
+    at_edge = best is cell.tried[0] or best is cell.tried[-1]
+    return Best(best.run.learning_rate, float(best.steps_to_target[target]), at_edge)
+
 
 def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
-    """A panel a model, x = steps, y = tokens, both log.
+    """The best run of every batch size, coloured by loss. A panel per model; log-log; x = steps; y = tokens.
 
-    Constant-loss fits are (S/S_min − 1)(E/E_min − 1) = 1 (McCandlish et al. 2018, eq. 2.11).
+    The lines of constant loss are the fits (S/S_min − 1)(E/E_min − 1) = 1 (McCandlish et al. 2018, eq. 2.11).
     """
     subjects = [s for s in analysis.experiment.subjects if s.model.name in models]
     figure, axes = new_figure(len(subjects), height=4.6)
@@ -65,42 +87,15 @@ def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
     return chart
 
 
-def _draw_tradeoff(axis: Axes, fit: Tradeoff, colour) -> None:
-    batch = np.geomspace(min(fit.batch_tokens) / 1.5, max(fit.batch_tokens) * 1.5, 40)
-    steps = fit.steps_at(batch)
-    axis.plot(steps, steps * batch, color=colour, lw=1, zorder=3)
-
-
-_FLAG = MODEL_COLOURS[1]
-
-
-class Best(NamedTuple):
-    """The rate that got to a target first."""
-
-    learning_rate: float
-    steps: float
-    at_edge: bool  # of the rates tried: a better one may lie beyond
-
-
-def best_rate(cell: CellRuns, target: int) -> Best | None:
-    """The best rate for target loss number `target`; None if no rate got there."""
-    reached = [t for t in cell.tried if math.isfinite(t.steps_to_target[target])]
-    if not reached:
-        return None
-    best = min(reached, key=lambda t: t.steps_to_target[target])
-    at_edge = best is cell.tried[0] or best is cell.tried[-1]
-    return Best(best.run.learning_rate, float(best.steps_to_target[target]), at_edge)
-
-
 def rate_search_chart(runs: Sequence[CellRuns], models: list[str]) -> Chart:
-    """A panel a model; x = learning rate, y = steps to the middle one of its target losses, both log.
+    """The learning-rate search. A panel per model; log-log; x = learning rate; y = steps to its middle target loss.
 
-    The lowest target is no use here: a rate that can't be the best any more isn't trained to it.
+    Not the lowest target loss: runs end earlier when their rate can no longer be the best.
     """
     figure, axes = new_figure(len(models))
     chart = Chart(
         "learning_rate_search",
-        "Optimizer steps to a loss against learning rate, a line a batch size, with the best rate marked.",
+        "Optimizer steps to a loss against learning rate, one line per batch size, with the best rate marked.",
         figure,
     )
     norm = batch_bar(figure, axes, [r.batch_tokens for r in runs])
@@ -116,45 +111,20 @@ def rate_search_chart(runs: Sequence[CellRuns], models: list[str]) -> Chart:
     count_axis(axes[0].yaxis)
     axes[0].set_ylabel("optimizer steps to the loss")
     handles = [
-        Line2D([], [], ls="none", marker="o", color="0.4", ms=9, mfc="none", label="best of those tried"),
+        Line2D([], [], ls="none", marker="o", color="0.4", ms=9, mfc="none", label="best of the rates tried"),
         Line2D([], [], ls="none", marker="s", color=_FLAG, ms=10, mfc="none", label="best, but at an edge: not tuned"),
-        Line2D([], [], ls="none", marker="^", color="0.4", ms=5, mfc="none", label="not there yet when it was ended"),
+        Line2D([], [], ls="none", marker="^", color="0.4", ms=5, mfc="none", label="ended before it reached the loss"),
     ]
     figure.legend(handles=handles, loc="outside lower center", fontsize=8.5, ncols=2)
     return chart
 
 
-def _draw_cell(chart: Chart, axis: Axes, cell: CellRuns, target: int, colour) -> None:
-    loss = cell.subject.target_losses[target]
-    line: tuple[list, list] = ([], [])
-    for tried in cell.tried:
-        rate, steps = tried.run.learning_rate, tried.steps_to_target[target]
-        outcome = f"{steps:,.0f} steps"
-        if math.isfinite(steps):
-            line[0].append(rate)
-            line[1].append(steps)
-        else:
-            steps = tried.result.steps
-            outcome = f"not in {steps:,} steps ({tried.result.status})"
-            axis.plot([rate], [steps], "^", color=colour, mfc="none", ms=5)
-        text = f"{cell.name}, learning rate {rate:g}\nto loss {loss:.3g}: {outcome}"
-        chart.mark(axis, [rate], [steps], [text])
-    axis.plot(*line, "o-", color=colour, ms=4, lw=0.8)
-    best = best_rate(cell, target)
-    if best is not None:
-        ring = {"marker": "s", "color": _FLAG, "ms": 10} if best.at_edge else {"marker": "o", "color": "0.4", "ms": 9}
-        axis.plot([best.learning_rate], [best.steps], mfc="none", mew=1.2, ls="none", **ring)  # type: ignore[arg-type]
-
-
-_MARKERS = "os^Dv"
-
-
 def pareto_chart(analysis: Analysis) -> Chart:
-    """Log-log; x = steps over S_min (time), y = tokens over E_min (compute); runs of all models and losses."""
+    """What batch sizes cost, for all models and losses. Log-log; x = steps/S_min (time); y = tokens/E_min (compute)."""
     figure, (axis,) = new_figure(width=6.0, height=4.8)
     chart = Chart(
         "time_and_compute",
-        "Steps over the fewest possible against tokens over the fewest possible, for every run and loss.",
+        "Steps divided by the minimum against tokens divided by the minimum, for every run and loss.",
         figure,
     )
     points = [p for p in analysis.fit.points if p.in_law]
@@ -170,7 +140,7 @@ def pareto_chart(analysis: Analysis) -> Chart:
             axis.plot(steps, tokens, marker, color=COLOURS(norm(point.loss)), ms=3.5, alpha=0.7, mec="none")
             texts = [
                 f"{model}, loss {point.loss:.3f}, batch of {b:,.0f} tokens\n"
-                f"{s:.2f} × fewest steps, {e:.2f} × fewest tokens"
+                f"{s:.2f} × minimum steps, {e:.2f} × minimum tokens"
                 for b, s, e in zip(fit.batch_tokens, steps, tokens, strict=True)
             ]
             chart.mark(axis, steps, tokens, texts)
@@ -180,21 +150,21 @@ def pareto_chart(analysis: Analysis) -> Chart:
         axis.plot(*at, "+", color=MODEL_COLOURS[1], ms=9)
         label = "B = $B_{crit}$" if multiple == 1 else f"B = {name} $B_{{crit}}$"
         axis.annotate(label, at, xytext=(7, 4), textcoords="offset points", fontsize=7.5)
-        text = f"{name} × B_crit\n{at[0]:.3g} × fewest steps, {at[1]:.3g} × fewest tokens"
+        text = f"{name} × B_crit\n{at[0]:.3g} × minimum steps, {at[1]:.3g} × minimum tokens"
         chart.mark(axis, at[:1], at[1:], [text])
     axis.set_xlim(0.75, 80)
     axis.set_ylim(0.75, 80)
     count_axis(axis.xaxis)
     count_axis(axis.yaxis)
-    axis.set_xlabel("time: steps / fewest steps")
-    axis.set_ylabel("compute: tokens / fewest tokens")
-    axis.set_title("What a batch size costs", loc="left")
+    axis.set_xlabel("time: steps / minimum steps")
+    axis.set_ylabel("compute: tokens / minimum tokens")
+    axis.set_title("Cost of a batch size", loc="left")
     axis.legend(loc="upper right", fontsize=8.5)
     return chart
 
 
 def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
-    """A panel a model; x = batch size, y = steps to a loss, both log; a line is S_min·(1 + B_crit/B)."""
+    """The fitted trade-offs S_min·(1 + B_crit/B). A panel per model; log-log; x = batch size; y = steps to a loss."""
     figure, axes = new_figure(len(models))
     chart = Chart(
         "tradeoff_fits",
@@ -212,13 +182,13 @@ def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
             texts = [f"{place} {b:,.0f} tokens\n{s:,.0f} steps, fitted {f:,.0f}" for b, s, f in measured]
             chart.mark(axis, fit.batch_tokens, fit.steps, texts)
             bounds = zip(fit.bound_batch_tokens, fit.bound_steps, strict=True)
-            texts = [f"{place} {b:,.0f} tokens\nmore than {s:,.0f} steps: it ended above" for b, s in bounds]
+            texts = [f"{place} {b:,.0f} tokens\nmore than {s:,.0f} steps: not reached" for b, s in bounds]
             chart.mark(axis, fit.bound_batch_tokens, fit.bound_steps, texts)
             if point.in_law:
                 batch = np.geomspace(min(fit.batch_tokens), max(fit.batch_tokens), 40)
                 axis.plot(batch, fit.steps_at(batch), color=colour, lw=0.9)
                 axis.plot([fit.b_crit], [2 * fit.s_min], "x", color="0.2", ms=4.5, mew=0.9, zorder=3)
-                text = f"{model}, loss {point.loss:.3f}\nB_crit {tokens(fit.b_crit)} tokens: twice the fewest steps"
+                text = f"{model}, loss {point.loss:.3f}\nB_crit {tokens(fit.b_crit)} tokens: twice the minimum steps"
                 chart.mark(axis, [fit.b_crit], [2 * fit.s_min], [text])
         batch_axis(axis)
         axis.set_title(plain(model), loc="left")
@@ -232,11 +202,11 @@ def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
 
 
 def residuals_chart(analysis: Analysis, models: list[str]) -> Chart:
-    """A panel a model; x = batch size in tokens, y = steps measured over steps fitted, coloured by loss."""
+    """Residuals of the trade-offs. A panel per model; x = batch size; y = steps measured/fitted; colour = loss."""
     figure, axes = new_figure(len(models), height=3.6)
     chart = Chart(
         "residuals",
-        "Steps measured over steps fitted, by batch size: a trend would be a misfit, not noise.",
+        "Measured steps divided by fitted steps, against batch size. A trend would show a misfit.",
         figure,
     )
     norm = loss_bar(figure, axes, [p.loss for p in analysis.fit.points])
@@ -253,3 +223,31 @@ def residuals_chart(analysis: Analysis, models: list[str]) -> Chart:
         axis.set_title(plain(model), loc="left")
     axes[0].set_ylabel("steps measured / fitted − 1, %")
     return chart
+
+
+def _draw_tradeoff(axis: Axes, fit: Tradeoff, colour) -> None:
+    batch = np.geomspace(min(fit.batch_tokens) / 1.5, max(fit.batch_tokens) * 1.5, 40)
+    steps = fit.steps_at(batch)
+    axis.plot(steps, steps * batch, color=colour, lw=1, zorder=3)
+
+
+def _draw_cell(chart: Chart, axis: Axes, cell: CellRuns, target: int, colour) -> None:
+    loss = cell.subject.target_losses[target]
+    line: tuple[list, list] = ([], [])
+    for tried in cell.tried:
+        rate, steps = tried.run.learning_rate, tried.steps_to_target[target]
+        outcome = f"{steps:,.0f} steps"
+        if math.isfinite(steps):
+            line[0].append(rate)
+            line[1].append(steps)
+        else:
+            steps = tried.result.steps
+            outcome = f"not reached in {steps:,} steps ({ending(tried.run, tried.result)})"
+            axis.plot([rate], [steps], "^", color=colour, mfc="none", ms=5)
+        text = f"{cell.name}, learning rate {rate:g}\nto loss {loss:.3g}: {outcome}"
+        chart.mark(axis, [rate], [steps], [text])
+    axis.plot(*line, "o-", color=colour, ms=4, lw=0.8)
+    best = best_rate(cell, target)
+    if best is not None:
+        ring = {"marker": "s", "color": _FLAG, "ms": 10} if best.at_edge else {"marker": "o", "color": "0.4", "ms": 9}
+        axis.plot([best.learning_rate], [best.steps], mfc="none", mew=1.2, ls="none", **ring)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What the report says, section by section."""
+"""The sections of the report: their text, tables and charts."""
 
 import dataclasses
 import importlib.metadata
@@ -23,14 +23,17 @@ from scaling_jax.report.scan_charts import (
     residuals_chart,
     tradeoffs_chart,
 )
-from scaling_jax.report.words import law_in_words, law_lines
+from scaling_jax.report.words import ending, law_in_words, law_lines
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, Results
 from scaling_jax.results.runs import few_enough, last_noise_scale
 from scaling_jax.scanning import Experiment
 from scaling_jax.scanning.experiment import DEMO, QUICK
 
-_NOISE_INTRO = "Measured inside the training step, in windows that grow with the run; whiskers are 95 % intervals."
+_NOISE_INTRO = (
+    "The noise scale comes from the training steps themselves. A point is a window of steps; windows get longer during "
+    "a run. Vertical lines are 95 % intervals. An open triangle is a lower bound: the noise scale is unresolved there."
+)
 _PACKAGES = ("scaling-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matplotlib")
 FINGERPRINT = (
     "source",
@@ -46,7 +49,7 @@ FINGERPRINT = (
 
 
 def sections(analysis: Analysis) -> list[Section]:
-    """The whole report; charts come a model each, so that they are readable on a phone."""
+    """The sections of a scan's report. Each chart shows one model, so that it is readable on a phone."""
     runs, corpus = analysis.results.cells, analysis.results.runs[0].corpus
     drawn_runs = few_enough(runs)
     models = [subject.model.name for subject in analysis.experiment.subjects]
@@ -59,19 +62,18 @@ def sections(analysis: Analysis) -> list[Section]:
         Section(
             "The law in words",
             paragraph(
-                "A batch is critical at which a run takes twice the fewest steps possible and twice the fewest tokens. "
-                f"Brackets hold {100 * analysis.fit.confidence:.0f} % intervals."
+                "At the critical batch size B_crit, a run needs twice the minimum number of steps and twice the "
+                f"minimum number of tokens. Brackets are {100 * analysis.fit.confidence:.0f} % intervals."
             )
             + bullets(law_in_words(analysis))
             + drawn(critical_batch_chart(analysis), pareto_chart(analysis)),
         ),
-        Section("What was flagged", bullets(analysis.notes) if analysis.notes else paragraph("Nothing.")),
+        Section("Notes", bullets(analysis.notes) if analysis.notes else paragraph("None.")),
         Section(
             "The batch size scan",
             paragraph(
-                "Along a dashed line a run of one batch size goes on, its colour the test loss. A solid line joins "
-                "what different batch sizes need to get to one loss, as fitted: few steps and many tokens, or the "
-                "reverse."
+                "A dashed line is a run with one batch size; the colour of its points is the test loss. A solid line "
+                "is the fit at one loss: it shows how many steps and tokens each batch size needs to reach this loss."
             )
             + drawn(*(batch_scan_chart(analysis, [model]) for model in models)),
         ),
@@ -84,9 +86,9 @@ def sections(analysis: Analysis) -> list[Section]:
         Section(
             "The trade-off fits",
             paragraph(
-                "Steps to a loss are S_min·(1 + B_crit/B) at batch size B. A cross marks B_crit, where a run takes "
-                "twice the fewest steps and twice the fewest tokens. Below, what the fits leave over: a trend across "
-                "batch sizes would be a misfit, not noise."
+                "At batch size B, a run needs S_min·(1 + B_crit/B) steps to a loss. A cross marks B_crit, at which it "
+                "needs twice the minimum steps and twice the minimum tokens. The charts below show the residuals. A "
+                "trend across batch sizes would show that the fit is wrong."
             )
             + drawn(*(tradeoffs_chart(analysis, [model]) for model in models))
             + drawn(*(residuals_chart(analysis, [model]) for model in models))
@@ -103,18 +105,18 @@ def sections(analysis: Analysis) -> list[Section]:
         Section(
             "The learning-rate search",
             paragraph(
-                "Every batch size was given a learning rate of its own. Where the best one of those tried is the "
-                "largest or the smallest, a better one may lie beyond."
+                "Each batch size has its own best learning rate. If the best rate is the smallest or the largest of "
+                "the rates tried, a better rate may lie beyond."
             )
             + drawn(*(rate_search_chart(drawn_runs, [model]) for model in models)),
         ),
         Section("Every run", runs_table(runs)),
         Section(
-            "How to make it again",
+            "How to repeat this scan",
             code(command(analysis.experiment))
-            + paragraph("The text, and its fingerprint:")
+            + paragraph("The text and its fingerprint:")
             + facts({name.replace("_", " "): corpus[name] for name in FINGERPRINT if name in corpus})
-            + paragraph("Versions where this report was made:")
+            + paragraph("Versions with which this report was made:")
             + facts(versions())
             + folded("experiment.json", code(json.dumps(to_dict(analysis.experiment), indent=2))),
         ),
@@ -122,7 +124,7 @@ def sections(analysis: Analysis) -> list[Section]:
 
 
 def run_sections(results: Results) -> list[Section]:
-    """What there is to show of runs that are no scan: how each went, and its noise scale."""
+    """The sections of a report on single runs: the loss and the noise scale of each run."""
     runs = [SingleRun(record) for record in results.runs if len(record.course.eval_losses)]
     models = list(dict.fromkeys(run.model for run in runs))
 
@@ -136,17 +138,17 @@ def run_sections(results: Results) -> list[Section]:
             paragraph(_NOISE_INTRO) + drawn(*(noise_chart(runs, [model]) for model in models)),
         ),
         Section("Every run", _single_runs_table(results)),
-        Section("Where this report was made", facts(versions())),
+        Section("Versions with which this report was made", facts(versions())),
     ]
 
 
 def fits_table(analysis: Analysis) -> Markup:
-    """Every trade-off fit."""
+    """The table of all trade-off fits."""
     rows = []
     for p in analysis.fit.points:
         t = p.tradeoff
         flags = ["one-sided"] * t.one_sided + ["not in the law"] * (not p.in_law)
-        flags += [f"{p.not_reached} didn't get there"] * bool(p.not_reached)
+        flags += [f"{p.not_reached} runs ended above the loss"] * bool(p.not_reached)
         values = (t.s_min, t.e_min, t.b_crit)
         interval = _interval(*t.b_crit_interval)
         rows.append((p.model, f"{p.loss:.3f}", *map(tokens, values), interval, tokens(t.cbs20), ", ".join(flags)))
@@ -164,7 +166,7 @@ def fits_table(analysis: Analysis) -> Markup:
 
 
 def three_table(analysis: Analysis) -> Markup:
-    """The measurements at the losses of the scan; a noise scale's range is the middle half of its runs."""
+    """The table of noise scale, scan and branches at the losses of the scan."""
     rows = []
     for c in analysis.comparison:
         noise = ("", "")
@@ -182,7 +184,7 @@ def three_table(analysis: Analysis) -> Markup:
 
 
 def runs_table(runs: Sequence[CellRuns]) -> Markup:
-    """Every run, with how it ended."""
+    """The table of all runs."""
     rows = []
     for cell in runs:
         lowest = best_rate(cell, -1)
@@ -199,12 +201,26 @@ def runs_table(runs: Sequence[CellRuns]) -> Markup:
                     f"{result.steps:,}",
                     tokens(result.tokens),
                     loss,
-                    result.status,
+                    ending(tried.run, result),
                     ("best, at an edge" if lowest is not None and lowest.at_edge else "best") if best else "",
                 )
             )
     header = ("model", "batch, tokens", "seed", "learning rate", "steps", "tokens", "last test loss", "ended", "")
     return table(header, rows)
+
+
+def versions() -> dict[str, str]:
+    """{name: version} of Python and of the packages that results depend on."""
+    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def command(experiment: Experiment) -> str:
+    """The command that repeats a scan in a new folder; a scan that is no demo needs the report's experiment.json."""
+    for demo, options in ((DEMO, ()), (QUICK, ("--quick",))):
+        if dataclasses.replace(experiment, text=demo.text) == demo:
+            text = () if experiment.text == demo.text else ("--text", experiment.text)
+            return shlex.join(["scaling-jax", "demo", *options, *text, "--results", "again"])
+    return "scaling-jax scan experiment.json --results again"
 
 
 def _single_runs_table(results: Results) -> Markup:
@@ -214,7 +230,7 @@ def _single_runs_table(results: Results) -> Markup:
         loss = f"{record.course.eval_losses[-1]:.4f}" if len(record.course.eval_losses) else ""
         noise = last_noise_scale(record.course)
         scale = "" if noise is None else f"{tokens(noise.value)} [{tokens(noise.low)}, {tokens(noise.high)}]"
-        ended = "not done" if result is None else result.status
+        ended = "not done" if result is None else ending(run, result)
         rate = f"{run.learning_rate:.3g}"
         rows.append((run.model.name, f"{run.batch_tokens:,}", run.seed, rate, f"{steps:,}", loss, scale, ended))
     header = (
@@ -232,36 +248,22 @@ def _single_runs_table(results: Results) -> Markup:
 
 def _three_intro(analysis: Analysis) -> str:
     said = (
-        "What one run measures by itself (the noise scale, a dot for each run with its 95 % interval; ∞ in the table "
-        "where it is unresolved) beside what the scan found at the same losses"
+        "The noise scale, which one run measures by itself, beside B_crit of the scan at the same losses. A dot is the "
+        "noise scale of one run, with its 95 % interval; in the table, ∞ stands for unresolved."
     )
-    return (
-        f"{said}, and what branches of one run found." if analysis.branches else f"{said}. No branches were measured."
-    )
+    branches = "Squares are B_crit from branches of one run." if analysis.branches else "No branches were measured."
+    return f"{said} {branches}"
 
 
 def _by_layer_intro(runs: Sequence[CellRuns]) -> Markup:
     if not runs:
         return Markup()
     return paragraph(
-        "Below, the same by part of the model, for the batch size next to the median B_crit; windows in which a part's "
-        "|G|² can't be told from zero are left out. The whole model's tr(Σ) and |G|² are the sums of the parts'."
+        "The next charts show the noise scale of each part of the model, at the batch size nearest to the median "
+        "B_crit. They leave out windows in which it is unresolved. tr(Σ) and |G|² of the whole model are the sums over "
+        "its parts."
     )
 
 
 def _interval(low: float, high: float) -> str:
     return f"{tokens(low)} – {tokens(high)}"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on, here and now."""
-    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def command(experiment: Experiment) -> str:
-    """What makes the same results in a new folder, from anywhere that holds the report's experiment.json."""
-    for demo, options in ((DEMO, ()), (QUICK, ("--quick",))):
-        if dataclasses.replace(experiment, text=demo.text) == demo:
-            text = () if experiment.text == demo.text else ("--text", experiment.text)
-            return shlex.join(["scaling-jax", "demo", *options, *text, "--results", "again"])
-    return "scaling-jax scan experiment.json --results again"

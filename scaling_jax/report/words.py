@@ -1,4 +1,4 @@
-"""Results in words: numbers as tables and sentences show them, the law in a line or in sentences."""
+"""Results in words: numbers, the end of a run, and the law of B_crit in lines and in sentences."""
 
 import math
 
@@ -6,10 +6,13 @@ import numpy as np
 
 from scaling_jax.fitting import CriticalBatch, FormFit, JointFit, LossLaw, ScanFit
 from scaling_jax.results import Analysis
+from scaling_jax.training import Run, RunResult
+
+_LAW_IN = {"loss": "L", "above floor": "L above a floor", "data": "D_min", "size": "N"}
 
 
 def short(value: float) -> str:
-    """Three significant digits, with k, M and G; NaN is what measurements couldn't resolve."""
+    """A number with three significant digits and k, M or G; "unresolved" for NaN."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "unresolved"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -19,7 +22,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two digits or more, in the largest unit that fits."""
+    """A time with three digits, in the largest unit of which it has at least two."""
     for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -27,62 +30,72 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """0:09, 12:34 or 1:02:03."""
+    """A time as 0:09, 12:34 or 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def ending(run: Run, result: RunResult) -> str:
+    """How a run ended."""
+    if result.status == "reached":
+        return f"reached the target loss ({run.target_loss:g})"
+    if result.status == "exhausted":
+        return (
+            f"reached max_tokens ({run.max_tokens:,})"
+            if run.max_steps is None
+            else f"reached max_steps ({run.max_steps:,})"
+        )
+    return "given up: missed a deadline" if result.status == "given up" else result.status
+
+
 def law_lines(fit: ScanFit, joint: JointFit | None, forms: tuple[FormFit, ...]) -> list[str]:
-    """The laws in sentences, or that there is none."""
+    """The fitted laws, one line each; one line that says what is missing if there is no law."""
     law = fit.law
     if law is None:
-        return ["No law: batches should lie on both sides of B_crit at three losses or more."]
-    lines = [
-        f"{_law(law)}, for losses {law.loss_range[1]:.4g} to {law.loss_range[0]:.4g} (nats per token), "
-        "outside of which it is untested"
-    ]
+        return ["No law: batches must lie on both sides of B_crit at three losses or more."]
+    high, low = max(law.loss_range), min(law.loss_range)
+    lines = [f"{_law(law)}, for losses {high:.4g} to {low:.4g} nats per token; untested at other losses"]
     if joint is not None and joint.law is not None:
-        lines.append(f"from all runs at once: {_law(joint.law)}")
-    for form in forms:
-        floor = f" - {form.floor:.3g}" if form.floor else ""
-        low, high = form.valid_range
-        lines.append(
-            f"form {form.form}: {form.constant:.3g} tokens · (x{floor})^{form.exponent:.2f}, x = {form.variable}, "
-            f"{short(low)}–{short(high)}; held-out error {form.held_out_error:.1%}, criterion {form.criterion:.1f}"
-        )
+        lines.append(f"the same law, fitted to all runs at once: {_law(joint.law)}")
+    for k, form in enumerate(forms):  # the best comes first
+        error = f"held-out error {_percent(form.held_out_error)}"
+        if k == 0 and len(forms) > 1:
+            second = forms[1]
+            error = (
+                f"fits best, {error} against {_percent(second.held_out_error)} for the law in {_LAW_IN[second.form]}"
+            )
+        lines.append(f"{_proportional(form)}: {error}")
     return lines
 
 
 def law_in_words(analysis: Analysis) -> list[str]:
-    """What batch is critical at three losses, what more or less than that costs, and how far the law reaches."""
+    """B_crit at three losses, the law, and what larger and smaller batches cost, in sentences."""
     law = analysis.fit.law
     if law is None:
         return [
-            f"No law could be fitted: {analysis.fit.notes[-1]}.",
+            f"No law could be fitted: {analysis.fit.notes[-1].removeprefix('no law: ')}.",
             *(_point(p) for p in analysis.fit.points if p.in_law and not p.tradeoff.one_sided),
         ]
     high, low = max(law.loss_range), min(law.loss_range)
     losses = (high, math.sqrt(high * low), low)
     below, above = analysis.fit.band(np.array(losses))
     sentences = [
-        f"At a loss of {loss:.2f} nats per token, a batch of {short(law(loss))} [{short(a)}, {short(b)}] tokens is "
-        "critical."
+        f"At a loss of {loss:.2f} nats per token, B_crit is {short(law(loss))} [{short(a)}, {short(b)}] tokens."
         for loss, a, b in zip(losses, below, above, strict=True)
     ]
     growth = sorted(0.9**x for x in law.exponent_interval)
     sentences.append(
-        f"The law is B_crit = {law.b_star:.3g} tokens · L^{law.exponent:.2f}, the exponent's interval "
-        f"[{law.exponent_interval[0]:.2f}, {law.exponent_interval[1]:.2f}]: each 10 % off the loss makes the critical "
-        f"batch {0.9**law.exponent:.2f} [{growth[0]:.2f}, {growth[1]:.2f}] times as large. It was measured from "
-        f"{high:.2f} down to {low:.2f}; outside of that it is a guess."
+        f"The law is {_law(law)}. When the loss falls by 10 %, B_crit is multiplied by {0.9**law.exponent:.2f} "
+        f"[{growth[0]:.2f}, {growth[1]:.2f}]. The law was measured from {high:.2f} down to {low:.2f} nats per token. "
+        "It is untested at other losses."
     )
     lowest = min((p for p in analysis.fit.points if p.in_law), key=lambda p: p.loss)
     sentences.append(_cost(lowest))
     if math.isfinite(analysis.noise_ratio):
         sentences.append(
-            f"The noise scale, which any single run can measure as it trains, is {analysis.noise_ratio:.2f} times "
-            "B_crit in the median over these losses."
+            f"The noise scale is {analysis.noise_ratio:.2f} times B_crit (median over these losses). Any single run "
+            "can measure it during training."
         )
     return sentences
 
@@ -90,8 +103,8 @@ def law_in_words(analysis: Analysis) -> list[str]:
 def _point(point: CriticalBatch) -> str:
     low, high = point.tradeoff.b_crit_interval
     return (
-        f"At a loss of {point.loss:.2f} nats per token, a batch of {short(point.tradeoff.b_crit)} "
-        f"[{short(low)}, {short(high)}] tokens is critical for {point.model}."
+        f"At a loss of {point.loss:.2f} nats per token, B_crit of {point.model} is {short(point.tradeoff.b_crit)} "
+        f"[{short(low)}, {short(high)}] tokens."
     )
 
 
@@ -100,17 +113,27 @@ def _cost(point: CriticalBatch) -> str:
     steps = [f"{fit.steps_at(factor * fit.b_crit):,.0f}" for factor in (0.25, 1, 4)]
     spent = [short(fit.tokens_at(factor * fit.b_crit)) for factor in (0.25, 1, 4)]
     return (
-        f"What that means for {point.model} at a loss of {point.loss:.2f}, where its own fit has B_crit at "
-        f"{short(fit.b_crit)} tokens: that batch takes {steps[1]} steps and {spent[1]} tokens, twice the fewest of "
-        f"each. At 4 times that batch you pay 2.5 times the tokens ({spent[2]}) to save 38 % of the steps "
-        f"({steps[2]} remain); at a quarter of it you pay 2.5 times the steps ({steps[0]}) to save 38 % of the tokens "
-        f"({spent[0]} remain)."
+        f"Example: {point.model} at a loss of {point.loss:.2f}. Its own fit gives B_crit = {short(fit.b_crit)} tokens. "
+        f"At this batch size, a run needs {steps[1]} steps and {spent[1]} tokens, twice the minimum of each. At 4 "
+        f"times this batch size, it needs 2.5 times the tokens ({spent[2]}) and 38 % fewer steps ({steps[2]}). At a "
+        f"quarter of this batch size, it needs 2.5 times the steps ({steps[0]}) and 38 % fewer tokens ({spent[0]})."
     )
 
 
 def _law(law: LossLaw) -> str:
     low, high = law.exponent_interval
     return (
-        f"B_crit = {law.b_star:.3g} tokens · L^{law.exponent:.2f}, exponent's {law.confidence:.0%} interval "
-        f"[{low:.2f}, {high:.2f}]"
+        f"B_crit = {law.b_star:.3g} tokens · L^{law.exponent:.2f} ({100 * law.confidence:.0f} % interval of the "
+        f"exponent [{low:.2f}, {high:.2f}])"
     )
+
+
+def _proportional(form: FormFit) -> str:
+    symbol = {"loss": "L", "above floor": f"(L - {form.floor:.3g})", "data": "D_min", "size": "N"}[form.form]
+    of, unit = form.variable.split(" in ")
+    low, high = form.valid_range
+    return f"B_crit ∝ {symbol}^{form.exponent:.2f} ({form.form}), for {of} {short(low)}–{short(high)} {unit}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"

@@ -42,7 +42,7 @@ def test_advise_answers_for_a_table_and_for_its_folder(table, tmp_path, scaling_
     of_file, of_folder = (scaling_jax("advise", path, *options, *hardware) for path in (table, table.parent))
     assert of_file[0] == 0, of_file[2]
     assert of_file == of_folder
-    for word in ("knee:", "within the budget", "fastest on 8 devices", "ramp: ", "by the law", "wall time"):
+    for word in ("knee", "within the budget", "fastest on 8 devices", "ramp: ", "by the law", "wall time"):
         assert word in of_file[1]
     stages = json.loads((tmp_path / "ramp.json").read_text())
     assert [set(stage) for stage in stages] == [{"tokens", "batch_tokens", "learning_rate_factor"}] * len(stages)
@@ -52,7 +52,7 @@ def test_advise_answers_for_a_table_and_for_its_folder(table, tmp_path, scaling_
 def test_fit_takes_a_table(table, scaling_jax):
     code, stdout, stderr = scaling_jax("fit", table)
     assert code == 0, stderr
-    assert "from all runs at once" in stdout
+    assert "all runs at once" in stdout
     assert json.loads((table.parent / "fit.json").read_text())["law"]
 
 

@@ -16,7 +16,9 @@ def test_the_table_shows_three_losses_a_model_and_the_law(made_up):
     for law in (analysis.fit.law, analysis.joint.law):
         assert f"{law.b_star:.3g} tokens · L^{law.exponent:.2f}" in text
     for form in analysis.forms:
-        assert [line for line in text.splitlines() if form.form in line and f"{form.held_out_error:.1%}" in line]
+        assert [
+            line for line in text.splitlines() if form.form in line and f"{100 * form.held_out_error:.1f} %" in line
+        ]
     (figures,) = [line for line in text.splitlines() if "results/x/figures" in line]
     assert "a.png" in figures
     assert "b.png" in figures

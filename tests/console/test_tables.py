@@ -26,11 +26,12 @@ def test_both_laws_and_every_form_are_printed_with_their_ranges(tmp_path):
     found, text = fit_table(path), printed(path)
     for law in (found.fit.law, found.joint.law):
         low, high = law.exponent_interval
-        (line,) = [line for line in text.splitlines() if f"L^{law.exponent:.2f}" in line]
+        (line,) = [line for line in text.splitlines() if f"{law.b_star:.3g} tokens · L^{law.exponent:.2f}" in line]
         assert f"[{low:.2f}, {high:.2f}]" in line
     assert [line for line in text.splitlines() if "2.9 to 1.75" in line and "nats per token" in line]
     assert {form.form for form in found.forms} == {"loss", "above floor", "data", "size"}
     for form in found.forms:
         low, high = form.valid_range
-        values = (form.form, form.variable, f"{short(low)}–{short(high)}", f"{form.held_out_error:.1%}")
+        unit = form.variable.split(" in ")[1]
+        values = (form.form, unit, f"{short(low)}–{short(high)}", f"{100 * form.held_out_error:.1f} %")
         assert [line for line in text.splitlines() if all(value in line for value in values)]

@@ -106,7 +106,7 @@ def test_a_scan_that_died_says_how_to_go_on(scan):
     assert part.state == "interrupted"
     assert part.tokens_per_second is None
     assert re.search("made-up: 13 of 14 .*done.* 1 interrupted", printed(status))
-    assert "same command continues it" in printed(status)
+    assert "same command again" in printed(status)
 
 
 def test_a_run_left_by_an_earlier_session_waits(scan):

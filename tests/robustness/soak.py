@@ -37,7 +37,7 @@ def finish(process: subprocess.Popen) -> int | None:
     output, errors = process.communicate(timeout=600)
     if process.returncode not in EXPECTED_CODES or "Traceback" in errors:
         raise SystemExit(f"exit code {process.returncode}:\n{errors}")
-    ended = process.returncode == 0 and "saved; the same command continues" not in output  # as SIGTERM has it
+    ended = process.returncode == 0 and "saved; run the same command again" not in output  # as SIGTERM has it
     return None if ended else process.returncode
 
 

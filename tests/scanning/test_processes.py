@@ -124,7 +124,7 @@ def test_two_processes_scan_as_one_process_with_all_their_devices(folder, undist
     interrupted.each[1].send_signal(signal.SIGTERM)
     (code, output), (other_code, _) = interrupted.ended()
     assert (code, other_code) == (0, 0), output
-    assert "saved; the same command continues" in output
+    assert "saved; run the same command again" in output
 
     (code, output), (other_code, other_output) = Scan(folder, results).ended()
     assert (code, other_code) == (0, 0), output + other_output
