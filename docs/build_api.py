@@ -64,6 +64,8 @@ def _public_names(module: ModuleType) -> list[str]:
 def _entry(name: str, thing: Any) -> str:
     if inspect.ismodule(thing):
         return ""  # has a section of its own
+    if hasattr(thing, "cache_info"):  # a cached function
+        thing = inspect.unwrap(thing)
     if isinstance(thing, dict):
         return f"### {name}\n\nBy name: {', '.join(f'`{key}`' for key in thing)}.\n"
     if not (inspect.isclass(thing) or inspect.isfunction(thing)):

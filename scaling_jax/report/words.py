@@ -58,14 +58,14 @@ def law_lines(fit: ScanFit, joint: JointFit | None, forms: tuple[FormFit, ...]) 
     lines = [f"{_law(law)}, for losses {high:.4g} to {low:.4g} nats per token; untested at other losses"]
     if joint is not None and joint.law is not None:
         lines.append(f"the same law, fitted to all runs at once: {_law(joint.law)}")
-    for k, form in enumerate(forms):  # the best comes first
-        error = f"held-out error {_percent(form.held_out_error)}"
-        if k == 0 and len(forms) > 1:
-            second = forms[1]
-            error = (
-                f"fits best, {error} against {_percent(second.held_out_error)} for the law in {_LAW_IN[second.form]}"
-            )
-        lines.append(f"{_proportional(form)}: {error}")
+    lines += [f"{_proportional(form)} — held-out error {_percent(form.held_out_error)}" for form in forms]
+    if len(forms) > 1:  # the best comes first
+        error, second = _percent(forms[0].held_out_error), _percent(forms[1].held_out_error)
+        other = f"the law in {_LAW_IN[forms[1].form]}"
+        how = f"fits best: held-out error {error} against {second} for {other}"
+        if error == second:
+            how = f"fits as well as {other}: held-out error {error}"
+        lines[-len(forms)] = f"{_proportional(forms[0])} — {how}"
     return lines
 
 

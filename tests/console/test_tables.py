@@ -35,3 +35,13 @@ def test_both_laws_and_every_form_are_printed_with_their_ranges(tmp_path):
         unit = form.variable.split(" in ")[1]
         values = (form.form, unit, f"{short(low)}–{short(high)}", f"{100 * form.held_out_error:.1f} %")
         assert [line for line in text.splitlines() if all(value in line for value in values)]
+
+
+def test_a_terminal_shows_exponents_raised(tmp_path):
+    """Other outputs keep `^`, which can be searched for and copied."""
+    path, file = planted(tmp_path / "a.csv"), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    Console(width=200, file=file, force_terminal=True).print(print_fit(fit_table(path), path.parent / "fit.json"))
+    file.seek(0)
+    text = file.read()
+    assert "tokens · L⁻" in text
+    assert "^" not in text
