@@ -52,7 +52,7 @@ def print_fit(found: TableFit, written: Path) -> Rows:
 def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
     """The summary of a scan: B_crit and noise scale at three losses of each model, the laws, notes, and figures."""
     table = Table(title="Critical batch size, tokens", title_justify="left", title_style="bold")
-    for column in ("model", "loss", "B_crit", "95 % interval", "noise scale", "middle half of runs"):
+    for column in ("model", "loss", "B_crit", "95 % interval", "noise scale", "its middle half"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model in dict.fromkeys(p.model for p in analysis.fit.points):
         points = [p for p in analysis.fit.points if p.model == model and p.in_law]
