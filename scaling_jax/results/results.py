@@ -246,7 +246,7 @@ def fit_as_json(
 
 
 def finite(value: float) -> float | None:
-    """None for infinity and NaN."""
+    """The value; None for infinity and NaN."""
     return float(value) if math.isfinite(value) else None
 
 

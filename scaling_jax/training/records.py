@@ -187,12 +187,12 @@ def run_folder(workdir: str | Path, run: Run) -> Path:
     """The folder of a run in a results folder: the one whose config.json holds this run, else a new one."""
     runs = Path(workdir) / "runs"
     new = runs / run.run_id
-    # An id tells runs apart only under the defaults that it was made with: other schemas and versions had others.
+    # With another schema or other defaults, the same run has another id, and another run may have the same id.
     for folder in (new, *sorted(runs.glob(f"{glob.escape(run.label)}-*"))):
         try:
             if read_run_config(folder).run == run:
                 return folder
-        except UserError:  # nothing there, or damaged: a new run may take its own folder
+        except UserError:  # an empty or damaged folder; a new run may use it
             continue
         if folder == new:
             new = _free(runs, run)
@@ -300,7 +300,7 @@ def jsonable(value: float) -> float | None:
 
 
 def _free(runs: Path, run: Run) -> Path:
-    """Beside a folder that holds another run under the same id."""
+    """A new folder for a run, if the folder with its id holds another run."""
     names = (runs / f"{run.run_id}-{count}" for count in itertools.count(2))
     return next(folder for folder in names if not (folder / "config.json").exists())
 

@@ -1,4 +1,4 @@
-// The nearest marked point within reach of the pointer is ringed, and says what it is.
+// Draws a ring around the marked point nearest to the pointer, and shows its text.
 "use strict";
 const tip = document.getElementById("tip");
 for (const figure of document.querySelectorAll("figure")) {
