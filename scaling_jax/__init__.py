@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from scaling_jax import advice, data, fitting, noise_scale, tasks
     from scaling_jax.io import UserError
     from scaling_jax.report import write_figures, write_report
-    from scaling_jax.results import analyse
+    from scaling_jax.results import analyse, read_results
     from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, scan
     from scaling_jax.tasks import MODELS, ModelConfig, model_config
     from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, train
