@@ -7,24 +7,25 @@ Each form is fitted to all runs at once (`joint`): log B_crit = level + slope·x
   size        x = log N           ∝ N^gamma; Zhang et al. 2024 (arXiv 2410.21676) found gamma close to 0
 
 The forms are compared by how well they predict steps that the fit didn't see. Two sets of steps are held out: each run
-in turn (with many runs, each of 32 parts of the runs), and the steps at the lowest losses. The criterion is Akaike's
+in turn (with many runs, each of 16 parts of the runs), and the steps at the lowest losses. The criterion is Akaike's
 with the correction for few points. The errors of one run at neighbouring losses move together, so the criterion counts
 only as many points as their covariance says are independent.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from scaling_jax.fitting.joint import JointFits, fit_joint_rows, reached_by, shows_both_sides
 from scaling_jax.fitting.loss_law import floors_below
-from scaling_jax.fitting.resampling import fit_chain
+from scaling_jax.fitting.resampling import Chain, fit_chain
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import fit_rows, loss_of
 
 FLOORS = 48  # values of L_inf to try
-MOST_FOLDS = 32  # with more runs than this, several runs are held out at once
+MOST_FOLDS = 16  # with more runs than this, several runs are held out at once
 VARIABLES = {
     "loss": "loss in nats per token",
     "above floor": "loss in nats per token",
@@ -81,7 +82,8 @@ def compare_forms(
         return ()
     sizes = None if num_params is None else np.array([_size(num_params, name) for name in table.models])
     forms = ["loss", "above floor", "data"] + ["size"] * (sizes is not None and np.unique(sizes).size > 1)
-    return tuple(sorted((_assess(form, table, sizes) for form in forms), key=lambda fit: fit.held_out_error))
+    folds = _folds(table)
+    return tuple(sorted((_assess(form, table, sizes, folds) for form in forms), key=lambda fit: fit.held_out_error))
 
 
 def _size(num_params, name):
@@ -90,8 +92,26 @@ def _size(num_params, name):
     return float(num_params[name])
 
 
-def _assess(form: str, table: ScanTable, sizes) -> FormFit:
-    x, floors, fits = _fit(form, table, sizes)
+class _Fold(NamedTuple):
+    """Runs held out together, and what every form's fit to the others starts from."""
+
+    held_out: np.ndarray  # `[G, n]`
+    seen: ScanTable
+    chain: Chain
+
+
+def _folds(table: ScanTable) -> list[_Fold]:
+    runs = np.unique(table.run_index[table.mask])
+    folds = []
+    for k in range(count := min(len(runs), MOST_FOLDS)):
+        held_out = (table.mask | table.bound) & np.isin(table.run_index, runs[k::count])
+        seen = table._replace(mask=table.mask & ~held_out, bound=table.bound & ~held_out)
+        folds.append(_Fold(held_out, seen, fit_chain(seen)))
+    return folds
+
+
+def _assess(form: str, table: ScanTable, sizes, folds: list[_Fold]) -> FormFit:
+    x, floors, fits = _fit(form, table, sizes, fit_chain(table))
     best = int(np.argmin(_loss(fits, table)))
     centre = _centre(x, best)
     residuals = fits.residuals[best]
@@ -105,33 +125,31 @@ def _assess(form: str, table: ScanTable, sizes) -> FormFit:
         floor=float(floors[best]),
         valid_range=(float(variable.min()), float(variable.max())),
         num_parameters=count,
-        held_out_error=_each_run_held_out(form, table, sizes),
+        held_out_error=_each_run_held_out(form, table, sizes, folds),
         low_loss_error=_low_losses_held_out(form, table, sizes),
         criterion=_criterion(residuals, table, count),
     )
 
 
-def _fit(form: str, table: ScanTable, sizes, held_out=None) -> tuple[np.ndarray, np.ndarray, JointFits]:
+def _fit(form: str, table: ScanTable, sizes, chain: Chain) -> tuple[np.ndarray, np.ndarray, JointFits]:
     """x `[K, G]`, floors `[K]` and the fit for each of K floors; one floor, 0, for forms without a floor."""
-    seen = table if held_out is None else _without(table, held_out)
     floors = np.zeros(1)
     if form == "size":
         x = np.log(sizes)[None]
     elif form == "data":
-        alone = fit_rows(seen.log_batch, seen.log_steps, seen.mask, seen.bound)
-        x = (alone.log_b_crit + alone.log_s_min)[None]
+        x = (chain.hyperbolas.log_b_crit + chain.hyperbolas.log_s_min)[None]
     else:
         if form == "above floor":
             floors = floors_below(table.losses, FLOORS)
         x = np.log(table.losses - floors[:, None])
     centred = x - x.mean(-1, keepdims=True)
-    line = fit_chain(seen).line
+    line = chain.line
     slopes = line.slope * np.log(table.losses).std() / np.maximum(centred.std(-1), 1e-12)
     if form in ("data", "size"):
         slopes = np.zeros_like(floors)
     start = np.full(len(floors), float(line.level)), slopes
-    steps = np.broadcast_to(seen.log_steps, (len(floors), *seen.log_steps.shape))
-    return x, floors, fit_joint_rows(seen, centred, steps, start)
+    steps = np.broadcast_to(table.log_steps, (len(floors), *table.log_steps.shape))
+    return x, floors, fit_joint_rows(table, centred, steps, start)
 
 
 def _centre(x, best):
@@ -144,24 +162,16 @@ def _loss(fits: JointFits, table: ScanTable):
     return loss_of(fits.residuals, table.mask, table.bound, limit, noise).sum((-2, -1))
 
 
-def _without(table: ScanTable, held_out) -> ScanTable:
-    """The table without the points where `held_out`, `[G, n]`, is True."""
-    return table._replace(mask=table.mask & ~held_out, bound=table.bound & ~held_out)
-
-
 def _predicted(x, fits: JointFits, best, table, log_s_min):
     log_b_crit = fits.level[best] + fits.slope[best] * (x[best] - _centre(x, best))
     return log_s_min[:, None] + np.logaddexp(0.0, log_b_crit[:, None] - table.log_batch)
 
 
-def _each_run_held_out(form, table, sizes) -> float:
+def _each_run_held_out(form, table, sizes, folds: list[_Fold]) -> float:
     errors = []
-    runs = np.unique(table.run_index[table.mask])
-    folds = min(len(runs), MOST_FOLDS)
-    for fold in range(folds):
-        held_out = (table.mask | table.bound) & np.isin(table.run_index, runs[fold::folds])
-        x, _, fits = _fit(form, table, sizes, held_out)
-        best = int(np.argmin(_loss(fits, _without(table, held_out))))
+    for held_out, seen, chain in folds:
+        x, _, fits = _fit(form, seen, sizes, chain)
+        best = int(np.argmin(_loss(fits, seen)))
         predicted = _predicted(x, fits, best, table, fits.log_s_min[best])
         errors.append((table.log_steps - predicted)[held_out & table.mask])
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
@@ -177,7 +187,7 @@ def _low_losses_held_out(form, table, sizes) -> float:
     high = table.select(~low)
     if np.unique(high.losses).size < 3 or not low.any():
         return float("nan")
-    x_high, floors, fits = _fit(form, high, None if sizes is None else sizes[~low])
+    x_high, floors, fits = _fit(form, high, None if sizes is None else sizes[~low], fit_chain(high))
     # A floor above the held-out losses predicts nothing there.
     usable = floors < distinct[0] * 0.999
     loss = np.where(usable, _loss(fits, high), np.inf)

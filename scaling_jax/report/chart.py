@@ -76,6 +76,7 @@ def save(chart: Chart, folder: Path) -> Path:
     """Writes the chart as PNG and SVG, whole or not at all. Returns the path of the PNG file."""
     path = folder / f"{chart.name}.png"
     write_whole(path.with_suffix(".svg"), _svg(chart))
+    chart.figure.set_layout_engine("none")  # the layout of the SVG serves the PNG too; it takes a third of the time
     with matplotlib.rc_context(PARAMETERS), whole_file(path) as file:
         chart.figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
     return path

@@ -26,6 +26,8 @@ def page(title: str, sections: Iterable[Section]) -> str:
 
 def without_home(text: str) -> str:
     """The text with ~ in place of home folders, this user's and any other's, because reports are passed on."""
+    if "/" not in text and "\\" not in text:
+        return text
     home = str(Path.home())
     if home != "/":
         text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)

@@ -129,7 +129,8 @@ def _law(law: LossLaw) -> str:
 
 
 def _proportional(form: FormFit) -> str:
-    symbol = {"loss": "L", "above floor": f"(L - {form.floor:.3g})", "data": "D_min", "size": "N"}[form.form]
+    above = f"(L - {form.floor:.3g})" if form.floor else "L"
+    symbol = {"loss": "L", "above floor": above, "data": "D_min", "size": "N"}[form.form]
     of, unit = form.variable.split(" in ")
     low, high = form.valid_range
     return f"B_crit ∝ {symbol}^{form.exponent:.2f} ({form.form}), for {of} {short(low)}–{short(high)} {unit}"

@@ -27,7 +27,7 @@ WINDOWS = 24  # of a run, for its noise scale over training
 FEWEST_STEPS = 4  # in such a window
 MOST_PART_WINDOWS = 10  # of a run, for the noise scale of a part of the model
 FEWEST_LINES = 6  # of metrics.jsonl, in such a window
-MOST_DRAWN = 40  # cells of one model in a chart of runs
+MOST_DRAWN = 24  # cells of one model in a chart of runs
 
 
 class NoiseWindow(NamedTuple):
