@@ -5,6 +5,7 @@ XLA_FLAGS='--xla_backend_optimization_level=3' pytest, and up to jaxlib 0.11.0 -
 """
 
 import os
+import signal
 from pathlib import Path
 
 from tests.compiling import IN_A_HURRY
@@ -20,6 +21,9 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
+
+# A shell's background job, `pytest &`, ignores Ctrl-C, and tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.made_up_scan", "tests.buckets"]
 
