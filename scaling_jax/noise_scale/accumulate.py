@@ -1,15 +1,15 @@
-"""Split a batch into parts (microbatches and devices) and average over them; losses that are such averages.
+"""Split a batch into parts (microbatches and devices) and average over them.
 
 `jax.shard_map` with `check_vma=True` sums the gradient of replicated parameters over devices. This module first marks
 the parameters as varying, so every device keeps its own gradient, whatever `check_vma` is.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from scaling_jax.noise_scale.placement import explicit_spec, mapped, microbatches, type_of
 
 
 class Split(NamedTuple):
@@ -19,48 +19,60 @@ class Split(NamedTuple):
     batch_MxB: Any  # M microbatches of B examples
     axes: tuple[str, ...]
     tracked: frozenset[str]  # those of `axes` along which shard_map tracks which values differ
+    own_params: list[frozenset[str]]  # for each parameter, those of `tracked` along which it differs
     local_batch: int  # examples on this device
     num_devices: int
 
 
-def split(params, batch, num_microbatches, axis_name) -> Split:
-    """Cut this device's batch into microbatches.
+def split(params, batch, num_microbatches, axis_name, batch_sharding=None) -> Split:
+    """Cut this device's batch, or without `axis_name` the whole batch, into microbatches.
+
+    Args:
+      axis_name: None, or a mapped axis, or a tuple of them. With (), the batch is all on this device.
+      batch_sharding: where the batch lies on a mesh with Auto axes: a sharding, or a pytree prefix of them.
 
     Raises:
       ValueError, TypeError: at trace time, if the batch, the parameters or the mapped axes don't fit together.
     """
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    try:
-        num_devices = jax.lax.axis_size(axes) if axes else 1
-    except NameError as error:
-        raise ValueError(
-            f"axis_name={axis_name!r} isn't a mapped axis here ({error}): pass the axis name of pmap, shard_map or vmap"
-        ) from None
+    if not mapped(axes):
+        raise ValueError(f"axis_name={axis_name!r} isn't a mapped axis here: pass that of pmap, shard_map or vmap")
+    num_devices = jax.lax.axis_size(axes) if axes else 1
     local_batch = _local_batch(batch, num_microbatches)
     _check_params(params)
     tracked = frozenset(axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
     _check_axes(params, batch, axes, tracked)
+    own_params = [varying(x) & tracked for x in jax.tree.leaves(params)]
     params = jax.tree.map(lambda x: mark_varying(x, tracked), params)
-    batch_MxB = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch)
-    return Split(params, batch_MxB, axes, tracked, local_batch, num_devices)
+    batch_MxB = microbatches(batch, num_microbatches, axis_name is None, batch_sharding)
+    return Split(params, batch_MxB, axes, tracked, own_params, local_batch, num_devices)
 
 
 def mean(one, split: Split):
     """Mean of `one(microbatch)` over all microbatches and devices; sums are float32 or wider."""
+    return mean_over_devices(mean_over_microbatches(one, split)[0], split)
+
+
+def mean_over_microbatches(one, split: Split, of_sum=lambda total: ()):
+    """(mean of `one(microbatch)` over this device's microbatches, `of_sum` of the sum); sums are float32 or wider.
+
+    `of_sum` is computed with each microbatch, so that XLA can send what it needs from other devices along with what
+    `one` needs.
+    """
     num_microbatches = jax.tree.leaves(split.batch_MxB)[0].shape[0]
     first = jax.tree.map(lambda x: x[0], split.batch_MxB)
     if num_microbatches == 1:
         total = jax.tree.map(_widen, one(first))
-    else:
-        zeros = jax.tree.map(
-            lambda s: mark_varying(jnp.zeros(s.shape, _wide(s.dtype)), varying(s)), jax.eval_shape(one, first)
-        )
+        return total, of_sum(total)
+    zeros = jax.tree.map(lambda s: zeros_like(s, _wide(s.dtype)), jax.eval_shape(one, first))
 
-        def add(total, microbatch):
-            return jax.tree.map(lambda t, x: t + _widen(x), total, one(microbatch)), None
+    def add(carry, microbatch):
+        total = jax.tree.map(lambda t, x: t + _widen(x), carry[0], one(microbatch))
+        return (total, of_sum(total)), None
 
-        total, _ = jax.lax.scan(add, zeros, split.batch_MxB)
-    return mean_over_devices(jax.tree.map(lambda x: x / num_microbatches, total), split)
+    nothing = jax.tree.map(zeros_like, jax.eval_shape(of_sum, zeros))
+    (total, found), _ = jax.lax.scan(add, (zeros, nothing), split.batch_MxB)
+    return jax.tree.map(lambda x: x / num_microbatches, total), found
 
 
 def mean_over_devices(tree, split: Split):
@@ -80,28 +92,23 @@ def names(params) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def check_outputs(loss, aux, split: Split):
-    """Returns (loss, aux as arrays).
+def check_aux(aux):
+    """Returns aux as arrays.
 
     Raises:
-      ValueError: if the loss is already a mean or sum over devices.
-      TypeError: if a leaf of aux isn't floating point, so it can't be averaged.
+      TypeError: if a leaf isn't floating point, so it can't be averaged.
     """
-    if missing := split.tracked - varying(loss):
-        raise ValueError(
-            f"loss_fn already reduces over {sorted(missing)}: return the mean over the device's own examples"
-        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise TypeError(
                 f"aux leaf {path_name(path)!r} is {jnp.result_type(leaf)}: aux is averaged, so return floats"
             )
-    return loss, jax.tree.map(jnp.asarray, aux)
+    return jax.tree.map(jnp.asarray, aux)
 
 
 def varying(x) -> frozenset[str]:
     """The mapped axes along which shard_map knows that x differs between devices; empty if it doesn't track this."""
-    aval: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    aval = type_of(x)
     if not hasattr(aval, "manual_axis_type"):
         return aval.vma  # before JAX 0.10.2; with an unknown JAX this fails, which is better than summed gradients
     return aval.manual_axis_type.varying if aval.manual_axis_type else frozenset()
@@ -113,52 +120,11 @@ def mark_varying(x, axes):
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def fixed_denominator(sum_loss_fn: Callable, weight_per_example: float, has_aux: bool = False) -> Callable:
-    """A mean loss made from a weighted sum: the sum divided by (examples · weight_per_example).
-
-    Don't divide by the batch's own sum of weights. The gradient of the whole batch is then not the mean of the
-    gradients of its parts, which biases both moments by terms of order 1/B.
-
-    Args:
-      sum_loss_fn: `(params, batch, *extra) -> sum over examples and tokens of weight · loss`, or `(sum, aux)`.
-      weight_per_example: a constant. With the expected weight of an example, the result is a mean per unit of weight.
-      has_aux: `sum_loss_fn` returns `(sum, aux)`.
-
-    Returns:
-      A `loss_fn` for `value_and_grad`.
-    """
-    if not weight_per_example > 0:
-        raise ValueError(f"weight_per_example={weight_per_example} must be positive")
-
-    def loss_fn(params, batch, *extra):
-        denominator = weight_per_example * jax.tree.leaves(batch)[0].shape[0]
-        if has_aux:
-            total, aux = sum_loss_fn(params, batch, *extra)
-            return total / denominator, aux
-        return sum_loss_fn(params, batch, *extra) / denominator
-
-    return loss_fn
-
-
-def check_mean_loss(loss_fn: Callable, params, batch, *extra, num_parts: int = 2, rtol: float = 1e-5) -> None:
-    """Check that the loss of a batch is the mean of the losses of its parts. Call it once before training.
-
-    Pass a batch with the weights and padding that occur in training. `loss_fn` must return a scalar.
-
-    Raises:
-      ValueError: if it isn't the mean: the loss divides by the batch's own weights, or sums over examples.
-    """
-    whole = float(loss_fn(params, batch, *extra))
-    parts = [
-        float(loss_fn(params, jax.tree.map(lambda x, i=i: np.split(x, num_parts)[i], batch), *extra))
-        for i in range(num_parts)
-    ]
-    if not abs(np.mean(parts) - whole) <= rtol * max(abs(whole), np.max(np.abs(parts))):
-        raise ValueError(
-            f"the loss of the batch is {whole:.6g}, but the mean of its {num_parts} parts' losses is "
-            f"{np.mean(parts):.6g}, so the loss isn't a mean over examples: divide by a fixed denominator "
-            "(noise_scale.fixed_denominator)"
-        )
+def zeros_like(x, dtype=None):
+    """Zeros of the shape of x, an array or its shape; they differ between devices, and lie on them, as x does."""
+    spec, dtype = explicit_spec(x), dtype or x.dtype
+    zeros = jnp.zeros(x.shape, dtype) if spec is None else jax.lax.full(x.shape, 0, dtype, sharding=type_of(x).sharding)
+    return mark_varying(zeros, varying(x))
 
 
 def _local_batch(batch, num_microbatches):

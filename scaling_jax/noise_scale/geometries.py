@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_jax.noise_scale import accumulate
+from scaling_jax.noise_scale import accumulate, losses
 from scaling_jax.noise_scale.accumulate import path_name
 
 RIDGE = 3e-7  # as a part of the trace of the raw second moment; a few rounding errors of float32
@@ -55,7 +55,7 @@ def l1(loss_fn: Callable, *, num_microbatches: int, axis_name=None) -> Callable[
     """
 
     def measure(params, batch, *extra):
-        split = accumulate.split(params, batch, num_microbatches, axis_name)
+        split = _split(loss_fn, params, batch, extra, num_microbatches, axis_name)
 
         def one(microbatch):
             grads = _gradients(loss_fn, split, microbatch, extra)
@@ -113,7 +113,7 @@ def spectral(
         return [x if x.shape[1] <= x.shape[2] else x.swapaxes(1, 2) for x in wanted]
 
     def measure(params, batch, *extra):
-        split = accumulate.split(params, batch, num_microbatches, axis_name)
+        split = _split(loss_fn, params, batch, extra, num_microbatches, axis_name)
 
         def one(microbatch):
             grads = matrices(_gradients(loss_fn, split, microbatch, extra))
@@ -146,10 +146,7 @@ def every(k: int, step: jax.Array, measure: Callable[..., Any], *args) -> tuple[
 
     `step` must be the same on all devices. Don't map `step` with `vmap`, which would run `measure` at every step.
     """
-    zeros = jax.tree.map(
-        lambda s: accumulate.mark_varying(jnp.zeros(s.shape, s.dtype), accumulate.varying(s)),
-        jax.eval_shape(measure, *args),
-    )
+    zeros = jax.tree.map(accumulate.zeros_like, jax.eval_shape(measure, *args))
     measured = step % k == 0
     return measured, jax.lax.cond(measured, lambda: measure(*args), lambda: zeros)
 
@@ -195,9 +192,15 @@ def nuclear_norm(g_MxN: jax.Array) -> jax.Array:
     return jnp.sum(polar_factor(g_MxN) * g_MxN)
 
 
+def _split(loss_fn, params, batch, extra, num_microbatches, axis_name):
+    split = accumulate.split(params, batch, num_microbatches, axis_name)
+    if gathered := losses.examine(lambda params, part: loss_fn(params, part, *extra), split):
+        raise ValueError(f"l1 and spectral need whole gradients, but loss_fn gathers {sorted(gathered)}")
+    return split
+
+
 def _gradients(loss_fn, split, microbatch, extra):
-    loss, grads = jax.value_and_grad(loss_fn)(split.params, microbatch, *extra)
-    accumulate.check_outputs(loss, (), split)
+    grads = jax.grad(loss_fn)(split.params, microbatch, *extra)
     return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
 

@@ -3,13 +3,14 @@
 McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from scaling_jax.noise_scale import accumulate, per_example
+from scaling_jax.noise_scale import accumulate, gather, losses, per_example, placement
 from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
 
 
@@ -43,25 +44,37 @@ def value_and_grad(
     *,
     num_microbatches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
+    batch_sharding: Any = None,
+    weighted: bool = False,
     has_aux: bool = False,
     method: Literal["two_batch", "per_example", "norm_layers"] = "two_batch",
     norm: Callable[[Any], Any] | None = None,
     groups: Callable[[str], str] | None = None,
     stacked: Callable[[str], bool] = lambda name: False,
     is_norm_layer: Callable[[str], bool] = per_example.is_norm_layer,
+    every: int | None = None,
 ):
     """`jax.value_and_grad` of a mean loss that also returns the `Moments` of its gradient.
 
-    It works inside jit, pmap, shard_map (with and without `check_vma`) and vmap, and inside an outer vmap over runs.
+    It works inside jit, over arrays sharded in any way, inside pmap, shard_map (with and without `check_vma`) and vmap,
+    and inside an outer vmap over runs.
 
     Args:
       loss_fn: `(params, batch, *extra) -> scalar`, the mean over the leading axis of every leaf of `batch`. It has no
-        collectives of its own. If token weights differ between examples, divide by a fixed denominator, not by the
-        batch's own sum of weights (`fixed_denominator`, `check_mean_loss`). Every microbatch gets the same `extra`;
-        put what differs by example (dropout keys) in `batch`.
-      num_microbatches: parts of each device's batch. "two_batch" takes their gradients as the small ones.
-      axis_name: mapped axis (or axes) along which devices hold different parts of the batch; None on one device.
-      has_aux: `loss_fn` returns `(loss, aux)`. The leaves of `aux` are floats; they are averaged like the loss.
+        collectives of its own along `axis_name`. It doesn't divide by a sum over the batch, such as the number of
+        tokens that aren't masked: see `weighted`, and `check_mean_loss`. Every microbatch gets the same `extra`; put
+        what differs by example (dropout keys) in `batch`.
+      num_microbatches: parts of each device's batch, or without `axis_name` of the whole batch. "two_batch" takes their
+        gradients as the small ones.
+      axis_name: axis (or axes) along which devices hold different parts of the batch. Each device's gradient is then a
+        small batch. It is a mapped axis, or under `jax.jit` an axis of the mesh (of `jax.set_mesh`, or that of
+        `batch_sharding`). Without it, XLA divides the work of every microbatch over the devices.
+      batch_sharding: how the batch lies on a mesh with Auto axes, under jit: a NamedSharding, or a pytree prefix of
+        them. Without it XLA is left to find out. Explicit axes say it by themselves.
+      weighted: `loss_fn` returns `(sum, weight)`: the sum over the batch of weight · loss, and of the weights. Loss and
+        grads are those of the weighted mean, sum / weight over the whole batch. Aux are sums too, divided by the weight.
+      has_aux: `loss_fn` returns `(loss, aux)`, or `((sum, weight), aux)`. The leaves of `aux` are floats; they are
+        averaged like the loss.
       method: "two_batch" compares microbatches and devices with the whole batch. "per_example" compares single
         examples with the whole batch: it is the most precise, and needs a loss built from `taps`. "norm_layers" does
         this for the parameters of LayerNorm and RMSNorm only (Gray et al. 2024, arXiv 2411.00999). It is cheap, but
@@ -74,6 +87,8 @@ def value_and_grad(
       stacked: parameter path -> True if the leading axis counts layers that the loss scans over. `groups` then gets
         `layers/query/0`, `layers/query/1`, ...
       is_norm_layer: parameter path -> True if "norm_layers" uses the parameter.
+      every: measure in every k-th step only. The function then takes the keyword `step`; in the steps between, the
+        moments are zeros, their batch sizes too. `tracker` passes over them.
 
     Returns:
       `(params, batch, *extra) -> ((loss, moments), grads)`, or `((loss, moments, aux), grads)`. Loss, aux and grads
@@ -81,26 +96,23 @@ def value_and_grad(
 
     Raises:
       ValueError: at trace time, if the small batch is the whole batch or doesn't divide it, if the leaves of the batch
-        differ in their number of examples, or if devices hold the same batch.
+        differ in their number of examples, if devices hold the same batch, or if the loss isn't a mean of its parts:
+        see `loss_fn`. Parameters may differ between devices only if the loss gathers them by `taps.all_gather`.
       TypeError: if a parameter isn't floating point.
     """
     if method not in ("two_batch", "per_example", "norm_layers"):
         raise ValueError(f"method={method!r} must be 'two_batch', 'per_example' or 'norm_layers'")
     if norm is not None and (groups is not None or method != "two_batch"):
         raise ValueError("norm works only with method='two_batch' and without groups")
+    if every is not None and every < 1:
+        raise ValueError(f"every={every} steps must be at least 1")
     two_batch = method == "two_batch"
 
     def selected(name):
         return method != "norm_layers" or is_norm_layer(name)
 
-    def norm_of(grads):
-        if norm is not None:
-            return norm(grads)
-        sq_norms = leaf_sq_norms(grads, stacked)
-        return add_up({name: x for name, x in sq_norms.items() if selected(name)}, groups)
-
-    def wrapped(params, batch, *extra):
-        split = accumulate.split(params, batch, num_microbatches, axis_name)
+    def local(whole, params, batch, step, *extra):
+        split = accumulate.split(params, batch, num_microbatches, axis_name, batch_sharding)
         big_batch = split.local_batch * split.num_devices
         small_batch = split.local_batch // num_microbatches if two_batch else 1
         if small_batch == big_batch:
@@ -111,23 +123,84 @@ def value_and_grad(
         if not any(map(selected, accumulate.names(params))):
             raise ValueError(f"is_norm_layer picks none of the parameters {accumulate.names(params)}")
 
-        def one(microbatch):
-            if two_batch:
-                value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(split.params, microbatch, *extra)
-                small_sq_norm = norm_of(grads)
-            else:
-                value, grads, leaf_norms = per_example.loss_and_leaf_norms(
-                    loss_fn, split.params, microbatch, extra, has_aux=has_aux, tapped=selected, stacked=stacked
-                )
-                small_sq_norm = add_up(leaf_norms, groups)
+        def loss_of(params, microbatch):
+            value = loss_fn(whole(params), microbatch, *extra)
             loss, aux = value if has_aux else (value, ())
-            return accumulate.check_outputs(loss, aux, split), grads, small_sq_norm
+            loss, weight = loss if weighted else (loss, ())
+            return loss, (weight, accumulate.check_aux(aux))
 
-        (loss, aux), grads, small_sq_norm = accumulate.mean(one, split)
-        # The caller's norm may depend on the device: `curvature` uses each device's own Hessian.
-        big_sq_norm = norm_of(grads) if norm is None else accumulate.mean_over_devices(norm(grads), split)
-        moments = Moments(small_sq_norm, big_sq_norm, jnp.float32(small_batch), jnp.float32(big_batch))
+        gathered = losses.examine(lambda *args: loss_of(*args)[0], split, weighted)
+        if gathered and norm is not None:
+            raise ValueError(f"norm needs whole gradients, but loss_fn gathers {sorted(gathered)}: leave norm out")
+        measured = None if step is None else step % every == 0
+
+        def only_if_measured(fn, *args):
+            if measured is None:
+                return fn(*args)
+            zeros = jax.tree.map(accumulate.zeros_like, jax.eval_shape(fn, *args))
+            return jax.lax.cond(measured, fn, lambda *_: zeros, *args)
+
+        def plain(microbatch):
+            return jax.value_and_grad(loss_of, has_aux=True)(split.params, microbatch)
+
+        def tapped(microbatch):
+            if two_batch:
+                found = gather.value_grads_and_norms(loss_of, split.params, microbatch, gathered, stacked)
+            else:
+                found = per_example.value_grads_and_norms(loss_of, split.params, microbatch, selected, stacked)
+            value, grads, sq_norms = found
+            return value, grads, add_up(sq_norms, groups)
+
+        def leaf_norms(grads):
+            return {name: x for name, x in leaf_sq_norms(grads, stacked).items() if selected(name)}
+
+        def norms_of(grads):
+            return norm(grads) if norm is not None else add_up(leaf_norms(grads), groups)
+
+        def one(microbatch):
+            if two_batch and not gathered:
+                value, grads = plain(microbatch)
+                return value, grads, only_if_measured(norms_of, grads)
+            if measured is None:
+                return tapped(microbatch)
+            nothing = jax.tree.map(accumulate.zeros_like, jax.eval_shape(tapped, microbatch)[2])
+            return jax.lax.cond(measured, tapped, lambda part: (*plain(part), nothing), microbatch)
+
+        def whole_norm(grads):
+            if norm is None:
+                return gather.whole_norms(leaf_norms(grads), gathered, groups)
+            # The caller's norm may depend on the device: `curvature` uses each device's own Hessian.
+            return accumulate.mean_over_devices(norm(grads), split)
+
+        # Over sharded gradients each norm is a message between devices: this way the two travel together.
+        together = axis_name is None and norm is None
+        (value, grads, small), big = accumulate.mean_over_microbatches(
+            one, split, (lambda total: only_if_measured(whole_norm, total[1])) if together else lambda total: ()
+        )
+        ((loss, (weight, aux)), small), grads = gather.means_over_devices((value, small), grads, split, gathered)
+        if weighted:
+            loss, aux, grads = jax.tree.map(lambda x: x / weight, (loss, aux, grads))
+            small = jax.tree.map(lambda x: x / jnp.square(weight), small)
+        if together:
+            total_weight = num_microbatches * weight if weighted else num_microbatches
+            big = jax.tree.map(lambda x: x / jnp.square(total_weight), big)
+        else:
+            big = only_if_measured(whole_norm, grads)
+        sizes = jnp.float32(small_batch), jnp.float32(big_batch)
+        if measured is not None:
+            sizes = tuple(jnp.where(measured, size, 0.0) for size in sizes)
+        moments = Moments(small, big, *sizes)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         return ((loss, moments, aux) if has_aux else (loss, moments)), grads
+
+    def wrapped(params, batch, *extra, step=None):
+        if (step is None) != (every is None):
+            raise TypeError("value_and_grad(every=k) and the keyword step go together: pass both or neither")
+        axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        if placement.mapped(axes):
+            return local(lambda params: params, params, batch, step, *extra)
+        shards = placement.sharded_dimensions(params, axes)
+        on_device = functools.partial(local, functools.partial(gather.gather_all, shards=shards))
+        return placement.on_mesh(on_device, axes, batch_sharding, params)(params, batch, step, *extra)
 
     return wrapped

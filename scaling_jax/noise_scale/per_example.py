@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from scaling_jax.noise_scale.accumulate import mark_varying, path_name, varying
+from scaling_jax.noise_scale.placement import examples_of
 from scaling_jax.noise_scale.quadratic_forms import leaf_sq_norms
 from scaling_jax.noise_scale.taps import Tapped
 
@@ -19,11 +20,11 @@ def is_norm_layer(name: str) -> bool:
     return any("norm" in part.lower() or part.lower().startswith("ln") for part in name.split("/"))
 
 
-def loss_and_leaf_norms(loss_fn, params, batch, extra, *, has_aux, tapped, stacked):
-    """A microbatch's loss and gradients, and the mean squared gradient norm of its examples for each tapped parameter.
+def value_grads_and_norms(loss_of: Callable, params, batch, tapped: Callable[[str], bool], stacked):
+    """`loss_of`'s value and gradients, and {path: mean squared gradient norm of the examples} of tapped parameters.
 
     Args:
-      loss_fn: `(params, batch, *extra) -> mean loss`; it gets `Tapped` in place of each tapped parameter.
+      loss_of: `(params, batch) -> (loss, aux)`; it gets `Tapped` in place of each tapped parameter.
       tapped: parameter path -> True if the parameter is tapped.
       stacked: parameter path -> True if the leading axis counts layers that the loss scans over.
 
@@ -32,19 +33,19 @@ def loss_and_leaf_norms(loss_fn, params, batch, extra, *, has_aux, tapped, stack
     """
     batch_size = jax.tree.leaves(batch)[0].shape[0]
     batch_axes = frozenset().union(*map(varying, jax.tree.leaves(batch)))
-    zeros_B = mark_varying(jnp.zeros(batch_size), batch_axes)
+    zeros_B = mark_varying(examples_of(batch), batch_axes)
     probes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if tapped(name := path_name(path)):
             probes[name] = jnp.tile(zeros_B[None], (leaf.shape[0], 1)) if stacked(name) else zeros_B
 
-    def loss_of(params, probes):
+    def of_tapped(params, probes):
         def tap(path, leaf):
             return Tapped(leaf, probes[path_name(path)]) if path_name(path) in probes else leaf
 
-        return loss_fn(jax.tree_util.tree_map_with_path(tap, params), batch, *extra)
+        return loss_of(jax.tree_util.tree_map_with_path(tap, params), batch)
 
-    value, (grads, sq_norms) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=has_aux)(params, probes)
+    value, (grads, sq_norms) = jax.value_and_grad(of_tapped, argnums=(0, 1), has_aux=True)(params, probes)
     # Each example has weight 1/B in the mean loss, so its own squared norm is B² times the tapped one.
     return value, grads, {name: batch_size * jnp.sum(x, axis=-1) for name, x in sq_norms.items()}
 
@@ -70,8 +71,8 @@ def check_taps(
     def one(example):
         return leaf_sq_norms(jax.grad(loss_fn)(params, jax.tree.map(lambda x: x[None], example), *extra), stacked)
 
-    _, _, tapped = loss_and_leaf_norms(
-        loss_fn, params, batch, extra, has_aux=False, tapped=lambda name: True, stacked=stacked
+    _, _, tapped = value_grads_and_norms(
+        lambda params, batch: (loss_fn(params, batch, *extra), ()), params, batch, lambda name: True, stacked
     )
     wrong = []
     for name, norms in jax.vmap(one)(batch).items():

@@ -11,13 +11,13 @@ from scaling_jax.noise_scale.accumulate import mark_varying, path_name, varying
 
 def sq_norm(tree: Any) -> jax.Array:
     """Squared Euclidean norm of a pytree, accumulated in float32 or wider."""
-    return sum((_sum_sq(x) for x in jax.tree.leaves(tree)), start=jnp.zeros(()))
+    return sum((sum_of_squares(x) for x in jax.tree.leaves(tree)), start=jnp.zeros(()))
 
 
 def leaf_sq_norms(tree: Any, stacked: Callable[[str], bool]) -> dict[str, jax.Array]:
     """{path: squared norm} of every leaf; for a stacked leaf (L,), one norm per layer."""
     leaves = ((path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
-    return {name: _sum_sq(x, keep_first=stacked(name)) for name, x in leaves}
+    return {name: sum_of_squares(x, keep_first=stacked(name)) for name, x in leaves}
 
 
 def add_up(sq_norms: Mapping[str, jax.Array], groups: Callable[[str], str] | None) -> Any:
@@ -78,7 +78,7 @@ def curvature(loss_fn: Callable, params: Any, batch: Any, *extra) -> Callable[[A
     return norm
 
 
-def _sum_sq(x, keep_first=False):
+def sum_of_squares(x, keep_first=False):
     # Not jnp.vdot: TPUs and GPUs may round the inputs of a dot product to bfloat16 or tf32.
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)

@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from scaling_jax.noise_scale.accumulate import mark_varying, varying
+from scaling_jax.noise_scale.gather import all_gather  # noqa: F401  one of the taps
+from scaling_jax.noise_scale.placement import explicit_mesh, left_to_xla, type_of
 
 MAX_ELEMENTS = 2**24  # of one layer's per-example gradients at a time; a larger batch is computed in chunks
 MAX_ELEMENTS_ON_CPU = 2**20  # about what the caches hold
@@ -35,7 +38,7 @@ class Tapped(NamedTuple):
         return Tapped(self.value.astype(dtype), self.probe)
 
 
-def einsum(spec: str, x, w):
+def einsum(spec: str, x, w, out_sharding=None):
     """`jnp.einsum(spec, x, w)` of activations and a weight, for dense layers and attention projections.
 
     Args:
@@ -43,15 +46,16 @@ def einsum(spec: str, x, w):
         stands for the example; `w` doesn't contain it.
       x: activations (B, …).
       w: array or `Tapped`.
+      out_sharding: on a mesh with Explicit axes, where the result lies, as for `jnp.einsum`.
 
     Raises:
       ValueError: if the spec doesn't have this form.
     """
     dims = _parse(spec)
     if not isinstance(w, Tapped):
-        return _product(dims, x, w)
+        return _product(dims, out_sharding, x, w)
     _check_probe(x, w)
-    return _einsum(dims, x, w.value, w.probe)
+    return _einsum(dims, out_sharding, x, w.value, w.probe)
 
 
 def scale(x, w):
@@ -67,7 +71,7 @@ def add(x, w):
 def embed(table, ids):
     """table[ids]. `table` is a (V, D) array or `Tapped`, `ids` are integers (B, …); the result is (B, …, D)."""
     if not isinstance(table, Tapped):
-        return table[ids]
+        return _rows(table, ids)
     _check_probe(ids, table)
     return _embed(table.value, ids, table.probe, None)[0]
 
@@ -75,28 +79,30 @@ def embed(table, ids):
 def embed_tied(table, ids):
     """`embed` for a table that is also the output head: (activations, link). Pass the link to `unembed_tied`."""
     if not isinstance(table, Tapped):
-        return table[ids], None
+        return _rows(table, ids), None
     _check_probe(ids, table)
-    link = jnp.zeros((*ids.shape, table.value.shape[1]), jnp.float32)
+    link = jnp.zeros_like(_rows(table.value, ids), jnp.float32)
     return _embed(table.value, ids, table.probe, link)
 
 
-def unembed_tied(x, table, ids, link):
+def unembed_tied(x, table, ids, link, out_sharding=None):
     """Logits (B, T, V) = x · tableᵀ, after `embed_tied(table, ids)` gave the link. x is (B, T, D), ids are (B, S)."""
     if not isinstance(table, Tapped):
-        return jnp.einsum("btd,vd->btv", x, table)
+        return _product(_HEAD, out_sharding, x, table)
     _check_probe(x, table)
-    return _unembed_tied(x, table.value, ids, link, table.probe)
+    return _unembed_tied(out_sharding, x, table.value, ids, link, table.probe)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(dims, x, w, probe):
-    return _product(dims, x, w)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _einsum(dims, out_sharding, x, w, probe):
+    return _product(dims, out_sharding, x, w)
 
 
-def _product(dims, x, w):
+def _product(dims, out_sharding, x, w):
     """The einsum, as a single matrix product where possible; XLA's CPU backend does that up to 4 times as fast."""
     x_dims, w_dims, y_dims = dims
+    if explicit_mesh():
+        return jnp.einsum(_spec(dims), x, w, out_sharding=out_sharding)
     leading = sum(d not in w_dims for d in x_dims)
     if x_dims[:leading] != y_dims[:leading] or w_dims != x_dims[leading:] + y_dims[leading:]:
         return jnp.einsum(_spec(dims), x, w)
@@ -105,17 +111,22 @@ def _product(dims, x, w):
     return y.reshape(x.shape[:leading] + w.shape[contracted:])
 
 
-def _einsum_fwd(dims, x, w, probe):
-    return _einsum(dims, x, w, probe), (x, w)
+def _einsum_fwd(dims, out_sharding, x, w, probe):
+    return _einsum(dims, out_sharding, x, w, probe), (x, w, probe)
 
 
-def _einsum_bwd(dims, residuals, dy):
-    x, w = residuals
-    _, pullback = jax.vjp(partial(_product, dims), x, w)
+def _einsum_bwd(dims, out_sharding, residuals, dy):
+    x, w, probe = residuals
+    _, pullback = jax.vjp(partial(_product, dims, out_sharding), x, w)
     dx, dw = pullback(dy)  # XLA leaves dw out if nothing uses it
+    return dx, *left_to_xla(partial(_weight_grad, dims), x, w, dw, dy, like=(w, probe))
+
+
+def _weight_grad(dims, x, w, dw, dy):
+    """(gradient of w, squared norm of each example's gradient)."""
     if _gram_is_cheaper(dims, x, w):
         xx, dd = (_gram(z, z_dims, dims) for z, z_dims in ((x, dims[0]), (dy, dims[2])))
-        return dx, dw, jnp.sum(xx * dd, axis=tuple(range(1, xx.ndim)))
+        return dw, jnp.sum(xx * dd, axis=tuple(range(1, xx.ndim)))
 
     def of_chunk(xy):
         per_example = jax.vmap(lambda x, y: jnp.einsum(f"{dims[0][1:]},{dims[2][1:]}->{dims[1]}", x, y))(*xy)
@@ -132,7 +143,7 @@ def _einsum_bwd(dims, residuals, dy):
     else:
         zeros = mark_varying(jnp.zeros(w.shape, jnp.float32), varying(x) | varying(dy))
         dw, sq_norms = jax.lax.scan(add, zeros, jax.tree.map(lambda z: z.reshape(-1, size, *z.shape[1:]), xy))
-    return dx, dw.astype(w.dtype), sq_norms.reshape(-1)
+    return dw.astype(w.dtype), sq_norms.reshape(-1)
 
 
 _einsum.defvjp(_einsum_fwd, _einsum_bwd)
@@ -182,13 +193,18 @@ def _scale(x, w, probe):
 
 
 def _scale_fwd(x, w, probe):
-    return _scale(x, w, probe), (x, w)
+    return _scale(x, w, probe), (x, w, probe)
 
 
 def _scale_bwd(residuals, dy):
-    x, w = residuals
-    per_example = _sum_positions(_f32(dy) * _f32(x), w)
-    return dy * _expand(w, x), per_example.sum(0).astype(w.dtype), _sq_norms(per_example)
+    x, w, probe = residuals
+    return dy * _expand(w, x), *left_to_xla(_sums, _f32(dy) * _f32(x), w, like=(w, probe))
+
+
+def _sums(grads, w):
+    """(gradient of w, squared norm of each example's gradient), from gradients at each position."""
+    per_example = grads.sum(tuple(range(1, grads.ndim - w.ndim)))
+    return per_example.sum(0).astype(w.dtype), _sq_norms(per_example)
 
 
 _scale.defvjp(_scale_fwd, _scale_bwd)
@@ -200,12 +216,12 @@ def _add(x, w, probe):
 
 
 def _add_fwd(x, w, probe):
-    return _add(x, w, probe), w
+    return _add(x, w, probe), (w, probe)
 
 
-def _add_bwd(w, dy):
-    per_example = _sum_positions(_f32(dy), w)
-    return dy, per_example.sum(0).astype(w.dtype), _sq_norms(per_example)
+def _add_bwd(residuals, dy):
+    w, probe = residuals
+    return dy, *left_to_xla(_sums, _f32(dy), w, like=(w, probe))
 
 
 _add.defvjp(_add_fwd, _add_bwd)
@@ -213,23 +229,34 @@ _add.defvjp(_add_fwd, _add_bwd)
 
 @jax.custom_vjp
 def _embed(table, ids, probe, link):
-    return table[ids], link
+    return _rows(table, ids), link
+
+
+def _rows(table, ids):
+    if not explicit_mesh():
+        return table[ids]
+    return table.at[ids].get(out_sharding=PartitionSpec(*type_of(ids).sharding.spec, None))
 
 
 def _embed_fwd(table, ids, probe, link):
-    return _embed(table, ids, probe, link), (table, ids)
+    return _embed(table, ids, probe, link), (table, ids, probe)
 
 
 def _embed_bwd(residuals, cotangents):
-    table, ids = residuals
+    table, ids, probe = residuals
     dy, dlink = cotangents
+    dtable, sq_norms = left_to_xla(_table_grad, table, ids, dy, dlink, like=(table, probe))
+    return dtable, None, sq_norms, dlink
+
+
+def _table_grad(table, ids, dy, dlink):
     _, pullback = jax.vjp(lambda table: table[ids], table)
     dy_BxTxD = _f32(dy).reshape(len(ids), -1, dy.shape[-1])
     sq_norms = jax.vmap(_sq_norm_by_id)(ids.reshape(len(ids), -1), dy_BxTxD)
     if dlink is not None:
         # |g_embed + g_head|² contains 2⟨g_embed, g_head⟩; dlink has the rows of g_head that were looked up.
         sq_norms += 2 * jnp.sum(dy_BxTxD * dlink.reshape(dy_BxTxD.shape), axis=(1, 2))
-    return pullback(dy)[0], None, sq_norms, dlink
+    return pullback(dy)[0], sq_norms
 
 
 _embed.defvjp(_embed_fwd, _embed_bwd)
@@ -244,22 +271,28 @@ def _sq_norm_by_id(ids_T, dy_TxD):
 _HEAD = ("btd", "vd", "btv")
 
 
-@jax.custom_vjp
-def _unembed_tied(x, table, ids, link, probe):
-    return jnp.einsum("btd,vd->btv", x, table)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unembed_tied(out_sharding, x, table, ids, link, probe):
+    return _product(_HEAD, out_sharding, x, table)
 
 
-def _unembed_tied_fwd(x, table, ids, link, probe):
-    return _unembed_tied(x, table, ids, link, probe), (x, table, ids)
+def _unembed_tied_fwd(out_sharding, x, table, ids, link, probe):
+    return _unembed_tied(out_sharding, x, table, ids, link, probe), (x, table, ids, link, probe)
 
 
-def _unembed_tied_bwd(residuals, dy):
-    x, table, ids = residuals
-    dx, dtable, sq_norms = _einsum_bwd(_HEAD, (x, table), dy)
+def _unembed_tied_bwd(out_sharding, residuals, dy):
+    x, table, ids, link, probe = residuals
+    dx, dtable, sq_norms = _einsum_bwd(_HEAD, out_sharding, (x, table, probe), dy)
+    (rows,) = left_to_xla(_head_rows, x, ids, dy, like=(link,))
+    return dx, dtable, None, rows, sq_norms
+
+
+def _head_rows(x, ids, dy):
+    """Those rows of each example's gradient of the head that were looked up in the table, where `embed_tied` did."""
     ids_BxS = ids.reshape(len(ids), -1)
     dy_BxTxS = jnp.take_along_axis(dy, ids_BxS[:, None, :], axis=2)
     rows_BxSxD = jnp.einsum("bts,btd->bsd", _f32(dy_BxTxS), _f32(x))
-    return dx, dtable, None, rows_BxSxD.reshape(*ids.shape, -1), sq_norms
+    return (rows_BxSxD.reshape(*ids.shape, -1),)
 
 
 _unembed_tied.defvjp(_unembed_tied_fwd, _unembed_tied_bwd)
@@ -306,10 +339,6 @@ def _tapped_elementwise(tapped, plain, x, w):
 
 def _expand(w, x):
     return w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
-
-
-def _sum_positions(z, w):
-    return z.sum(tuple(range(1, z.ndim - w.ndim)))
 
 
 def _sq_norms(per_example):

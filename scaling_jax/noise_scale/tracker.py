@@ -41,7 +41,8 @@ def tracker(half_life: float) -> Tracker:
 
     Returns:
       `init(like=0.0)`: the first state. `like` is a pytree like the moments' norms: a scalar, or {group: scalar}.
-      `update(moments, state)`: the next state. If a moment is NaN or infinite, only `flagged_steps` changes.
+      `update(moments, state)`: the next state. If a moment is NaN or infinite, only `flagged_steps` changes; nothing
+        changes in a step that wasn't measured (`value_and_grad(every=k)`), whose batch sizes are 0.
       `read(state)`: averages (|G|², tr(Σ)), zeros before the first step. tr(Σ)/|G|² is the noise scale in examples.
 
     Raises:
@@ -70,7 +71,7 @@ def tracker(half_life: float) -> Tracker:
             trace_cov,
             weight=average(state.weight, 1.0),
             steps=state.steps + finite,
-            flagged_steps=state.flagged_steps + ~finite,
+            flagged_steps=state.flagged_steps + (~finite & (moments.small_batch > 0)),
         )
 
     def read(state: TrackerState) -> tuple[Any, Any]:

@@ -169,7 +169,7 @@ def _get(states: TrainState, place: Any) -> TrainState:
 
 @functools.cache
 def _compile_steps(program: Program, num_groups: int, per_group: int):
-    step = jax.vmap(one_step(program, AXIS if program.num_devices > 1 else None))
+    step = jax.vmap(one_step(program, AXIS if program.num_devices > 1 else ()))
 
     def steps(states, rows_RxT1, order_SxCxB, settings, num_steps):
         learning_rate_S, warmup_steps_S = settings

@@ -119,7 +119,7 @@ def noise_scale_so_far(noise: TrackerState) -> float:
     return trace_cov / grad_sq_norm if grad_sq_norm > 0 else math.nan
 
 
-def one_step(program: Program, axis_name: str | None, differentiate: Callable = value_and_grad):
+def one_step(program: Program, axis_name: str | tuple[()], differentiate: Callable = value_and_grad):
     """One optimizer step on one device: `(state, tokens [B, T + 1], learning_rate, warmup_steps) -> (state, metrics)`.
 
     Gradients and the noise scale's moments are averaged over `axis_name`. `differentiate` replaces

@@ -77,7 +77,7 @@ def test_devices_give_what_microbatches_give(metric, check_vma):
     measured, got = fn(quadratic.PARAMS, x)
     assert measured
     halves_first = x.reshape(4, 2, 4, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-    want = jax.jit(make(quadratic.loss, num_microbatches=8))(quadratic.PARAMS, halves_first)
+    want = jax.jit(make(quadratic.loss, num_microbatches=8, axis_name=()))(quadratic.PARAMS, halves_first)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), got, want)
 
 

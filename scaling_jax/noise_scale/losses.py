@@ -1,0 +1,211 @@
+"""What a loss must be, so that the gradient of a batch is the mean of the gradients of its parts.
+
+A loss is read at trace time, from its jaxpr: which devices it reduces over, whether it divides by a sum over the batch,
+and which parameters it gathers.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from scaling_jax.noise_scale.accumulate import Split, names
+from scaling_jax.noise_scale.gather import GATHER
+
+_BATCH, _POOLED = "batch", "pooled"  # what a value depends on: the batch; a single number made from the whole batch
+_LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, jax.__file__))
+# These name a mapped axis, and communicate nothing.
+_LOCAL = ("axis_index", "pvary", "pcast", "pbroadcast", "vary_unreduced_cast", "reduced_vary_cast")
+
+
+def fixed_denominator(sum_loss_fn: Callable, weight_per_example: float, has_aux: bool = False) -> Callable:
+    """A mean loss made from a weighted sum: the sum divided by (examples · weight_per_example).
+
+    With `value_and_grad(weighted=True)` the batch's own sum of weights is the denominator instead.
+
+    Args:
+      sum_loss_fn: `(params, batch, *extra) -> sum over examples and tokens of weight · loss`, or `(sum, aux)`.
+      weight_per_example: a constant. With the expected weight of an example, the result is a mean per unit of weight.
+      has_aux: `sum_loss_fn` returns `(sum, aux)`.
+
+    Returns:
+      A `loss_fn` for `value_and_grad`.
+    """
+    if not weight_per_example > 0:
+        raise ValueError(f"weight_per_example={weight_per_example} must be positive")
+
+    def loss_fn(params, batch, *extra):
+        denominator = weight_per_example * jax.tree.leaves(batch)[0].shape[0]
+        if has_aux:
+            total, aux = sum_loss_fn(params, batch, *extra)
+            return total / denominator, aux
+        return sum_loss_fn(params, batch, *extra) / denominator
+
+    return loss_fn
+
+
+def check_mean_loss(loss_fn: Callable, params, batch, *extra, num_parts: int = 2, rtol: float = 1e-5) -> None:
+    """Check that the loss of a batch is the mean of the losses of its parts. Call it once before training.
+
+    Pass a batch with the weights and padding that occur in training. `loss_fn` must return a scalar.
+
+    Raises:
+      ValueError: if it isn't the mean: the loss divides by the batch's own weights, or sums over examples.
+    """
+    whole = float(loss_fn(params, batch, *extra))
+    parts = [
+        float(loss_fn(params, jax.tree.map(lambda x, i=i: np.split(x, num_parts)[i], batch), *extra))
+        for i in range(num_parts)
+    ]
+    if not abs(np.mean(parts) - whole) <= rtol * max(abs(whole), np.max(np.abs(parts))):
+        raise ValueError(
+            f"the loss of the batch is {whole:.6g}, but the mean of its {num_parts} parts' losses is "
+            f"{np.mean(parts):.6g}, so the loss isn't a mean over examples: return (sum, weight) and pass "
+            "weighted=True, or divide by a fixed denominator (noise_scale.fixed_denominator)"
+        )
+
+
+def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str, tuple[str, ...]]:
+    """Reads the loss: {path of a parameter: mapped axes along which `taps.all_gather` gathers it}.
+
+    Args:
+      loss_of: `(params, microbatch) -> loss`, without aux.
+      weighted: the loss is a sum, so it may do with the batch what it likes.
+
+    Raises:
+      ValueError: if the loss has a collective along the split's axes; if it divides by a sum over the batch; if a
+        parameter differs between devices and isn't gathered, or is gathered twice.
+    """
+    microbatch = jax.tree.map(lambda x: x[0], split.batch_MxB)
+    jaxpr = jax.make_jaxpr(loss_of)(split.params, microbatch).jaxpr
+    paths = names(split.params)
+    reader = _Reader(frozenset(split.axes), paths, {})
+    batch = [frozenset([_BATCH])] * len(jax.tree.leaves(microbatch))
+    (of_loss, *_) = reader.read(jaxpr, [frozenset([k]) for k in range(len(paths))] + batch)
+    divisions = [tag for tag in of_loss if isinstance(tag, _Division)]
+    if divisions and not weighted:
+        raise ValueError(
+            f"loss_fn divides by a number that depends on the whole batch{divisions[0].where}, so it isn't a mean over "
+            "examples: return (sum, weight) and pass weighted=True, or divide by a constant (fixed_denominator)"
+        )
+    for name, own in zip(paths, split.own_params, strict=True):
+        if missing := own - set(reader.gathered.get(name, ())):
+            raise ValueError(
+                f"parameter {name!r} differs between the devices along {sorted(missing)}: gather its shards in loss_fn "
+                "by noise_scale.taps.all_gather, or pass the whole parameter to every device"
+            )
+    return reader.gathered
+
+
+class _Division(NamedTuple):
+    where: str
+
+
+class _Reader(NamedTuple):
+    """Follows through a jaxpr what each value depends on: parameters, by number, and the batch."""
+
+    axes: frozenset[str]
+    paths: list[str]
+    gathered: dict[str, tuple[str, ...]]  # filled as gathers are found
+
+    def read(self, jaxpr, inputs, of_one_example=False) -> list[frozenset]:
+        """What the outputs depend on. `of_one_example`: in a loop over examples, where no number is of the batch."""
+        known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def tags(value):
+            return frozenset() if isinstance(value, Literal) else known.get(value, frozenset())
+
+        for eqn in jaxpr.eqns:
+            outputs = self._equation(eqn, [tags(value) for value in eqn.invars], of_one_example)
+            for value, found in zip(eqn.outvars, outputs, strict=True):
+                single = not of_one_example and getattr(value.aval, "shape", None) == ()
+                if single and _BATCH in found and not any(isinstance(tag, int) for tag in found):
+                    found = found | {_POOLED}
+                known[value] = found
+        return [tags(value) for value in jaxpr.outvars]
+
+    def _equation(self, eqn, inputs, of_one_example) -> list[frozenset]:
+        kind, params, all_inputs = eqn.primitive.name, eqn.params, frozenset().union(*inputs)
+        if params.get("name") == GATHER:
+            self._gather(eqn, inputs[0])
+            return inputs[:1]
+        if kind not in _LOCAL and (along := self.axes & _axes_of(params)):
+            raise ValueError(
+                f"loss_fn has a collective of its own along {sorted(along)}: {kind}{_where(eqn)}. Return the mean over "
+                "the device's own examples; value_and_grad averages over the devices, and noise_scale.taps.all_gather "
+                "gathers parameters"
+            )
+        if kind == "scan":
+            return self._loop(_open(params["jaxpr"]), inputs, params["num_consts"], params["num_carry"], of_one_example)
+        if kind == "while":
+            return self._while(params, inputs, of_one_example)
+        if kind == "cond":
+            branches = [self.read(_open(branch), inputs[1:], of_one_example) for branch in params["branches"]]
+            return [inputs[0].union(*tags) for tags in zip(*branches, strict=True)]
+        for inner in _inner(params):
+            if len(inner.invars) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
+                return self.read(inner, inputs, of_one_example)
+            self.read(inner, [frozenset()] * len(inner.invars), True)
+        if kind == "div" and _POOLED in inputs[1] and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+            all_inputs = all_inputs | {_Division(_where(eqn))}
+        return [all_inputs] * len(eqn.outvars)
+
+    def _gather(self, eqn, inputs):
+        found = [self.paths[tag] for tag in inputs if isinstance(tag, int)]
+        if len(found) != 1 or _BATCH in inputs:
+            raise ValueError(f"taps.all_gather{_where(eqn)} gathers what isn't one parameter: use jax.lax.all_gather")
+        if found[0] in self.gathered:
+            raise ValueError(f"loss_fn gathers parameter {found[0]!r} twice: gather it once and use the result twice")
+        (gather,) = [
+            e for e in _open(eqn.params["jaxpr"]).eqns if _axes_of(e.params) and e.primitive.name not in _LOCAL
+        ]
+        self.gathered[found[0]] = tuple(sorted(_axes_of(gather.params)))
+
+    def _loop(self, body, inputs, num_consts, num_carry, of_one_example):
+        consts, carry, xs = inputs[:num_consts], inputs[num_consts:][:num_carry], inputs[num_consts + num_carry :]
+        of_one_example = of_one_example or any(_BATCH in x for x in xs)
+        before = dict(self.gathered)
+        while True:
+            self.gathered.clear()
+            self.gathered.update(before)
+            outputs = self.read(body, [*consts, *carry, *xs], of_one_example)
+            grown = [old | new for old, new in zip(carry, outputs, strict=False)]
+            if grown == list(carry):
+                return [*grown, *outputs[num_carry:]]
+            carry = grown
+
+    def _while(self, params, inputs, of_one_example):
+        for_cond, for_body = params["cond_nconsts"], params["body_nconsts"]
+        carry = inputs[for_cond + for_body :]
+        self.read(_open(params["cond_jaxpr"]), [*inputs[:for_cond], *carry], of_one_example)
+        consts = inputs[for_cond:][:for_body]
+        return self._loop(_open(params["body_jaxpr"]), [*consts, *carry], for_body, len(carry), of_one_example)
+
+
+def _open(jaxpr) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _inner(params):
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(_open(each), "eqns"):
+                yield _open(each)
+
+
+def _axes_of(params) -> frozenset[str]:
+    named = (params.get("axes", ()), params.get("axis_name", ()))
+    return frozenset(a for n in named for a in (n if isinstance(n, (tuple, list)) else (n,)) if isinstance(a, str))
+
+
+def _where(eqn) -> str:
+    """The user's line, as " (loss.py:12)"."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith((*_LIBRARIES, "<")):
+            return f" ({frame.file_name.rpartition('/')[2]}:{frame.line_num})"
+    return ""
