@@ -104,7 +104,7 @@ def means_over_devices(rest, grads, split: Split, gathered: Mapping[str, tuple[s
 
 def whole_norms(sq_norms: Mapping[str, jax.Array], gathered: Mapping[str, tuple[str, ...]], groups) -> Any:
     """`add_up` of the leaf norms of averaged gradients; norms of shards are added over devices, as one number each."""
-    total = {} if groups else jnp.zeros(())
+    total: Any = {} if groups else jnp.zeros(())
     for axes in [(), *sorted(set(gathered.values()))]:
         part = add_up({name: x for name, x in sq_norms.items() if gathered.get(name, ()) == axes}, groups)
         if axes:

@@ -160,10 +160,8 @@ class _Reader(NamedTuple):
             raise ValueError(f"taps.all_gather{_where(eqn)} gathers what isn't one parameter: use jax.lax.all_gather")
         if found[0] in self.gathered:
             raise ValueError(f"loss_fn gathers parameter {found[0]!r} twice: gather it once and use the result twice")
-        (gather,) = [
-            e for e in _open(eqn.params["jaxpr"]).eqns if _axes_of(e.params) and e.primitive.name not in _LOCAL
-        ]
-        self.gathered[found[0]] = tuple(sorted(_axes_of(gather.params)))
+        along = [_axes_of(e.params) for e in _open(eqn.params["jaxpr"]).eqns if e.primitive.name not in _LOCAL]
+        self.gathered[found[0]] = tuple(sorted(frozenset().union(*along)))
 
     def _loop(self, body, inputs, num_consts, num_carry, of_one_example):
         consts, carry, xs = inputs[:num_consts], inputs[num_consts:][:num_carry], inputs[num_consts + num_carry :]

@@ -72,7 +72,7 @@ def value_and_grad(
       batch_sharding: how the batch lies on a mesh with Auto axes, under jit: a NamedSharding, or a pytree prefix of
         them. Without it XLA is left to find out. Explicit axes say it by themselves.
       weighted: `loss_fn` returns `(sum, weight)`: the sum over the batch of weight · loss, and of the weights. Loss and
-        grads are those of the weighted mean, sum / weight over the whole batch. Aux are sums too, divided by the weight.
+        grads are those of the weighted mean, sum / weight of the whole batch. Aux are sums too, divided by the weight.
       has_aux: `loss_fn` returns `(loss, aux)`, or `((sum, weight), aux)`. The leaves of `aux` are floats; they are
         averaged like the loss.
       method: "two_batch" compares microbatches and devices with the whole batch. "per_example" compares single
@@ -186,9 +186,9 @@ def value_and_grad(
             big = jax.tree.map(lambda x: x / jnp.square(total_weight), big)
         else:
             big = only_if_measured(whole_norm, grads)
-        sizes = jnp.float32(small_batch), jnp.float32(big_batch)
+        sizes = [jnp.float32(small_batch), jnp.float32(big_batch)]
         if measured is not None:
-            sizes = tuple(jnp.where(measured, size, 0.0) for size in sizes)
+            sizes = [jnp.where(measured, size, 0.0) for size in sizes]
         moments = Moments(small, big, *sizes)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         return ((loss, moments, aux) if has_aux else (loss, moments)), grads

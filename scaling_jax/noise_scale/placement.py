@@ -39,12 +39,10 @@ def microbatches(batch, num_microbatches: int, strided: bool, batch_sharding: An
         y = jnp.swapaxes(x.reshape(shape), 0, 1)
         if said is None:
             return y
-        named = said.spec if isinstance(said, NamedSharding) else said
-        spread = PartitionSpec(None, *named)
-        if isinstance(said, NamedSharding):
-            _check_shares(x, said, num_microbatches)
-            spread = NamedSharding(said.mesh, spread)
-        return jax.lax.with_sharding_constraint(y, spread)
+        if isinstance(said, PartitionSpec):
+            return jax.lax.with_sharding_constraint(y, PartitionSpec(None, *said))
+        _check_shares(x, said, num_microbatches)
+        return jax.lax.with_sharding_constraint(y, NamedSharding(said.mesh, PartitionSpec(None, *said.spec)))
 
     if batch_sharding is None:
         return jax.tree.map(lambda x: cut(x, None), batch)
@@ -58,7 +56,7 @@ def _check_shares(x, sharding, num_microbatches):
     share = sharding.shard_shape(x.shape)[0]
     if share % num_microbatches:
         raise ValueError(
-            f"each device holds {share} of {x.shape[0]} examples, which don't split into {num_microbatches} microbatches"
+            f"each device holds {share} of {x.shape[0]} examples: they don't split into {num_microbatches} microbatches"
         )
 
 
@@ -120,7 +118,7 @@ def _along(spec: PartitionSpec | None, axes: tuple[str, ...]) -> PartitionSpec:
 
 
 def left_to_xla(fn: Callable, *args, like: tuple) -> Any:
-    """`fn(*args)`, whose results lie as the arrays `like` do. XLA places what is in between, whatever the mesh's axes."""
+    """`fn(*args)`, whose results lie as the arrays `like` do. XLA places what is in between, whatever the axes."""
     if not explicit_mesh():
         return fn(*args)
     return jax.sharding.auto_axes(fn, out_sharding=tuple(type_of(x).sharding for x in like))(*args)

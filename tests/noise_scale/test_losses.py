@@ -116,7 +116,7 @@ def chunked(params, batch):
 @pytest.mark.parametrize("method", ["two_batch", "per_example"])
 def test_a_division_by_a_sum_over_the_batch_is_refused(loss, method):
     fn = value_and_grad(loss, num_microbatches=2, method=method)
-    with pytest.raises(ValueError, match="divides by a number that depends on the whole batch.*weighted=True"):
+    with pytest.raises(ValueError, match=r"divides by a number that depends on the whole batch.*weighted=True"):
         jax.eval_shape(fn, PARAMS, BATCH)
 
 
