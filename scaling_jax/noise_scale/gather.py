@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from scaling_jax.noise_scale.accumulate import Split, mark_varying, mean_over_devices, path_name, varying
+from scaling_jax.noise_scale.placement import left_to_xla
 from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms, sum_of_squares
 
 GATHER = "noise_scale_all_gather"  # by this name `losses` finds gathers in a loss
@@ -45,11 +46,11 @@ def all_gather(w_shard, axis_name: str | tuple[str, ...], axis: int = 0):
     """
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if isinstance(w_shard, Shard):
-        return _recorded(axes, axis, w_shard.value, w_shard.probe)
+        return _gather(axes, axis, w_shard.value, w_shard.probe)
     if isinstance(w_shard, tuple):  # Tapped: the taps record the norms of single examples
         whole: Any = w_shard
-        return whole._replace(value=_gather(w_shard[0], axes, axis))
-    return _gather(w_shard, axes, axis)
+        return whole._replace(value=_gather(axes, axis, w_shard[0], None))
+    return _gather(axes, axis, w_shard, None)
 
 
 def gather_all(params, shards: Sequence[tuple[int, tuple[str, ...]] | None]):
@@ -118,22 +119,26 @@ def _all_gather(x, axes, axis):
 
 
 _all_gather.__name__ = GATHER
-_gather = jax.jit(_all_gather, static_argnums=(1, 2))
+_named = jax.jit(_all_gather, static_argnums=(1, 2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recorded(axes, axis, shard, probe):
-    return _gather(shard, axes, axis)
+def _gather(axes, axis, shard, probe):
+    return _named(shard, axes, axis)
 
 
-def _recorded_fwd(axes, axis, shard, probe):
-    return _recorded(axes, axis, shard, probe), probe
+def _gather_fwd(axes, axis, shard, probe):
+    return _gather(axes, axis, shard, probe), (shard, probe)
 
 
-def _recorded_bwd(axes, axis, probe, gradient):
-    sq_norm = sum_of_squares(gradient, keep_first=probe.ndim == 1)
-    shard = jax.lax.psum_scatter(gradient, axes, scatter_dimension=axis, tiled=True)
-    return shard, sq_norm.astype(jnp.float32)
+def _gather_bwd(axes, axis, residuals, gradient):
+    shard, probe = residuals
+    sq_norm = None if probe is None else sum_of_squares(gradient, keep_first=probe.ndim == 1).astype(jnp.float32)
+
+    def scatter(gradient):
+        return (jax.lax.psum_scatter(gradient, axes, scatter_dimension=axis, tiled=True),)
+
+    return *left_to_xla(scatter, gradient, like=(shard,)), sq_norm
 
 
-_recorded.defvjp(_recorded_fwd, _recorded_bwd)
+_gather.defvjp(_gather_fwd, _gather_bwd)

@@ -140,7 +140,11 @@ class _Reader(NamedTuple):
                 "gathers parameters"
             )
         if kind == "scan":
-            return self._loop(_open(params["jaxpr"]), inputs, params["num_consts"], params["num_carry"], of_one_example)
+            body = _open(params["jaxpr"])
+            # Of what goes in, xs have one dimension more than the body sees; of what comes out, the carry has not.
+            num_xs = _differ(eqn.invars, body.invars)
+            num_carry = len(eqn.outvars) - _differ(eqn.outvars, body.outvars)
+            return self._loop(body, inputs, len(inputs) - num_xs - num_carry, num_carry, of_one_example)
         if kind == "while":
             return self._while(params, inputs, of_one_example)
         if kind == "cond":
@@ -186,6 +190,10 @@ class _Reader(NamedTuple):
 
 def _open(jaxpr) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _differ(outside, inside) -> int:
+    return sum(a.aval.shape != b.aval.shape for a, b in zip(outside, inside, strict=True))
 
 
 def _inner(params):

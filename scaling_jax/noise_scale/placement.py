@@ -119,14 +119,19 @@ def _along(spec: PartitionSpec | None, axes: tuple[str, ...]) -> PartitionSpec:
 
 def left_to_xla(fn: Callable, *args, like: tuple) -> Any:
     """`fn(*args)`, whose results lie as the arrays `like` do. XLA places what is in between, whatever the axes."""
-    if not explicit_mesh():
+    if not (axes := _explicit_axes()):
         return fn(*args)
-    return jax.sharding.auto_axes(fn, out_sharding=tuple(type_of(x).sharding for x in like))(*args)
+    return jax.sharding.auto_axes(fn, axes=axes, out_sharding=tuple(type_of(x).sharding for x in like))(*args)
 
 
 def explicit_mesh() -> bool:
     """True if the types of arrays say here how a mesh divides them."""
-    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    return bool(_explicit_axes())
+
+
+def _explicit_axes() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
 
 
 def examples_of(batch) -> jax.Array:

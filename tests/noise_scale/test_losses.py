@@ -112,7 +112,14 @@ def chunked(params, batch):
     return total / count
 
 
-@pytest.mark.parametrize("loss", [masked_mean, average, where, guarded, scaled, chunked])
+def counted(params, batch):
+    total = jnp.sum(errors(params, batch) * batch["mask"])
+    rows = jnp.int32(jnp.maximum(batch["x"][0, 0, 0], B))  # not known when traced
+    count = jax.lax.fori_loop(0, rows, lambda i, n: n + batch["mask"][i].sum(), 0.0)
+    return total / count
+
+
+@pytest.mark.parametrize("loss", [masked_mean, average, where, guarded, scaled, chunked, counted])
 @pytest.mark.parametrize("method", ["two_batch", "per_example"])
 def test_a_division_by_a_sum_over_the_batch_is_refused(loss, method):
     fn = value_and_grad(loss, num_microbatches=2, method=method)
