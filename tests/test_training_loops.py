@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import scaling_jax as sj
+from experiments import dependent_examples
 from tests.test_docs import DOCS, blocks
 
 BLOCKS = {re.match(r"# (\w+)", block).group(1): block for block in blocks(DOCS / "training_loop.md", "python")}
@@ -90,6 +91,16 @@ def test_parameters_train_as_without_the_noise_scale(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), jax.device_get(params), want)
     for x in params.values():
         assert x.addressable_shards[0].data.size == (DIM // 8 if "fsdp" in name else DIM)
+
+
+def test_every_tenth_step_is_tracked():
+    batches = quadratic_batches(STEPS)
+    after = run("every", optimizer=optax.sgd(0.1), batches=batches)
+    all_steps = run("jit_auto", optimizer=optax.sgd(0.1), batches=batches)
+    for moment in ("grad_sq_norm", "trace_cov"):
+        want = sj.noise_scale.ema(all_steps[moment][::10], half_life=50)[-1]
+        np.testing.assert_allclose(after[moment], want, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(after["params"]["w"], jax.device_get(all_steps["params"]["w"]), rtol=1e-3, atol=1e-5)
 
 
 def images(count, batch=BATCH):
@@ -190,5 +201,66 @@ def test_masked_tokens_have_the_moments_of_the_mean_over_all_tokens():
         )
 
 
+def test_weights_that_vary_add_their_squared_coefficient_of_variation():
+    """Lengths uniform on (0, 1]; the gradient of a token has the mean G and the variance 1 in each of its numbers."""
+    value_and_grad = sj.noise_scale.value_and_grad(
+        lambda w, x: (jnp.sum(x["length"] * 0.5 * jnp.sum((w[None] - x["mean"]) ** 2, -1)), jnp.sum(x["length"])),
+        num_microbatches=4,
+        weighted=True,
+    )
+
+    def moments(key):
+        of_length, of_mean = jax.random.split(key)
+        length = 1 - jax.random.uniform(of_length, (256,))
+        x = {"length": length, "mean": jax.random.normal(of_mean, (256, DIM)) / jnp.sqrt(length)[:, None]}
+        (_, moments), grads = value_and_grad(10 * DISTANCE, x)
+        return sj.noise_scale.unbiased(moments), grads
+
+    (g2, tr), grads = jax.jit(jax.vmap(moments))(jax.random.split(jax.random.key(0), 4_000))
+    true_trace_cov = 256 * jnp.var(grads, axis=0).sum()
+    extra = (tr.mean() - true_trace_cov) / g2.mean()
+    np.testing.assert_allclose(extra, 1 / 3, rtol=0.15)
+
+
+def summed(params, x):
+    return jnp.sum((params[None] - x) ** 2)
+
+
+def contrastive(params, x):
+    similarity = (x * params[None]) @ x.T
+    return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(similarity)))
+
+
+def load_balancing(params, x):
+    probabilities = jax.nn.softmax(x * params[None])
+    chosen = jax.nn.one_hot(jnp.argmax(probabilities, -1), DIM)
+    return jnp.sum(chosen.mean(0) * probabilities.mean(0))
+
+
+def batch_norm(params, x):
+    return jnp.mean(jnp.sum((params[None] * jax.nn.standardize(x, axis=0)) ** 4, -1))
+
+
+@pytest.mark.parametrize("loss", [summed, contrastive, load_balancing, batch_norm])
+def test_check_mean_loss_refuses_what_a_trace_does_not_show(loss):
+    x = normal(0, BATCH, DIM)
+    sj.noise_scale.value_and_grad(loss, num_microbatches=4)(DISTANCE, x)
+    with pytest.raises(ValueError, match="isn't a mean over examples"):
+        sj.noise_scale.check_mean_loss(loss, DISTANCE, x)
+
+
+def test_dependent_examples_give_what_the_formulas_say(monkeypatch):
+    monkeypatch.setattr(dependent_examples, "DRAWS", 2_000)
+    rows = list(dependent_examples.measure())
+    found = {}
+    for row in rows:
+        assert abs(dependent_examples.standard_errors(row.grad_sq_norm, row.case.grad_sq_norm)) < 4
+        assert abs(dependent_examples.standard_errors(row.trace_cov, row.case.trace_cov)) < 4
+        found[row.case.what] = row.case.trace_cov / row.case.grad_sq_norm
+    assert found["copies in turns, 4 microbatches"] == dependent_examples.TRUTH == 32
+    n, b, c = 4, dependent_examples.BATCH, dependent_examples.COPIES
+    assert found["shuffled, 4 devices"] == pytest.approx(n * (b - c) / (b - 1 + n * (c - 1)))
+
+
 def test_every_loop_is_run_here():
-    assert set(BLOCKS) == {"imports", *QUADRATIC, "nnx", "equinox", "lora", "masked"}
+    assert set(BLOCKS) == {"imports", *QUADRATIC, "every", "nnx", "equinox", "lora", "masked"}
