@@ -1,14 +1,22 @@
 """The gradient noise scale of any JAX loss, with a confidence interval. Imports nothing else of scaling_jax."""
 
 from scaling_jax.noise_scale import geometries, taps
-from scaling_jax.noise_scale.accumulator import Accumulator, AccumulatorState
 from scaling_jax.noise_scale.estimate import Estimate, estimate
 from scaling_jax.noise_scale.geometries import every
 from scaling_jax.noise_scale.losses import check_mean_loss, fixed_denominator
 from scaling_jax.noise_scale.moments import Moments, unbiased, value_and_grad
-from scaling_jax.noise_scale.per_example import check_taps
 from scaling_jax.noise_scale.quadratic_forms import adam_norms, curvature, sq_norm
-from scaling_jax.noise_scale.tracker import MovingAverage, Tracker, TrackerState, ema, tracker, windows
+from scaling_jax.noise_scale.recorded import check_taps
+from scaling_jax.noise_scale.tracker import (
+    Accumulator,
+    AccumulatorState,
+    MovingAverage,
+    Tracker,
+    TrackerState,
+    ema,
+    tracker,
+    windows,
+)
 
 __all__ = [
     "Accumulator",

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from scaling_jax.noise_scale import accumulate, gather, losses, per_example, placement
+from scaling_jax.noise_scale import accumulate, losses, recorded
 from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
 
 
@@ -51,7 +51,7 @@ def value_and_grad(
     norm: Callable[[Any], Any] | None = None,
     groups: Callable[[str], str] | None = None,
     stacked: Callable[[str], bool] = lambda name: False,
-    is_norm_layer: Callable[[str], bool] = per_example.is_norm_layer,
+    is_norm_layer: Callable[[str], bool] = recorded.is_norm_layer,
     every: int | None = None,
 ):
     """`jax.value_and_grad` of a mean loss that also returns the `Moments` of its gradient.
@@ -145,9 +145,9 @@ def value_and_grad(
 
         def tapped(microbatch):
             if two_batch:
-                found = gather.value_grads_and_norms(loss_of, split.params, microbatch, gathered, stacked)
+                found = recorded.with_own_norms(loss_of, split.params, microbatch, gathered, stacked)
             else:
-                found = per_example.value_grads_and_norms(loss_of, split.params, microbatch, selected, stacked)
+                found = recorded.with_example_norms(loss_of, split.params, microbatch, selected, stacked)
             value, grads, sq_norms = found
             return value, grads, add_up(sq_norms, groups)
 
@@ -168,7 +168,7 @@ def value_and_grad(
 
         def whole_norm(grads):
             if norm is None:
-                return gather.whole_norms(leaf_norms(grads), gathered, groups)
+                return recorded.whole_norms(leaf_norms(grads), gathered, groups)
             # The caller's norm may depend on the device: `curvature` uses each device's own Hessian.
             return accumulate.mean_over_devices(norm(grads), split)
 
@@ -177,7 +177,7 @@ def value_and_grad(
         (value, grads, small), big = accumulate.mean_over_microbatches(
             one, split, (lambda total: only_if_measured(whole_norm, total[1])) if together else lambda total: ()
         )
-        ((loss, (weight, aux)), small), grads = gather.means_over_devices((value, small), grads, split, gathered)
+        ((loss, (weight, aux)), small), grads = recorded.means_over_devices((value, small), grads, split, gathered)
         if weighted:
             loss, aux, grads = jax.tree.map(lambda x: x / weight, (loss, aux, grads))
             small = jax.tree.map(lambda x: x / jnp.square(weight), small)
@@ -197,10 +197,10 @@ def value_and_grad(
         if (step is None) != (every is None):
             raise TypeError("value_and_grad(every=k) and the keyword step go together: pass both or neither")
         axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        if placement.mapped(axes):
+        if accumulate.mapped(axes):
             return local(lambda params: params, params, batch, step, *extra)
-        shards = placement.sharded_dimensions(params, axes)
-        on_device = functools.partial(local, functools.partial(gather.gather_all, shards=shards))
-        return placement.on_mesh(on_device, axes, batch_sharding, params)(params, batch, step, *extra)
+        shards = accumulate.sharded_dimensions(params, axes)
+        on_device = functools.partial(local, functools.partial(recorded.gather_all, shards=shards))
+        return accumulate.on_mesh(on_device, axes, batch_sharding, params)(params, batch, step, *extra)
 
     return wrapped

@@ -12,30 +12,17 @@ term of both gradients is missing. `embed_tied` and `unembed_tied` add it for an
 
 from functools import partial
 from math import prod
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from scaling_jax.noise_scale.accumulate import mark_varying, varying
-from scaling_jax.noise_scale.gather import all_gather  # noqa: F401  one of the taps
-from scaling_jax.noise_scale.placement import explicit_mesh, left_to_xla, type_of
+from scaling_jax.noise_scale.accumulate import explicit_mesh, left_to_xla, mark_varying, type_of, varying
+from scaling_jax.noise_scale.recorded import Tapped
 
 MAX_ELEMENTS = 2**24  # of one layer's per-example gradients at a time; a larger batch is computed in chunks
 MAX_ELEMENTS_ON_CPU = 2**20  # about what the caches hold
 FLOP_PER_BYTE = 10  # operations in the time that memory moves one byte; an H100 has 20 in float32, CPU cores 5 to 10
-
-
-class Tapped(NamedTuple):
-    """A parameter and its probe: (B,) float32 zeros, one per example of the microbatch."""
-
-    value: jax.Array
-    probe: jax.Array
-
-    def astype(self, dtype) -> "Tapped":
-        """Cast the value; the probe stays float32."""
-        return Tapped(self.value.astype(dtype), self.probe)
 
 
 def einsum(spec: str, x, w, out_sharding=None):

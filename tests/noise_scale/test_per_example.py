@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.noise_scale import check_taps, sq_norm, taps, unbiased, value_and_grad
-from scaling_jax.noise_scale.per_example import value_grads_and_norms
+from scaling_jax.noise_scale.recorded import with_example_norms
 from tests.noise_scale import language_model as lm
 
 
@@ -19,7 +19,7 @@ def tapped_and_exact(loss, params, batch):
     """{path: norms} both ways; only means over examples leave the taps, so examples go through one at a time."""
 
     def one(example):
-        _, _, norms = value_grads_and_norms(
+        _, _, norms = with_example_norms(
             lambda params, batch: (loss(params, batch), ()), params, example[None], lambda name: True, lm.is_stacked
         )
         return norms

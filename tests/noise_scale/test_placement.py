@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from scaling_jax.compile.ahead_of_time import collectives
 from scaling_jax.noise_scale import sq_norm, taps, unbiased, value_and_grad
-from scaling_jax.noise_scale.placement import microbatches
+from scaling_jax.noise_scale.accumulate import microbatches
 from tests.noise_scale.agreement import assert_mean
 
 B, D, H = 64, 16, 32
