@@ -109,6 +109,7 @@ def train(
     target_loss: float | None = None,
     seed: int | None = None,
     results: Path = Path("results/train"),
+    sharding: Literal["replicated", "fsdp"] = "replicated",
     dry_run: bool = False,
     tensorboard: bool = False,
     wandb: str | None = None,
@@ -139,6 +140,8 @@ def train(
       target_loss: also end the run once its test loss (nats per token) is below this.
       seed: seed for the parameters and for the order of the text.
       results: folder for the run, which all processes see, or gs://bucket/folder.
+      sharding: replicated keeps a copy of the model on each device; fsdp gives each device a part of it, for models
+        that don't fit otherwise. It may change when a run continues: it isn't part of what the run is.
       dry_run: print the run as JSON, and train nothing.
       tensorboard: also write TensorBoard event files next to the run's metrics.
       wandb: also send the run to this Weights & Biases project.
@@ -184,7 +187,7 @@ def train(
     share_cores([run.batch_sequences, *(stage.batch_tokens // run.model.context for stage in run.ramp)])
     with together():
         results = working_copy(results, is_first())
-    commands.train_on_console(run, results, corpus, asked_for(tensorboard, wandb))
+    commands.train_on_console(run, results, corpus, asked_for(tensorboard, wandb), sharding)
 
 
 @app.command
@@ -241,7 +244,11 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", ex
 
 
 @app.command(name="compile")
-def compile_ahead(experiment: tyro.conf.Positional[Path], topology: str = "v5e:16x16") -> None:
+def compile_ahead(
+    experiment: tyro.conf.Positional[Path],
+    topology: str = "v5e:16x16",
+    sharding: Literal["replicated", "fsdp"] = "replicated",
+) -> None:
     """Compile every batch size of an experiment for a TPU slice, without a TPU. Exit code 1 if a program doesn't fit.
 
     Example: scaling-jax compile experiments/gpt_85m_ramp.py --topology v5p:4x4x8
@@ -249,6 +256,7 @@ def compile_ahead(experiment: tyro.conf.Positional[Path], topology: str = "v5e:1
     Args:
       experiment: a Python file that defines EXPERIMENT or RUNS.
       topology: the slice: v4, v5e, v5p or v6e, and a shape, such as v5e:4x4 or v5p:4x4x8.
+      sharding: as for train; fsdp divides the model over the chips.
     """
     from rich.console import Console
 
@@ -260,7 +268,7 @@ def compile_ahead(experiment: tyro.conf.Positional[Path], topology: str = "v5e:1
     runs, slice_, console = planned_runs(load_plan(experiment)), find_topology(topology), Console()
     with console.status(f"compiling for {slice_.name}") as status:
         batches = []
-        for batch in compile_runs(runs, slice_):
+        for batch in compile_runs(runs, slice_, sharding):
             batches.append(batch)
             status.update(f"compiling for {slice_.name}: {len(batches)} of {len(runs)} batch sizes done")
     console.print(print_compiled(batches, slice_), highlight=False)

@@ -17,15 +17,17 @@ from scaling_jax.compile.topologies import Topology
 from scaling_jax.data.feeding import RESIDENT_BYTES
 from scaling_jax.noise_scale import Moments, accumulate, value_and_grad
 from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
-from scaling_jax.parallel import AXIS, data_mesh, spmd
+from scaling_jax.parallel import AXIS, Sharding, data_mesh
+from scaling_jax.parallel.fsdp import fsdp_shardings
 from scaling_jax.scanning.experiment import Experiment
 from scaling_jax.scanning.plan import flops_per_token
-from scaling_jax.tasks import ModelConfig, Transformer, batch_loss, evaluator, held_out_rows
+from scaling_jax.tasks import ModelConfig, Transformer, batch_loss, evaluator, fsdp_evaluator, held_out_rows
 from scaling_jax.training import Run
-from scaling_jax.training.program import Program, many_steps, program_for
+from scaling_jax.training.optimizers import counts_layers
+from scaling_jax.training.program import Program, many_steps, program_for, state_shardings
 from scaling_jax.training.run import Stage
 
-_SPLIT = (False, False, True, False)  # of the arguments of the steps, only the order of rows is split over chips
+_SPLIT = (False, True, False)  # of the arguments of the steps after the state, only the order of rows is split
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # An operation may have two instructions, `-start` and `-done`; this doesn't match `-done`, so it counts once.
 _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (?P<shape>.+?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
@@ -81,19 +83,21 @@ def planned_runs(plan: Experiment | Mapping[str, Run]) -> tuple[Run, ...]:
     return tuple(runs[key] for key in sorted(runs, key=lambda key: (key[0].num_params, key[1])))
 
 
-def compile_runs(runs: Sequence[Run], slice_: Topology) -> Iterator[CompiledBatch]:
+def compile_runs(runs: Sequence[Run], slice_: Topology, sharding: Sharding = "replicated") -> Iterator[CompiledBatch]:
     """Compiles the runs' programs, largest batch first. If the slice doesn't divide a batch, takes a smaller slice.
 
-    Batches with the same number of sequences per chip are compiled once, for the largest slice. Their programs differ
-    only in the number of chips that add up their gradients.
+    Batches with the same number of sequences per chip are compiled once, for the largest slice, if the state is
+    replicated. Their programs differ only in the number of chips that add up their gradients.
     """
+    least = 2 if sharding == "fsdp" else 1  # sequences on a chip
     shares: dict[Any, tuple[Executable, Executable]] = {}
     for run in sorted(map(_without_choices, runs), key=lambda run: -run.batch_tokens):
         own = slice_
-        while run.batch_sequences % len(own.devices):
+        while run.batch_sequences % len(own.devices) or run.batch_sequences < least * len(own.devices):
             own = own.halved()
-        program = program_for(run, len(own.devices), "shard_map")
-        share = (run.model, program.small_batch_sequences, program.num_microbatches)
+        program = program_for(run, len(own.devices), "shard_map", sharding)
+        each = len(own.devices) if sharding == "fsdp" else None
+        share = (run.model, program.small_batch_sequences, program.num_microbatches, each)
         if share not in shares:
             with ThreadPoolExecutor() as pool:  # each compilation uses one core
                 methods = (value_and_grad, plain_value_and_grad)
@@ -104,10 +108,10 @@ def compile_runs(runs: Sequence[Run], slice_: Topology) -> Iterator[CompiledBatc
         yield CompiledBatch(
             program=program,
             slice_name=own.name,
-            nearest_batches=() if own == slice_ else _nearest(run, len(slice_.devices)),
+            nearest_batches=() if own == slice_ else _nearest(run, len(slice_.devices), least),
             step=step,
             plain_step=plain_step,
-            evaluation=compile_evaluation(program, run.eval_tokens, one_chip),
+            evaluation=compile_evaluation(program, run.eval_tokens, own if sharding == "fsdp" else one_chip),
             step_flops=flops_per_token(program) * run.batch_tokens,
             counted_flops=counted_flops_per_token(run.model, one_chip) * run.batch_tokens,
         )
@@ -118,36 +122,41 @@ def compile_steps(program: Program, slice_: Topology, differentiate: Callable = 
     return _compile(lower_steps(program, slice_, differentiate), slice_)
 
 
-def compile_evaluation(program: Program, eval_tokens: int, one_chip: Topology) -> Executable:
-    """Compiles the test loss, which every chip computes. Its memory includes the training state and the rows."""
-    alone = _evaluation_alone(program.model, eval_tokens, one_chip)
+def compile_evaluation(program: Program, eval_tokens: int, slice_: Topology) -> Executable:
+    """Compiles the test loss. Its memory includes the training state and the rows.
+
+    `slice_` is a single chip if the state is replicated, because every chip computes all of the loss.
+    """
     state, rows, *_ = _arguments(program)
+    state = _placed_state(program, state, slice_)
+    alone = _evaluation_alone(program.model, program.sharding, eval_tokens, slice_)
     if alone.memory_bytes is None:
         return alone
     memory_bytes = alone.memory_bytes + _num_bytes((state, rows)) - _num_bytes(state.params)
-    return dataclasses.replace(alone, memory_bytes=memory_bytes, fits=memory_bytes <= one_chip.chip.memory_bytes)
+    return dataclasses.replace(alone, memory_bytes=memory_bytes, fits=memory_bytes <= slice_.chip.memory_bytes)
 
 
 def lower_steps(program: Program, slice_: Topology, differentiate: Callable = value_and_grad):
-    """Lowers the training steps, with the same function per device as in training, for the chips of a slice."""
-    steps: Any = spmd(
-        many_steps(program, differentiate),
-        split=_SPLIT,
-        num_devices=program.num_devices,
-        backend="shard_map",
-        donate_argnums=(0,),
-        devices=slice_.devices,
-    )
-    return steps.lower(*(_placed(slice_.devices, *pair) for pair in zip(_SPLIT, _arguments(program), strict=True)))
+    """Lowers the training steps, with the same function as in training, for the chips of a slice."""
+    state, *others = _arguments(program)
+    placed = (_placed(slice_.devices, *pair) for pair in zip(_SPLIT, others, strict=True))
+    steps = many_steps(program, differentiate=differentiate, devices=slice_.devices)
+    return steps.lower(_placed_state(program, state, slice_), *placed)
 
 
 def plain_value_and_grad(
-    loss_fn: Callable, *, num_microbatches: int, axis_name: str | None, groups=None, stacked=lambda name: False
+    loss_fn: Callable,
+    *,
+    num_microbatches: int,
+    axis_name: str | None,
+    batch_sharding: Any = None,
+    groups=None,
+    stacked=lambda name: False,
 ):
     """`noise_scale.value_and_grad` without the norms: the same sums over microbatches and devices, but fake moments."""
 
     def wrapped(params, batch):
-        split = accumulate.split(params, batch, num_microbatches, axis_name)
+        split = accumulate.split(params, batch, num_microbatches, axis_name, batch_sharding)
         loss, grads = accumulate.mean(lambda part: jax.value_and_grad(loss_fn)(split.params, part), split)
         nothing = add_up(leaf_sq_norms(jax.tree.map(jnp.zeros_like, params), stacked), groups)
         return (loss, Moments(nothing, nothing, small_batch=1.0, big_batch=2.0)), grads
@@ -191,10 +200,15 @@ def _gradient_flops(model: ModelConfig, one_chip: Topology) -> float:
 
 
 @functools.cache
-def _evaluation_alone(model: ModelConfig, eval_tokens: int, one_chip: Topology) -> Executable:
+def _evaluation_alone(model: ModelConfig, sharding: Sharding, eval_tokens: int, slice_: Topology) -> Executable:
     rows = held_out_rows(np.zeros((max(1, eval_tokens // model.context), model.context + 1), np.uint16), eval_tokens)
-    there = functools.partial(_placed, one_chip.devices, False)
-    return _compile(evaluator(model).lower(there(_abstract_params(model)), there(rows)), one_chip)
+    params, mesh = _abstract_params(model), data_mesh(slice_.devices)
+    if sharding == "fsdp":
+        shardings = fsdp_shardings(params, mesh, counts_layers)
+        params, evaluate = _with_shardings(params, shardings), fsdp_evaluator(model, mesh, shardings)
+    else:
+        params, evaluate = _placed(slice_.devices, False, params), evaluator(model)
+    return _compile(evaluate.lower(params, _placed(slice_.devices, False, rows)), slice_)
 
 
 def _compile(lowered, slice_: Topology) -> Executable:
@@ -231,7 +245,7 @@ def _one_chip(slice_: Topology) -> Topology:
 
 def _placed(devices, split: bool, argument):
     sharding = NamedSharding(data_mesh(devices), PartitionSpec(AXIS) if split else PartitionSpec())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), argument)
+    return _with_shardings(argument, jax.tree.map(lambda _: sharding, argument))
 
 
 def _abstract_params(model: ModelConfig):
@@ -251,8 +265,20 @@ def _arguments(program: Program) -> tuple[Any, ...]:
     )
 
 
+def _placed_state(program: Program, state, slice_: Topology):
+    if program.sharding != "fsdp":
+        return _placed(slice_.devices, False, state)
+    return _with_shardings(state, state_shardings(program, data_mesh(slice_.devices)))
+
+
+def _with_shardings(tree, shardings):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
 def _num_bytes(tree) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes on one chip."""
+    shards = ((x.shape if x.sharding is None else x.sharding.shard_shape(x.shape), x) for x in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * x.dtype.itemsize for shape, x in shards)
 
 
 def _batches_of(run: Run) -> tuple[int, ...]:
@@ -260,9 +286,10 @@ def _batches_of(run: Run) -> tuple[int, ...]:
     return *(run.batch_tokens * 2**k for k in doublings), *(stage.batch_tokens for stage in run.ramp)
 
 
-def _nearest(run: Run, num_chips: int) -> tuple[int, ...]:
+def _nearest(run: Run, num_chips: int, least: int) -> tuple[int, ...]:
     below = run.batch_sequences // num_chips * num_chips
-    return tuple(n * run.model.context for n in (below, below + num_chips) if n)
+    near = {max(n, least * num_chips) for n in (below, below + num_chips) if n}
+    return tuple(n * run.model.context for n in sorted(near))
 
 
 def _bytes_wanted(message: str) -> int | None:

@@ -19,7 +19,7 @@ from rich.text import Text
 from scaling_jax.console.dashboards import Follower, Writer
 from scaling_jax.data import Corpus
 from scaling_jax.io import UserError
-from scaling_jax.parallel import is_first, together
+from scaling_jax.parallel import Sharding, is_first, together
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import stop_on_signals
 from scaling_jax.report.words import clock, ending, short
@@ -72,7 +72,13 @@ def scan_on_console(
             _leave(console, by_hand=isinstance(stopped, KeyboardInterrupt) and not terminated())
 
 
-def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[Callable[[Path], Writer]] = ()) -> None:
+def train_on_console(
+    run: Run,
+    results: Path,
+    corpus: Corpus,
+    writers: Iterable[Callable[[Path], Writer]] = (),
+    sharding: Sharding = "replicated",
+) -> None:
     """Trains a run, and prints a line per evaluation. Ctrl-C and SIGTERM save the run first.
 
     Raises:
@@ -104,7 +110,7 @@ def train_on_console(run: Run, results: Path, corpus: Corpus, writers: Iterable[
         followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
         asked = stack.enter_context(stop_on_signals())
         try:
-            result = train(run, results, corpus=corpus, should_stop=should_stop, on_progress=report)
+            result = train(run, results, corpus=corpus, sharding=sharding, should_stop=should_stop, on_progress=report)
         except Interrupted:
             _leave(console, asked.by_hand)
     if not is_first():

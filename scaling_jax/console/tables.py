@@ -198,7 +198,7 @@ def _compiled_table(batches: list[CompiledBatch]) -> Table:
         "GiB per\nchip",
         "FLOPs per\nstep",
         "XLA's\ncount",
-        "all-\nreduces",
+        "collec-\ntives",
         "MiB",
     ):
         table.add_column(column, justify="right", no_wrap=True)
@@ -212,21 +212,22 @@ def _compiled_table(batches: list[CompiledBatch]) -> Table:
             f"{batch.step_flops:.3g}",
             f"× {batch.counted_flops / batch.step_flops:.2f}",
             f"{len(batch.step.collectives)} ({len(batch.plain_step.collectives)})",
-            f"{_bytes_reduced(batch.step) / 2**20:.1f}",
+            f"{_bytes_sent(batch.step) / 2**20:.1f}",
             style=None if batch.fits else "red",
         )
     return table
 
 
 def _compiled_sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> list[str]:
+    where = "of all chips" if any(b.program.sharding == "fsdp" for b in batches) else "per chip"
     lines = [
-        "small batch: microbatches per chip × sequences per microbatch; in parentheses: without the noise scale; XLA's "
-        "count: FLOPs counted by XLA divided by FLOPs of the formula; MiB: size of all all-reduces together"
+        f"small batch: microbatches {where} × sequences per microbatch; in parentheses: without the noise scale; XLA's "
+        "count: FLOPs counted by XLA divided by FLOPs of the formula; MiB: size of all collective operations together"
     ]
     compared = [b for b in batches if b.step.fits and b.plain_step.fits]
     if compared:
         operations = max(len(b.step.collectives) - len(b.plain_step.collectives) for b in compared)
-        num_bytes = max(_bytes_reduced(b.step) - _bytes_reduced(b.plain_step) for b in compared)
+        num_bytes = max(_bytes_sent(b.step) - _bytes_sent(b.plain_step) for b in compared)
         lines.append(f"the noise scale adds {operations} collective operations and {num_bytes} bytes to them at most")
     for model_batches in _by_model(batches):
         lines.append(f"evaluation of {model_batches[0].program.model.name}: {_gib(model_batches[0].evaluation)} GiB")
@@ -252,7 +253,7 @@ def _gib(executable: Executable) -> str:
     return "too large" if executable.memory_bytes is None else f"{executable.memory_bytes / _GIB:.3g}"
 
 
-def _bytes_reduced(executable: Executable) -> int:
+def _bytes_sent(executable: Executable) -> int:
     return sum(collective.num_bytes for collective in executable.collectives)
 
 

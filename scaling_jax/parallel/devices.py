@@ -55,18 +55,18 @@ def spmd(
             AXIS,
             in_axes=tuple(0 if s else None for s in split),
             out_axes=out_axes,
-            devices=_devices(num_devices),
+            devices=devices_of_run(num_devices),
             donate_argnums=donate_argnums,
         )
-        return mapped if jax.process_count() == 1 else _placing(mapped, split, split_outputs, num_devices)
+        return mapped if jax.process_count() == 1 else placing(mapped, split, split_outputs, num_devices)
     if backend == "vmap":
         mapped = jax.vmap(body, tuple(0 if s else None for s in split), out_axes, axis_name=AXIS, axis_size=num_devices)
         return jax.jit(mapped, donate_argnums=donate_argnums)
 
     axes = [(AXIS,) if s else () for s in split]
-    mesh = data_mesh(devices or _devices(num_devices))
+    mesh = data_mesh(devices or devices_of_run(num_devices))
     compiled = _shard_map(body, mesh, axes, (AXIS,) if split_outputs else (), donate_argnums)
-    return compiled if jax.process_count() == 1 else _placing(compiled, split, split_outputs, num_devices)
+    return compiled if jax.process_count() == 1 else placing(compiled, split, split_outputs, num_devices)
 
 
 def spmd_of_runs(
@@ -85,7 +85,7 @@ def spmd_of_runs(
       body: its outputs must be equal along `AXIS`; the result has a leading axis [num_runs, …].
       split: for each argument, the number of its leading axes [num_runs, num_devices, …] that are split: 0, 1 or 2.
     """
-    devices = np.array(_devices(num_runs * num_devices)).reshape(num_runs, num_devices)
+    devices = np.array(devices_of_run(num_runs * num_devices)).reshape(num_runs, num_devices)
     mesh = Mesh(devices, (_RUNS, AXIS), axis_types=(AxisType.Auto,) * 2)
     return _shard_map(body, mesh, [(_RUNS, AXIS)[:s] for s in split], (_RUNS,), donate_argnums)
 
@@ -100,9 +100,38 @@ def deal_out(tree: Any, num_devices: int) -> Any:
     return _place(tree, num_devices, PartitionSpec(AXIS))
 
 
+def devices_of_run(num_devices: int) -> list[jax.Device]:
+    """The first devices of all processes, in the order of the processes."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))[:num_devices]
+
+
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of the devices with one axis, `AXIS`."""
+    """A mesh of the devices with one axis, `AXIS`, in the order in which they are given."""
+    # Not jax.make_mesh, which on TPUs orders devices by their links: each process feeds its own devices, so these must
+    # stand together, in the order of the processes. JAX refuses arrays placed in two orders, so all meshes keep this.
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def placing(compiled: Callable, split: Sequence[bool], split_outputs: bool, num_devices: int) -> Callable:
+    """`compiled` for several processes: arguments and results are arrays over the devices of all processes.
+
+    The arguments are those of `spmd`.
+    """
+    out_spec = PartitionSpec(AXIS) if split_outputs else PartitionSpec()
+    sharding = NamedSharding(data_mesh(devices_of_run(num_devices)), out_spec)
+    own_devices = num_devices // jax.process_count()
+
+    def of_all(x):  # pmap returns only the part of this process
+        if not x.is_fully_addressable:
+            return x
+        shape = (num_devices, *x.shape[1:]) if split_outputs else x.shape
+        return jax.make_array_from_single_device_arrays(shape, sharding, [part.data for part in x.addressable_shards])
+
+    def placed_call(*args):
+        placed = ((deal_out if s else replicate)(arg, own_devices) for arg, s in zip(args, split, strict=True))
+        return jax.tree.map(of_all, compiled(*placed))
+
+    return placed_call
 
 
 def share_cores(batches_sequences: Sequence[int]) -> None:
@@ -158,12 +187,8 @@ def _shard_map(
     )
 
 
-def _devices(num_devices: int) -> list[jax.Device]:
-    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))[:num_devices]
-
-
 def _place(tree: Any, num_devices: int, spec: PartitionSpec) -> Any:
-    sharding = NamedSharding(data_mesh(_devices(num_devices * jax.process_count())), spec)
+    sharding = NamedSharding(data_mesh(devices_of_run(num_devices * jax.process_count())), spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
@@ -174,22 +199,3 @@ def _place(tree: Any, num_devices: int, spec: PartitionSpec) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     return jax.tree.map(place, tree)
-
-
-def _placing(compiled: Callable, split: Sequence[bool], split_outputs: bool, num_devices: int) -> Callable:
-    """`compiled` for several processes: arguments and results are arrays over the devices of all processes."""
-    out_spec = PartitionSpec(AXIS) if split_outputs else PartitionSpec()
-    sharding = NamedSharding(data_mesh(_devices(num_devices)), out_spec)
-    own_devices = num_devices // jax.process_count()
-
-    def of_all(x):  # pmap returns only the part of this process
-        if not x.is_fully_addressable:
-            return x
-        shape = (num_devices, *x.shape[1:]) if split_outputs else x.shape
-        return jax.make_array_from_single_device_arrays(shape, sharding, [part.data for part in x.addressable_shards])
-
-    def placing(*args):
-        placed = ((deal_out if s else replicate)(arg, own_devices) for arg, s in zip(args, split, strict=True))
-        return jax.tree.map(of_all, compiled(*placed))
-
-    return placing

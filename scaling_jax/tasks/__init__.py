@@ -1,6 +1,6 @@
 """The training task: language modelling with a decoder-only transformer, and the table of model sizes."""
 
-from scaling_jax.tasks.language_model import batch_loss, evaluator, held_out_rows
+from scaling_jax.tasks.language_model import batch_loss, evaluator, fsdp_evaluator, held_out_rows
 from scaling_jax.tasks.transformer import (
     MODELS,
     ModelConfig,
@@ -18,6 +18,7 @@ __all__ = [
     "Transformer",
     "batch_loss",
     "evaluator",
+    "fsdp_evaluator",
     "held_out_rows",
     "is_stacked",
     "model_config",

@@ -5,10 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from scaling_jax.parallel import fsdp
 from scaling_jax.tasks.transformer import ModelConfig, Transformer
 
 _CHUNK = 16  # rows at a time; few enough for a CPU's cache
+_CHUNK_OF_EACH = 4  # rows at a time on each device, if the devices share the parameters
 
 
 def batch_loss(model: ModelConfig):
@@ -41,3 +44,27 @@ def evaluator(model: ModelConfig):
         return jnp.mean(jax.lax.map(lambda chunk: loss(params, chunk), chunks))
 
     return jax.jit(evaluate)
+
+
+def fsdp_evaluator(model: ModelConfig, mesh: Mesh, params):
+    """`evaluator` for parameters that lie in parts on all devices. The devices share the rows, whose number may be any.
+
+    Args:
+      params: shardings of the parameters.
+    """
+    loss = batch_loss(model)
+
+    def each_row(params, rows_RxT1):
+        return jax.vmap(lambda row_T1: loss(params, row_T1[None]))(rows_RxT1)
+
+    losses = fsdp.device_by_device(each_row, mesh, params)
+
+    def evaluate(params, rows_RxT1):
+        num_rows, context1 = rows_RxT1.shape
+        of_each = min(_CHUNK_OF_EACH, -(-num_rows // mesh.size))
+        padded = jnp.pad(rows_RxT1, ((0, -num_rows % (of_each * mesh.size)), (0, 0)))
+        chunks = padded.reshape(-1, of_each * mesh.size, context1)
+        return jnp.mean(jax.lax.map(lambda chunk: losses(params, chunk), chunks).reshape(-1)[:num_rows])
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(evaluate, in_shardings=(params, everywhere), out_shardings=everywhere)

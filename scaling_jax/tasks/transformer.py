@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from scaling_jax.io import UserError
+from scaling_jax.parallel import use_whole
 
 _INIT = nn.initializers.normal(0.02)
 _MOST_UNROLLED = 4  # layers
@@ -96,7 +97,9 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(c.compute_dtype)
         embedding_VxD = self.param("embedding", _INIT, (c.vocab_size, c.d_model))
         position_TxD = self.param("position", _INIT, (c.context, c.d_model))
-        x_BxTxD = (embedding_VxD[tokens_BxT] + position_TxD[None, : tokens_BxT.shape[1]]).astype(dtype)
+        embedded_BxTxD = use_whole(lambda table_VxD: table_VxD[tokens_BxT], embedding_VxD)
+        positions_TxD = use_whole(lambda table_TxD: table_TxD[: tokens_BxT.shape[1]], position_TxD)
+        x_BxTxD = (embedded_BxTxD + positions_TxD[None]).astype(dtype)
 
         layers = nn.scan(
             Block,
@@ -186,8 +189,12 @@ class _Dense(nn.Module):
         # 3.7 times faster than with two axes.
         x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
         init = nn.initializers.normal(0.02 * self.scale)
-        y_NxF = nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name="dense")(x_NxD)
+        y_NxF = nn.Dense(self.features, dtype=self.dtype, kernel_init=init, dot_general=_dot, name="dense")(x_NxD)
         return y_NxF.reshape(*x_BxTxD.shape[:-1], self.features)
+
+
+def _dot(x_NxD, w_DxF, *args, **options):
+    return use_whole(lambda w_DxF, x_NxD: jax.lax.dot_general(x_NxD, w_DxF, *args, **options), w_DxF, x_NxD)
 
 
 class _LayerNorm(nn.Module):

@@ -12,8 +12,8 @@ from scaling_jax.data import Corpus, example_order, prepare
 from scaling_jax.data.feeding import Feeder
 from scaling_jax.io import UserError
 from scaling_jax.io.stores import working_copy
-from scaling_jax.parallel import Backend, agree, from_first, is_first, leave_if_one_is_gone, replicate, together
-from scaling_jax.tasks import evaluator, held_out_rows
+from scaling_jax.parallel import Backend, Sharding, agree, from_first, is_first, leave_if_one_is_gone, together
+from scaling_jax.tasks import held_out_rows
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.journal import Progress, next_call, span
 from scaling_jax.training.live_ramp import measure
@@ -29,6 +29,7 @@ def train(
     corpus: Corpus | None = None,
     num_devices: int | None = None,
     backend: Backend = "pmap",
+    sharding: Sharding = "replicated",
     keep_checkpoint: bool = True,
     checkpoint_seconds: float = 60.0,
     branch_of: Run | None = None,
@@ -43,6 +44,10 @@ def train(
       workdir: a folder that all processes see, or gs://bucket/folder.
       corpus: what `data.prepare(run.text, run.model.context, run.tokenizer)` returns; None prepares it here.
       num_devices: the devices over which each batch is split; None takes all devices of all processes.
+      backend: how the devices run the training step if the state is replicated.
+      sharding: where the state lies. "replicated": all of it on each device. "fsdp": each device holds a part of every
+        large array, by `jax.jit` over sharded arrays, for models that don't fit otherwise. It doesn't change what the
+        run is: a run may be continued with another sharding, and then differs by rounding only.
       keep_checkpoint: keep the last state on disk when the run is done.
       checkpoint_seconds: time between checkpoints.
       branch_of: a finished run in `workdir` that is the same up to the first stage of this run's ramp. Training starts
@@ -60,16 +65,15 @@ def train(
     process = jax.process_index(), jax.process_count()
     num_devices = num_devices or jax.device_count()
     own_devices = num_devices // jax.process_count()
-    programs = functools.partial(program_for, num_devices=num_devices, backend=backend)
+    programs = functools.partial(program_for, num_devices=num_devices, backend=backend, sharding=sharding)
     with leave_if_one_is_gone():
-        _check_processes(run, corpus, num_devices, backend)
+        _check_processes(run, corpus, num_devices, backend, sharding)
         with together():
             workdir = working_copy(workdir, is_first())
         folder, done = find_place(run, workdir, corpus)
         if done is not None:
             return done
-        state = replicate(programs(run).init(run.seed), own_devices)
-        attempt = Attempt(run, folder, corpus, state, on_progress, branch_of)
+        attempt = Attempt(run, folder, corpus, programs(run).first_state(run.seed), on_progress, branch_of)
     saved_at = time.monotonic()
 
     def between_calls(state: TrainState) -> None:
@@ -99,7 +103,6 @@ def _train_until_done(
 ) -> tuple[TrainState, Status]:
     run, journal, state = attempt.run, attempt.journal, attempt.state
     held_out = held_out_rows(corpus.test_RxT1, run.eval_tokens)
-    evaluate = evaluator(run.model)
     while True:
         here, call = journal.here, next_call(run, journal.here)
         program = programs(here.now)
@@ -111,7 +114,7 @@ def _train_until_done(
             call,
             series,
             program.small_batch_sequences,
-            evaluate=functools.partial(_test_loss, evaluate, state, held_out),
+            evaluate=functools.partial(program.test_loss, state, held_out),
             noise_scale=functools.partial(noise_scale_so_far, state.noise),
             **from_first(_live_measurement(run, state, corpus.train_RxT1, there.step)),
         )
@@ -122,7 +125,7 @@ def _train_until_done(
         between_calls(state)
 
 
-def _check_processes(run: Run, corpus: Corpus, num_devices: int, backend: Backend) -> None:
+def _check_processes(run: Run, corpus: Corpus, num_devices: int, backend: Backend, sharding: Sharding) -> None:
     if jax.process_count() == 1:
         return
     if backend == "vmap" or num_devices != jax.device_count():
@@ -130,17 +133,13 @@ def _check_processes(run: Run, corpus: Corpus, num_devices: int, backend: Backen
             f"{jax.process_count()} processes must train one run with pmap or shard_map on all of their "
             f"{jax.device_count()} devices, not with {backend} on {num_devices}"
         )
-    here = [run.run_id, corpus.manifest["sha256"]]
+    here = [run.run_id, corpus.manifest["sha256"], sharding]
     others = here != from_first(here)
     if agree(others)[0]:
         raise UserError(
             f"the processes of this run differ: at least one has another command or another text than {run.run_id}; "
             "start all with the same"
         )
-
-
-def _test_loss(evaluate, state: TrainState, held_out) -> float:
-    return float(evaluate(state.evaluated_params, held_out))
 
 
 def _live_measurement(run: Run, state: TrainState, rows, step: int) -> dict[str, Any]:

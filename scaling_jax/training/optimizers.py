@@ -71,6 +71,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(*(part for part in chain if part is not None))
 
 
+def counts_layers(path) -> bool:
+    """True if the leading axis of an array counts layers, by its key path in parameters or in an optimizer's state."""
+    return any(getattr(key, "key", None) == "layers" for key in path)
+
+
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "sgd":
         return optax.identity()
@@ -92,19 +97,14 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _is_matrix(params):
-    return jax.tree.map_with_path(lambda path, x: x.ndim - _is_stacked(path) >= 2, params)
+    return jax.tree.map_with_path(lambda path, x: x.ndim - counts_layers(path) >= 2, params)
 
 
 def _muon_axes(params):
     """Muon orthogonalises each matrix inside layers; embeddings, norms and biases use Adam."""
 
     def axes(path, x):
-        inside = _is_stacked(path) and x.ndim == 3
+        inside = counts_layers(path) and x.ndim == 3
         return contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if inside else None
 
     return jax.tree.map_with_path(axes, params)
-
-
-def _is_stacked(path) -> bool:
-    """True if the leading axis counts layers."""
-    return any(getattr(key, "key", None) == "layers" for key in path)

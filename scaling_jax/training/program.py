@@ -3,18 +3,29 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
-from scaling_jax.parallel import AXIS, Backend, spmd
-from scaling_jax.tasks import ModelConfig, Transformer, batch_loss, is_stacked, part_names, part_of
-from scaling_jax.training.optimizers import OptimizerConfig, make_optimizer
+from scaling_jax.parallel import AXIS, Backend, Sharding, data_mesh, fsdp, replicate, spmd
+from scaling_jax.parallel.devices import devices_of_run
+from scaling_jax.tasks import (
+    ModelConfig,
+    Transformer,
+    batch_loss,
+    evaluator,
+    fsdp_evaluator,
+    is_stacked,
+    part_names,
+    part_of,
+)
+from scaling_jax.training.optimizers import OptimizerConfig, counts_layers, make_optimizer
 from scaling_jax.training.run import Run, split_batch
 
 _TRACKER = tracker(half_life=20)  # steps; for display only, as the metrics keep the raw series
@@ -63,16 +74,25 @@ class Program:
     num_microbatches: int
     steps_per_call: int
     num_devices: int
-    backend: Backend = "pmap"
+    backend: Backend = "pmap"  # with replicated state
     average_decay: float | None = None  # per step, of the average of the parameters
+    sharding: Sharding = "replicated"  # of the state; with "fsdp" all devices together compute each microbatch
 
     @property
     def small_batch_sequences(self) -> int:
-        return self.batch_sequences // (self.num_devices * self.num_microbatches)
+        parts = self.num_microbatches * (1 if self.sharding == "fsdp" else self.num_devices)
+        return self.batch_sequences // parts
 
     def init(self, seed: int) -> TrainState:
-        """The first state. It depends only on the program and the seed."""
+        """The first state, on one device. It depends only on the program and the seed."""
         return _init(self.model, self.optimizer, self.average_decay is not None)(jnp.int32(seed))
+
+    def first_state(self, seed: int) -> TrainState:
+        """The first state, placed on the devices as `steps` wants it."""
+        if self.sharding == "fsdp":
+            mesh = data_mesh(devices_of_run(self.num_devices))
+            return jax.jit(self.init, out_shardings=state_shardings(self, mesh))(seed)
+        return replicate(self.init(seed), self.num_devices // jax.process_count())
 
     def steps(
         self, state: TrainState, rows: jax.Array, order: np.ndarray, learning_rate: float, warmup_steps: int
@@ -93,8 +113,15 @@ class Program:
         state, metrics = _compile(self, rows.ndim == 3)(state, rows, order_DxCxB, settings)
         return state, jax.tree.map(lambda x: np.asarray(x)[:num_steps], metrics)
 
+    def test_loss(self, state: TrainState, rows_RxT1: np.ndarray) -> float:
+        """The loss on held-out rows in nats per token; see `tasks.held_out_rows`."""
+        evaluate = _evaluator(self) if self.sharding == "fsdp" else evaluator(self.model)
+        return float(evaluate(state.evaluated_params, rows_RxT1))
 
-def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Program:
+
+def program_for(
+    run: Run, num_devices: int = 1, backend: Backend = "pmap", sharding: Sharding = "replicated"
+) -> Program:
     """The program of a run. Equal programs are compiled only once.
 
     Raises:
@@ -105,11 +132,12 @@ def program_for(run: Run, num_devices: int = 1, backend: Backend = "pmap") -> Pr
         model=run.model,
         optimizer=run.optimizer.at(run.batch_tokens),
         batch_sequences=run.batch_sequences,
-        num_microbatches=split_batch(run.batch_sequences, microbatch_sequences, num_devices),
+        num_microbatches=split_batch(run.batch_sequences, microbatch_sequences, num_devices, sharding == "fsdp"),
         steps_per_call=run.steps_per_call,
         num_devices=num_devices,
         backend=backend,
         average_decay=run.average_decay,
+        sharding=sharding,
     )
 
 
@@ -119,15 +147,20 @@ def noise_scale_so_far(noise: TrackerState) -> float:
     return trace_cov / grad_sq_norm if grad_sq_norm > 0 else math.nan
 
 
-def one_step(program: Program, axis_name: str | tuple[()], differentiate: Callable = value_and_grad):
+def one_step(
+    program: Program,
+    axis_name: str | tuple[()] | None,
+    differentiate: Callable = value_and_grad,
+    loss: Callable | None = None,
+):
     """One optimizer step on one device: `(state, tokens [B, T + 1], learning_rate, warmup_steps) -> (state, metrics)`.
 
-    Gradients and the noise scale's moments are averaged over `axis_name`. `differentiate` replaces
-    `noise_scale.value_and_grad` if given.
+    Gradients and the noise scale's moments are averaged over `axis_name`; with None, state and tokens are whole arrays.
+    `differentiate` replaces `noise_scale.value_and_grad`, and `loss` the model's loss, if given.
     """
     optimizer = make_optimizer(program.optimizer)
     loss_and_grad = differentiate(
-        batch_loss(program.model),
+        loss or batch_loss(program.model),
         num_microbatches=program.num_microbatches,
         axis_name=axis_name,
         groups=part_of,
@@ -152,16 +185,53 @@ def one_step(program: Program, axis_name: str | tuple[()], differentiate: Callab
     return step
 
 
-def many_steps(program: Program, differentiate: Callable = value_and_grad):
-    """A call of `Program.steps` on one device: `(state, rows, order, settings) -> (state, metrics)`."""
-    step = one_step(program, AXIS, differentiate)
+def many_steps(
+    program: Program,
+    own_rows: bool = False,
+    differentiate: Callable = value_and_grad,
+    devices: Sequence[jax.Device] | None = None,
+) -> Any:
+    """The compiled call of `Program.steps`: `(state, rows, order [num_devices, …], settings) -> (state, metrics)`.
 
-    def steps(state: TrainState, rows_RxT1, order_CxB, settings):
+    Args:
+      own_rows: each device has its own rows.
+      differentiate: see `one_step`.
+      devices: of another machine to compile for, by shard_map or "fsdp"; None takes the devices of this run.
+    """
+    if program.sharding == "fsdp":
+        mesh = data_mesh(devices or devices_of_run(program.num_devices))
+        state = state_shardings(program, mesh)
+        losses = fsdp.device_by_device(batch_loss(program.model), mesh, state.params)
+        differentiate = functools.partial(differentiate, batch_sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
+        rows_of = fsdp.rows_of_devices(mesh, own_rows)
+        whole = _in_a_loop(
+            program,
+            one_step(program, None, differentiate, lambda params, tokens: jnp.mean(losses(params, tokens))),
+            lambda rows, order_DxCxB, i: rows_of(rows, order_DxCxB[:, i]),
+        )
+        return fsdp.over_mesh(whole, mesh, state=state, split=(own_rows, True, False))
+    return spmd(
+        _in_a_loop(program, one_step(program, AXIS, differentiate), lambda rows, order_CxB, i: rows[order_CxB[i]]),
+        split=(False, own_rows, True, False),
+        num_devices=program.num_devices,
+        backend=program.backend,
+        donate_argnums=(0,),
+        devices=devices,
+    )
+
+
+def state_shardings(program: Program, mesh: Mesh) -> TrainState:
+    """Where "fsdp" puts the state."""
+    return fsdp.fsdp_shardings(jax.eval_shape(program.init, 0), mesh, counts_layers)
+
+
+def _in_a_loop(program: Program, step: Callable, batch_of: Callable):
+    def steps(state: TrainState, rows, order, settings):
         num_steps, learning_rate, warmup_steps = settings
 
         def body(i, carry):
             state, series = carry
-            state, metrics = step(state, rows_RxT1[order_CxB[i]], learning_rate, warmup_steps)
+            state, metrics = step(state, batch_of(rows, order, i), learning_rate, warmup_steps)
             return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), series, metrics)
 
         empty = no_metrics(program, program.steps_per_call)
@@ -194,11 +264,9 @@ def _averaged(average: Average | None, params, decay: float | None) -> Average |
 
 
 @functools.cache
-def _compile(program: Program, own_rows: bool):
-    return spmd(
-        many_steps(program),
-        split=(False, own_rows, True, False),
-        num_devices=program.num_devices,
-        backend=program.backend,
-        donate_argnums=(0,),
-    )
+def _evaluator(program: Program):
+    mesh = data_mesh(devices_of_run(program.num_devices))
+    return fsdp_evaluator(program.model, mesh, state_shardings(program, mesh).params)
+
+
+_compile = functools.cache(many_steps)

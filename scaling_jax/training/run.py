@@ -251,8 +251,11 @@ def check_positive(name: str, value: float) -> None:
         raise UserError(f"{name} = {value!r} must be positive and finite")
 
 
-def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: int) -> int:
+def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: int, shared: bool = False) -> int:
     """Smallest number of microbatches per device, so that none is larger than asked and a step has two or more.
+
+    Args:
+      shared: all devices together compute each microbatch, so a device's share alone doesn't make a small batch.
 
     Raises:
       UserError: if the batch doesn't divide. Names the nearest batches that do.
@@ -264,12 +267,13 @@ def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: in
             f"a batch of {batch_sequences} sequences doesn't divide over {num_devices} devices: use {near} sequences"
         )
     per_device = batch_sequences // num_devices
-    fewest = max(2 if num_devices == 1 else 1, math.ceil(per_device / max(1, microbatch_sequences)))
+    fewest = max(2 if shared or num_devices == 1 else 1, math.ceil(per_device / max(1, microbatch_sequences)))
     for num_microbatches in range(fewest, per_device + 1):
         if per_device % num_microbatches == 0:
             return num_microbatches
     raise UserError(
-        f"a batch of {batch_sequences} sequence on one device can't be split to measure the noise scale: use 2 or more"
+        f"a batch of {batch_sequences} sequences on {num_devices} devices leaves one for each, which can't be split to "
+        f"measure the noise scale: use {2 * num_devices} or more"
     )
 
 
