@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, reshard
 from jax.sharding import PartitionSpec as P
 
 from scaling_jax.compile.ahead_of_time import collectives
-from scaling_jax.noise_scale import sq_norm, taps, unbiased, value_and_grad
+from scaling_jax.noise_scale import taps, unbiased, value_and_grad
 from scaling_jax.noise_scale.accumulate import microbatches
 from tests.noise_scale.agreement import assert_mean
 
@@ -160,20 +160,37 @@ def test_the_noise_scale_sends_one_number_more_than_gradient_accumulation(layout
     assert measured.memory_analysis().temp_size_in_bytes <= 1.1 * plain.memory_analysis().temp_size_in_bytes
 
 
-def test_moments_of_many_draws_are_unbiased():
-    mesh = mesh_of("rows", AxisType.Auto)
-    params = {"w": jax.device_put(jnp.ones(D), NamedSharding(mesh, P("data")))}
-    fn = jax.jit(
-        value_and_grad(lambda p, x: 0.5 * jnp.mean(jnp.sum((p["w"][None] - x) ** 2, axis=-1)), num_microbatches=2)
-    )
+DRAWS = [
+    pytest.param(kind, layout, m, axis, marks=() if (layout, m, axis) == ("rows", 2, None) else pytest.mark.slow)
+    for kind in (AxisType.Auto, AxisType.Explicit)
+    for layout in ("replicated", "rows", "columns", "tensor")
+    for m, axis in ((2, None), (4, None), (8, None), (1, "data"))
+]
 
-    def draw(key):
-        return jax.device_put(jax.random.normal(key, (16, D)), NamedSharding(mesh, P("data")))
 
-    series = [unbiased(fn(params, draw(key))[0][1]) for key in jax.random.split(jax.random.key(1), 2_000)]
-    grad_sq_norms, trace_covs = np.array(jax.device_get(series)).T
-    assert_mean(grad_sq_norms, sq_norm({"w": jnp.ones(D)}), standard_errors=4)
-    assert_mean(trace_covs, D, standard_errors=4)
+@pytest.mark.parametrize(("kind", "layout", "m", "axis"), DRAWS)
+def test_moments_of_many_draws_are_unbiased(kind, layout, m, axis):
+    """The loss ½|w − x|² with x ~ N(0, 1) has the gradient w and the covariance 1."""
+    mesh = mesh_of(layout, kind)
+    sharding = NamedSharding(mesh, LAYOUTS[layout]["into"])
+    params = {"w": jax.device_put(jnp.full((8, 8), 0.2), sharding)}
+    half_square = lambda p, x: 0.5 * jnp.mean(jnp.sum((p["w"][None] - x) ** 2, axis=(1, 2)))  # noqa: E731
+    batch_sharding = NamedSharding(mesh, P("data")) if kind == AxisType.Auto else None
+    fn = value_and_grad(half_square, num_microbatches=m, axis_name=axis, batch_sharding=batch_sharding)
+    place = jax.lax.with_sharding_constraint if kind == AxisType.Auto else reshard
+
+    def step(_, key):
+        x = place(jax.random.normal(key, (B, 8, 8)), NamedSharding(mesh, P("data")))
+        if kind == AxisType.Explicit and layout == "tensor":
+            x = reshard(x, P("data", None, "model"))
+        elif kind == AxisType.Explicit and axis is None:
+            return None, unbiased(fn({"w": reshard(params["w"], P())}, x)[0][1])
+        return None, unbiased(fn(params, x)[0][1])
+
+    with jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext():
+        series = jax.jit(lambda keys: jax.lax.scan(step, None, keys)[1])(jax.random.split(jax.random.key(1), 2_000))
+    for draws, truth in zip(series, (0.2**2 * 64, 64), strict=True):
+        assert_mean(draws, truth, standard_errors=4)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
