@@ -48,24 +48,47 @@ def fixed_denominator(sum_loss_fn: Callable, weight_per_example: float, has_aux:
     return loss_fn
 
 
-def check_mean_loss(loss_fn: Callable, params, batch, *extra, num_parts: int = 2, rtol: float = 1e-5) -> None:
+def check_mean_loss(
+    loss_fn: Callable,
+    params,
+    batch,
+    *extra,
+    num_parts: int = 2,
+    rtol: float = 1e-5,
+    weighted: bool = False,
+    has_aux: bool = False,
+) -> None:
     """Check that the loss of a batch is the mean of the losses of its parts. Call it once before training.
 
-    Pass a batch with the weights and padding that occur in training. `loss_fn` must return a scalar.
+    Pass a batch with the weights and padding that occur in training.
+
+    Args:
+      loss_fn, weighted, has_aux: as for `value_and_grad`. With `weighted`, sum and weight of the batch must be the sums
+        of those of its parts.
+      num_parts: equal parts of the batch, along the first axis.
+      rtol: relative tolerance.
 
     Raises:
       ValueError: if it isn't the mean: the loss divides by the batch's own weights, or sums over examples.
     """
-    whole = float(loss_fn(params, batch, *extra))
-    parts = [
-        float(loss_fn(params, jax.tree.map(lambda x, i=i: np.split(x, num_parts)[i], batch), *extra))
-        for i in range(num_parts)
-    ]
-    if not abs(np.mean(parts) - whole) <= rtol * max(abs(whole), np.max(np.abs(parts))):
+
+    def value(part) -> np.ndarray:
+        found = loss_fn(params, part, *extra)
+        return np.asarray(found[0] if has_aux else found, np.float64)
+
+    whole = value(batch)
+    parts = np.array([value(jax.tree.map(lambda x, i=i: np.split(x, num_parts)[i], batch)) for i in range(num_parts)])
+    together = parts.sum(0) if weighted else parts.mean(0)
+    if not np.all(np.abs(together - whole) <= rtol * np.maximum(np.abs(whole), np.abs(parts).max(0))):
+        said, name = [np.array2string(x, precision=6) for x in (whole, together)], "sum" if weighted else "mean"
         raise ValueError(
-            f"the loss of the batch is {whole:.6g}, but the mean of its {num_parts} parts' losses is "
-            f"{np.mean(parts):.6g}, so the loss isn't a mean over examples: return (sum, weight) and pass "
-            "weighted=True, or divide by a fixed denominator (noise_scale.fixed_denominator)"
+            f"the loss of the batch is {said[0]}, but the {name} of its {num_parts} parts' losses is {said[1]}: "
+            + (
+                "return the sums over the examples of weight times loss and of the weights"
+                if weighted
+                else "it isn't a mean over examples. Return (sum, weight) and pass weighted=True, or divide by a fixed "
+                "denominator (noise_scale.fixed_denominator)"
+            )
         )
 
 
@@ -86,6 +109,8 @@ def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str
     reader = _Reader(frozenset(split.axes), paths, {})
     batch = [frozenset([_BATCH])] * len(jax.tree.leaves(microbatch))
     (of_loss, *_) = reader.read(jaxpr, [frozenset([k]) for k in range(len(paths))] + batch)
+    if direct := [paths[tag] for tag in of_loss if isinstance(tag, int) and paths[tag] in reader.gathered]:
+        raise ValueError(f"loss_fn also uses the shard of {direct[0]!r} itself: use what taps.all_gather gave instead")
     divisions = [tag for tag in of_loss if isinstance(tag, _Division)]
     if divisions and not weighted:
         raise ValueError(
@@ -103,6 +128,10 @@ def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str
 
 class _Division(NamedTuple):
     where: str
+
+
+class _Gathered(NamedTuple):
+    name: str
 
 
 class _Reader(NamedTuple):
@@ -123,7 +152,7 @@ class _Reader(NamedTuple):
             outputs = self._equation(eqn, [tags(value) for value in eqn.invars], of_one_example)
             for value, found in zip(eqn.outvars, outputs, strict=True):
                 single = not of_one_example and getattr(value.aval, "shape", None) == ()
-                if single and _BATCH in found and not any(isinstance(tag, int) for tag in found):
+                if single and _BATCH in found and not any(isinstance(tag, (int, _Gathered)) for tag in found):
                     found = found | {_POOLED}
                 known[value] = found
         return [tags(value) for value in jaxpr.outvars]
@@ -131,8 +160,7 @@ class _Reader(NamedTuple):
     def _equation(self, eqn, inputs, of_one_example) -> list[frozenset]:
         kind, params, all_inputs = eqn.primitive.name, eqn.params, frozenset().union(*inputs)
         if params.get("name") == GATHER:
-            self._gather(eqn, inputs[0])
-            return inputs[:1]
+            return [frozenset([self._gather(eqn, inputs[0])])]
         if kind not in _LOCAL and (along := self.axes & _axes_of(params)):
             raise ValueError(
                 f"loss_fn has a collective of its own along {sorted(along)}: {kind}{_where(eqn)}. Return the mean over "
@@ -158,7 +186,7 @@ class _Reader(NamedTuple):
             all_inputs = all_inputs | {_Division(_where(eqn))}
         return [all_inputs] * len(eqn.outvars)
 
-    def _gather(self, eqn, inputs):
+    def _gather(self, eqn, inputs) -> _Gathered:
         found = [self.paths[tag] for tag in inputs if isinstance(tag, int)]
         if len(found) != 1 or _BATCH in inputs:
             raise ValueError(f"taps.all_gather{_where(eqn)} gathers what isn't one parameter: use jax.lax.all_gather")
@@ -166,6 +194,7 @@ class _Reader(NamedTuple):
             raise ValueError(f"loss_fn gathers parameter {found[0]!r} twice: gather it once and use the result twice")
         along = [_axes_of(e.params) for e in _open(eqn.params["jaxpr"]).eqns if e.primitive.name not in _LOCAL]
         self.gathered[found[0]] = tuple(sorted(frozenset().union(*along)))
+        return _Gathered(found[0])
 
     def _loop(self, body, inputs, num_consts, num_carry, of_one_example):
         consts, carry, xs = inputs[:num_consts], inputs[num_consts:][:num_carry], inputs[num_consts + num_carry :]

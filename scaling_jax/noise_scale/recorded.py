@@ -56,8 +56,8 @@ def all_gather(w_shard, axis_name: str | tuple[str, ...], axis: int = 0):
     `value_and_grad` it is `jax.lax.all_gather(..., tiled=True)`.
 
     Args:
-      w_shard: this device's shard: an array, or what `value_and_grad` passes to the loss in place of one. Cast it
-        before by its `astype`, or cast the result.
+      w_shard: this device's shard: an array, or what `value_and_grad` passes to the loss in place of one; or a pytree
+        of them. Cast it before by its `astype`, or cast the result.
       axis_name: mapped axis, or axes, along which the parameter lies in shards.
       axis: dimension of the parameter that is cut into shards.
 
@@ -65,17 +65,20 @@ def all_gather(w_shard, axis_name: str | tuple[str, ...], axis: int = 0):
       The whole parameter, an array; for `method="per_example"` a `Tapped`, to be passed on to the other taps.
     """
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if isinstance(w_shard, Shard):
-        return _gather(axes, axis, w_shard.value, w_shard.probe)
-    if isinstance(w_shard, tuple):  # Tapped: the taps record the norms of single examples
-        whole: Any = w_shard
-        return whole._replace(value=_gather(axes, axis, w_shard[0], None))
-    return _gather(axes, axis, w_shard, None)
+
+    def gather(w):
+        if isinstance(w, Shard):
+            return _gather(axes, axis, w.value, w.probe)
+        if isinstance(w, Tapped):  # the taps record the norms of single examples
+            return Tapped(_gather(axes, axis, w.value, None), w.probe)
+        return _gather(axes, axis, w, None)
+
+    return jax.tree.map(gather, w_shard, is_leaf=lambda x: isinstance(x, (Shard, Tapped)))
 
 
 def gather_all(params, shards: Sequence[tuple[int, tuple[str, ...]] | None]):
     """`all_gather` of each parameter that has a (dimension, axes) in `shards`."""
-    leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: hasattr(x, "probe"))
+    leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, (Shard, Tapped)))
     pairs = zip(leaves, shards, strict=True)
     return jax.tree.unflatten(tree, [x if shard is None else all_gather(x, shard[1], shard[0]) for x, shard in pairs])
 

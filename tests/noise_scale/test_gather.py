@@ -83,6 +83,16 @@ def test_the_same_by_pmap_and_vmap():
         )
 
 
+def test_a_pytree_is_gathered_leaf_by_leaf():
+    params = {"a": PARAMS["head"], "b": [PARAMS["bias"]]}
+    specs = {"a": P("data"), "b": [P("data")]}
+    loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["a"] + jnp.sum(p["b"][0]) * x[:, :1]) ** 2)  # noqa: E731
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    fn = value_and_grad(lambda p, x: loss(taps.all_gather(p, "data"), x), axis_name="data")
+    fn = jax.shard_map(fn, mesh=mesh, in_specs=(specs, P("data")), out_specs=(P(), specs))
+    assert_same(jax.jit(fn)(params, X), jax.jit(value_and_grad(loss, num_microbatches=8, axis_name=()))(params, X))
+
+
 def test_shards_over_some_of_the_axes():
     """Hybrid sharding: hosts have copies, the chips of a host have shards."""
     mesh = jax.make_mesh((2, 4), ("hosts", "chips"), (AxisType.Auto,) * 2)
@@ -124,6 +134,7 @@ def test_the_local_gradient_costs_no_message_but_one_number():
         ),
         (sharded_loss, {"norm": sq_norm}, "norm needs whole gradients.*layers"),
         (lambda p, x: sharded_loss(p, x) + jnp.sum(taps.all_gather(p["layers"], "data", 1)), {}, "'layers' twice"),
+        (lambda p, x: sharded_loss(p, x) + jnp.sum(p["layers"] ** 2), {}, "uses the shard of 'layers' itself"),
         (lambda p, x: sharded_loss(p, x) + jnp.mean(taps.all_gather(x, "data")), {}, "isn't one parameter"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from scaling_jax.noise_scale import geometries, sq_norm, taps, value_and_grad
+from scaling_jax.noise_scale import check_mean_loss, geometries, sq_norm, taps, value_and_grad
 
 B, T, D = 16, 6, 4
 _rng = np.random.default_rng(0)
@@ -159,6 +159,14 @@ def test_what_only_aux_divides_by_is_not_either():
 def test_geometries_refuse_the_same():
     with pytest.raises(ValueError, match="divides by a number"):
         jax.eval_shape(geometries.l1(masked_mean, num_microbatches=4), PARAMS, BATCH)
+
+
+def test_sums_and_weights_of_parts_must_add_up():
+    check_mean_loss(summed, PARAMS, BATCH, weighted=True)
+    check_mean_loss(lambda p, b: (summed(p, b), {"aux": 0.0}), PARAMS, BATCH, weighted=True, has_aux=True)
+    check_mean_loss(lambda p, b: (mean_loss(p, b), 0.0), PARAMS, BATCH, has_aux=True)
+    with pytest.raises(ValueError, match="the sum of its 2 parts"):
+        check_mean_loss(lambda p, b: (mean_loss(p, b), summed(p, b)[1]), PARAMS, BATCH, weighted=True)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 4])
