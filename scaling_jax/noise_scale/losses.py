@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from scaling_jax.noise_scale.accumulate import Split, names
-from scaling_jax.noise_scale.recorded import GATHER
+from scaling_jax.noise_scale.recorded import GATHER, Gathering
 
 _BATCH, _POOLED = "batch", "pooled"  # what a value depends on: the batch; a single number made from the whole batch
 _LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, jax.__file__))
@@ -92,8 +92,8 @@ def check_mean_loss(
         )
 
 
-def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str, tuple[str, ...]]:
-    """Reads the loss: {path of a parameter: mapped axes along which `taps.all_gather` gathers it}.
+def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str, Gathering]:
+    """Reads the loss: {path of a parameter: how `taps.all_gather` gathers it}.
 
     Args:
       loss_of: `(params, microbatch) -> loss`, without aux.
@@ -109,7 +109,8 @@ def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str
     reader = _Reader(frozenset(split.axes), paths, {})
     batch = [frozenset([_BATCH])] * len(jax.tree.leaves(microbatch))
     (of_loss, *_) = reader.read(jaxpr, [frozenset([k]) for k in range(len(paths))] + batch)
-    if direct := [paths[tag] for tag in of_loss if isinstance(tag, int) and paths[tag] in reader.gathered]:
+    used = {paths[tag.number if isinstance(tag, _Slice) else tag] for tag in of_loss if isinstance(tag, (int, _Slice))}
+    if direct := sorted(used & set(reader.gathered)):
         raise ValueError(f"loss_fn also uses the shard of {direct[0]!r} itself: use what taps.all_gather gave instead")
     divisions = [tag for tag in of_loss if isinstance(tag, _Division)]
     if divisions and not weighted:
@@ -118,7 +119,7 @@ def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str
             "examples: return (sum, weight) and pass weighted=True, or divide by a constant (fixed_denominator)"
         )
     for name, own in zip(paths, split.own_params, strict=True):
-        if missing := own - set(reader.gathered.get(name, ())):
+        if missing := own - set(reader.gathered[name].axes if name in reader.gathered else ()):
             raise ValueError(
                 f"parameter {name!r} differs between the devices along {sorted(missing)}: gather its shards in loss_fn "
                 "by noise_scale.taps.all_gather, or pass the whole parameter to every device"
@@ -130,8 +131,17 @@ class _Division(NamedTuple):
     where: str
 
 
+class _Slice(NamedTuple):
+    """In a loop over the leading axis of a parameter."""
+
+    number: int
+
+
 class _Gathered(NamedTuple):
     name: str
+
+
+_OF_PARAMETERS = (int, _Slice, _Gathered)
 
 
 class _Reader(NamedTuple):
@@ -139,7 +149,7 @@ class _Reader(NamedTuple):
 
     axes: frozenset[str]
     paths: list[str]
-    gathered: dict[str, tuple[str, ...]]  # filled as gathers are found
+    gathered: dict[str, Gathering]  # filled as gathers are found
 
     def read(self, jaxpr, inputs, of_one_example=False) -> list[frozenset]:
         """What the outputs depend on. `of_one_example`: in a loop over examples, where no number is of the batch."""
@@ -152,7 +162,7 @@ class _Reader(NamedTuple):
             outputs = self._equation(eqn, [tags(value) for value in eqn.invars], of_one_example)
             for value, found in zip(eqn.outvars, outputs, strict=True):
                 single = not of_one_example and getattr(value.aval, "shape", None) == ()
-                if single and _BATCH in found and not any(isinstance(tag, (int, _Gathered)) for tag in found):
+                if single and _BATCH in found and not any(isinstance(tag, _OF_PARAMETERS) for tag in found):
                     found = found | {_POOLED}
                 known[value] = found
         return [tags(value) for value in jaxpr.outvars]
@@ -187,18 +197,20 @@ class _Reader(NamedTuple):
         return [all_inputs] * len(eqn.outvars)
 
     def _gather(self, eqn, inputs) -> _Gathered:
-        found = [self.paths[tag] for tag in inputs if isinstance(tag, int)]
-        if len(found) != 1 or _BATCH in inputs:
+        if len(inputs) != 1 or not all(isinstance(tag, (int, _Slice)) for tag in inputs):
             raise ValueError(f"taps.all_gather{_where(eqn)} gathers what isn't one parameter: use jax.lax.all_gather")
-        if found[0] in self.gathered:
-            raise ValueError(f"loss_fn gathers parameter {found[0]!r} twice: gather it once and use the result twice")
+        (tag,) = inputs
+        name = self.paths[tag.number if isinstance(tag, _Slice) else tag]
+        if name in self.gathered:
+            raise ValueError(f"loss_fn gathers parameter {name!r} twice: gather it once and use the result twice")
         along = [_axes_of(e.params) for e in _open(eqn.params["jaxpr"]).eqns if e.primitive.name not in _LOCAL]
-        self.gathered[found[0]] = tuple(sorted(frozenset().union(*along)))
-        return _Gathered(found[0])
+        self.gathered[name] = Gathering(tuple(sorted(frozenset().union(*along))), isinstance(tag, _Slice))
+        return _Gathered(name)
 
     def _loop(self, body, inputs, num_consts, num_carry, of_one_example):
         consts, carry, xs = inputs[:num_consts], inputs[num_consts:][:num_carry], inputs[num_consts + num_carry :]
         of_one_example = of_one_example or any(_BATCH in x for x in xs)
+        xs = [frozenset(_Slice(tag) if isinstance(tag, int) else tag for tag in x) for x in xs]
         before = dict(self.gathered)
         while True:
             self.gathered.clear()

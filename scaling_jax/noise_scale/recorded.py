@@ -38,6 +38,13 @@ class Tapped(NamedTuple):
         return Tapped(self.value.astype(dtype), self.probe)
 
 
+class Gathering(NamedTuple):
+    """How a loss gathers a parameter."""
+
+    axes: tuple[str, ...]  # mapped axes along which it lies in shards
+    in_loop: bool  # in a scan over its leading axis, a layer at a time
+
+
 class Shard(NamedTuple):
     """A device's shard of a parameter, with a float32 zero: (), or (L,) for L layers that the loss scans over."""
 
@@ -113,17 +120,17 @@ def with_example_norms(loss_of: Callable, params, batch, tapped: Callable[[str],
     return value, grads, {name: batch_size * jnp.sum(x, axis=-1) for name, x in sq_norms.items()}
 
 
-def with_own_norms(loss_of: Callable, params, batch, gathered: Mapping[str, Any], stacked):
+def with_own_norms(loss_of: Callable, params, batch, gathered: Mapping[str, Gathering], stacked):
     """`loss_of`'s value and gradients, and {path: squared norm of this device's own gradient of the whole parameter}.
 
     Args:
       loss_of: `(params, batch) -> (loss, aux)`; it gets a `Shard` in place of each gathered parameter.
-      gathered: its keys are the paths of the parameters that `loss_of` gathers.
+      gathered: by path, the parameters that `loss_of` gathers.
       stacked: parameter path -> True if the leading axis counts layers that the loss scans over.
     """
     leaves = [(path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     probes = {
-        name: mark_varying(jnp.zeros(x.shape[:1] if stacked(name) else ()), varying(x))
+        name: mark_varying(jnp.zeros(x.shape[:1] if gathered[name].in_loop or stacked(name) else ()), varying(x))
         for name, x in leaves
         if name in gathered
     }
@@ -135,10 +142,11 @@ def with_own_norms(loss_of: Callable, params, batch, gathered: Mapping[str, Any]
         return loss_of(jax.tree_util.tree_map_with_path(tap, params), batch)
 
     value, (grads, recorded) = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)(params, probes)
+    recorded = {name: x if stacked(name) else jnp.sum(x) for name, x in recorded.items()}
     return value, grads, leaf_sq_norms(grads, stacked) | recorded
 
 
-def means_over_devices(rest, grads, split: Split, gathered: Mapping[str, tuple[str, ...]]):
+def means_over_devices(rest, grads, split: Split, gathered: Mapping[str, Gathering]):
     """(rest, grads) averaged over the devices. The gradient of a gathered parameter is a sum over devices already."""
     if not gathered:
         return mean_over_devices((rest, grads), split)
@@ -147,7 +155,7 @@ def means_over_devices(rest, grads, split: Split, gathered: Mapping[str, tuple[s
     rest, whole = mean_over_devices((rest, whole), split)
 
     def mean(name, g):
-        axes = gathered[name]
+        axes = gathered[name].axes
         others = tuple(axis for axis in split.axes if axis not in axes)
         g = g / jax.lax.axis_size(axes)
         return jax.lax.pmean(g, others) if others else g
@@ -156,11 +164,12 @@ def means_over_devices(rest, grads, split: Split, gathered: Mapping[str, tuple[s
     return rest, jax.tree.unflatten(tree, means)
 
 
-def whole_norms(sq_norms: Mapping[str, jax.Array], gathered: Mapping[str, tuple[str, ...]], groups) -> Any:
+def whole_norms(sq_norms: Mapping[str, jax.Array], gathered: Mapping[str, Gathering], groups) -> Any:
     """`add_up` of the leaf norms of averaged gradients; norms of shards are added over devices, as one number each."""
     total: Any = {} if groups else jnp.zeros(())
-    for axes in [(), *sorted(set(gathered.values()))]:
-        part = add_up({name: x for name, x in sq_norms.items() if gathered.get(name, ()) == axes}, groups)
+    along = {name: gathered[name].axes if name in gathered else () for name in sq_norms}
+    for axes in sorted(set(along.values())):
+        part = add_up({name: x for name, x in sq_norms.items() if along[name] == axes}, groups)
         if axes:
             part = jax.lax.psum(part, axes)
         total = {k: total.get(k, 0.0) + part.get(k, 0.0) for k in total | part} if groups else total + part

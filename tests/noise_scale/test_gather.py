@@ -59,6 +59,12 @@ def test_devices_with_shards_give_what_devices_with_whole_parameters_give(check_
     assert_same(got, want)
 
 
+def test_layers_of_a_scan_need_no_name():
+    """`stacked` is for groups only: that a loop gathers a layer at a time shows in the loss."""
+    got = on_devices(value_and_grad(sharded_loss, axis_name="data"), True)(PARAMS, X)
+    assert_same(got, jax.jit(value_and_grad(whole_loss, num_microbatches=8, axis_name=()))(PARAMS, X))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_single_examples_are_measured_through_a_gather(check_vma):
     options = {"method": "per_example", "stacked": is_stacked}

@@ -164,7 +164,7 @@ def test_a_run_with_a_ramp_that_is_interrupted_compiles_once_for_each_batch(tmp_
     assert len({line.batch_tokens for line in read_metrics(run_folder(tmp_path, run))}) == 2
     assert len(traced) == len(compiled) == 2
     assert [step._cache_size() for step in compiled] == [1, 1]
-    assert programs._evaluator(program_for(run, 8, sharding="fsdp"))._cache_size() == 1
+    assert programs._evaluator(MODEL, 8, "fsdp")._cache_size() == 1
 
 
 def test_a_live_ramp_measures_sharded_parameters(tmp_path, corpus):

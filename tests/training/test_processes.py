@@ -91,6 +91,23 @@ def test_two_processes_train_what_two_devices_of_one_do(tmp_path):
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("streamed", [False, True])
+def test_two_processes_share_a_sharded_state_and_one_goes_on_with_all_of_it(tmp_path, streamed):
+    """Stopped in the middle; what comes out is what one process gives undisturbed."""
+    changes = {"batch_tokens": 256, "max_steps": 40}
+    run = dataclasses.replace(RUN, **changes)
+    two = Processes(tmp_path / "cut", 2, 2, run=changes, sharding="fsdp", streamed=streamed)
+    two.wait_until_step(14)
+    two.each[1].send_signal(signal.SIGTERM)
+    for process, output in zip(two.each, two.outputs(), strict=True):
+        assert process.returncode == 0, output
+        assert "interrupted" in output
+    train(run, tmp_path / "cut", corpus=CORPUS, num_devices=4, sharding="fsdp")
+    train(run, tmp_path / "whole", corpus=CORPUS, num_devices=4, sharding="fsdp")
+    assert_same_training(tmp_path / "cut", tmp_path / "whole")
+
+
 @pytest.mark.long
 def test_sigterm_to_one_of_two_processes_saves_the_run_and_one_process_goes_on_with_it(tmp_path):
     """What comes out is what one process gives undisturbed."""
