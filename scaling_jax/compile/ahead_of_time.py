@@ -18,13 +18,11 @@ from scaling_jax.data.feeding import RESIDENT_BYTES
 from scaling_jax.noise_scale import Moments, accumulate, value_and_grad
 from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
 from scaling_jax.parallel import AXIS, Sharding, data_mesh
-from scaling_jax.parallel.fsdp import fsdp_shardings
 from scaling_jax.scanning.experiment import Experiment
 from scaling_jax.scanning.plan import flops_per_token
-from scaling_jax.tasks import ModelConfig, Transformer, batch_loss, evaluator, fsdp_evaluator, held_out_rows
+from scaling_jax.tasks import ModelConfig, batch_loss, evaluator, fsdp_evaluator, held_out_rows
 from scaling_jax.training import Run
-from scaling_jax.training.optimizers import counts_layers
-from scaling_jax.training.program import Program, many_steps, program_for, state_shardings
+from scaling_jax.training.program import Program, init_params, many_steps, param_shardings, program_for, state_shardings
 from scaling_jax.training.run import Stage
 
 _SPLIT = (False, True, False)  # of the arguments of the steps after the state, only the order of rows is split
@@ -125,7 +123,7 @@ def compile_steps(program: Program, slice_: Topology, differentiate: Callable = 
 def compile_evaluation(program: Program, eval_tokens: int, slice_: Topology) -> Executable:
     """Compiles the test loss. Its memory includes the training state and the rows.
 
-    `slice_` is a single chip if the state is replicated, because every chip computes all of the loss.
+    `slice_` is a single chip if the state is replicated: every chip then computes its rows alone.
     """
     state, rows, *_ = _arguments(program)
     state = _placed_state(program, state, slice_)
@@ -204,7 +202,7 @@ def _evaluation_alone(model: ModelConfig, sharding: Sharding, eval_tokens: int, 
     rows = held_out_rows(np.zeros((max(1, eval_tokens // model.context), model.context + 1), np.uint16), eval_tokens)
     params, mesh = _abstract_params(model), data_mesh(slice_.devices)
     if sharding == "fsdp":
-        shardings = fsdp_shardings(params, mesh, counts_layers)
+        shardings = param_shardings(model, mesh)
         params, evaluate = _with_shardings(params, shardings), fsdp_evaluator(model, mesh, shardings)
     else:
         params, evaluate = _placed(slice_.devices, False, params), evaluator(model)
@@ -249,8 +247,7 @@ def _placed(devices, split: bool, argument):
 
 
 def _abstract_params(model: ModelConfig):
-    tokens_BxT = jnp.zeros((1, model.context), jnp.int32)
-    return jax.eval_shape(Transformer(model).init, jax.random.key(0), tokens_BxT)["params"]
+    return jax.eval_shape(functools.partial(init_params, model), 0)
 
 
 def _arguments(program: Program) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """The training task: language modelling with a decoder-only transformer, and the table of model sizes."""
 
-from scaling_jax.tasks.language_model import batch_loss, evaluator, fsdp_evaluator, held_out_rows
+from scaling_jax.tasks.language_model import batch_loss, evaluator, fsdp_evaluator, held_out_rows, shared_evaluator
 from scaling_jax.tasks.transformer import (
     MODELS,
     ModelConfig,
@@ -25,4 +25,5 @@ __all__ = [
     "next_token_loss",
     "part_names",
     "part_of",
+    "shared_evaluator",
 ]

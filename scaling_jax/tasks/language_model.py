@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from scaling_jax.parallel import fsdp
+from scaling_jax.parallel import AXIS, fsdp
 from scaling_jax.tasks.transformer import ModelConfig, Transformer
 
 _CHUNK = 16  # rows at a time; few enough for a CPU's cache
@@ -44,6 +44,34 @@ def evaluator(model: ModelConfig):
         return jnp.mean(jax.lax.map(lambda chunk: loss(params, chunk), chunks))
 
     return jax.jit(evaluate)
+
+
+def shared_evaluator(model: ModelConfig, mesh: Mesh):
+    """`evaluator` with the chunks of rows dealt out to the devices, which all hold the parameters.
+
+    Each device computes its chunks, and their losses are averaged in the same order, as `evaluator` does.
+    """
+    loss = batch_loss(model)
+
+    def of_chunks(params, chunks):
+        return jax.lax.map(lambda chunk: loss(params, chunk), chunks)
+
+    over_devices = jax.shard_map(
+        of_chunks,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+        out_specs=PartitionSpec(AXIS),
+        check_vma=False,
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def evaluate(params, rows_RxT1):
+        chunks = rows_RxT1.reshape(-1, min(_CHUNK, len(rows_RxT1)), rows_RxT1.shape[1])
+        padded = jnp.pad(chunks, ((0, -len(chunks) % mesh.size), (0, 0), (0, 0)))
+        losses = jax.lax.with_sharding_constraint(over_devices(params, padded), everywhere)
+        return jnp.mean(losses[: len(chunks)])
+
+    return jax.jit(evaluate, out_shardings=everywhere)
 
 
 def fsdp_evaluator(model: ModelConfig, mesh: Mesh, params):

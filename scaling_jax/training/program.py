@@ -24,6 +24,7 @@ from scaling_jax.tasks import (
     is_stacked,
     part_names,
     part_of,
+    shared_evaluator,
 )
 from scaling_jax.training.optimizers import OptimizerConfig, counts_layers, make_optimizer
 from scaling_jax.training.run import Run, split_batch
@@ -115,7 +116,8 @@ class Program:
 
     def test_loss(self, state: TrainState, rows_RxT1: np.ndarray) -> float:
         """The loss on held-out rows in nats per token; see `tasks.held_out_rows`."""
-        evaluate = _evaluator(self) if self.sharding == "fsdp" else evaluator(self.model)
+        num_devices = 1 if self.backend == "vmap" else self.num_devices
+        evaluate = _evaluator(self.model, num_devices, self.sharding)
         return float(evaluate(state.evaluated_params, rows_RxT1))
 
 
@@ -225,6 +227,16 @@ def state_shardings(program: Program, mesh: Mesh) -> TrainState:
     return fsdp.fsdp_shardings(jax.eval_shape(program.init, 0), mesh, counts_layers)
 
 
+def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+    """Where "fsdp" puts the parameters."""
+    return fsdp.fsdp_shardings(jax.eval_shape(functools.partial(init_params, model), 0), mesh, counts_layers)
+
+
+def init_params(model: ModelConfig, seed) -> Any:
+    """The parameters before the first step."""
+    return Transformer(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
+
+
 def _in_a_loop(program: Program, step: Callable, batch_of: Callable):
     def steps(state: TrainState, rows, order, settings):
         num_steps, learning_rate, warmup_steps = settings
@@ -250,7 +262,7 @@ def no_metrics(program: Program, *shape: int) -> StepMetrics:
 @functools.cache
 def _init(model: ModelConfig, optimizer: OptimizerConfig, averaged: bool):
     def init(seed):
-        params = Transformer(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
+        params = init_params(model, seed)
         average = Average(jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if averaged else None
         return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0), _TRACKER.init(), average)
 
@@ -264,9 +276,11 @@ def _averaged(average: Average | None, params, decay: float | None) -> Average |
 
 
 @functools.cache
-def _evaluator(program: Program):
-    mesh = data_mesh(devices_of_run(program.num_devices))
-    return fsdp_evaluator(program.model, mesh, state_shardings(program, mesh).params)
+def _evaluator(model: ModelConfig, num_devices: int, sharding: Sharding):
+    mesh = data_mesh(devices_of_run(num_devices))
+    if sharding == "fsdp":
+        return fsdp_evaluator(model, mesh, param_shardings(model, mesh))
+    return evaluator(model) if num_devices == 1 else shared_evaluator(model, mesh)
 
 
 _compile = functools.cache(many_steps)
