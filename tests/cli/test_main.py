@@ -97,6 +97,18 @@ def test_a_run_with_other_arguments_says_that_it_starts_beside_the_first(train, 
     assert len(list(results.glob("runs/*/result.json"))) == 3
 
 
+def test_the_sharding_changes_the_small_batch_and_not_the_run(train, trained):
+    """Two runs of the same seed, with and without; of the eight devices each has two sequences of 64 tokens."""
+    results = trained[1].parents[1]
+    done = train("--max-steps", "4", "--seed", "3", "--sharding", "fsdp")
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[-1].removeprefix("records: "))
+    assert {line.small_batch_tokens for line in read_metrics(folder)} == {512}
+    again = train("--max-steps", "4", "--seed", "3")
+    assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
+    shutil.rmtree(results / "runs" / folder.name)
+
+
 def test_single_runs_have_a_status_and_a_report_and_no_fit(trained, cli, tmp_path):
     results = shutil.copytree(trained[1].parents[1], tmp_path / "trained")
     (results / "runs" / trained[1].name / "result.json").unlink()  # as if it had been lost

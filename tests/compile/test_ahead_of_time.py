@@ -22,8 +22,8 @@ from scaling_jax.io import UserError
 from scaling_jax.noise_scale import value_and_grad
 from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.scanning.records import load_plan
-from scaling_jax.tasks import model_config
-from scaling_jax.training import LiveRamp, Run, Stage
+from scaling_jax.tasks import ModelConfig, model_config
+from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage
 from scaling_jax.training.program import program_for
 
 MODEL = model_config("2x64", context=128)
@@ -92,6 +92,42 @@ def test_what_does_not_fit_is_said_without_a_traceback(v5e):
     )
     assert not found.fits
     assert found.memory_bytes is None or found.memory_bytes > v5e.chip.memory_bytes
+
+
+@pytest.fixture(scope="module")
+def large_on_v5e():
+    """A model of 1.2B parameters, whose state (14.5 GB with Adam) and gradient don't fit on a chip of 15.75 GiB."""
+    model = ModelConfig(24, 2_048, 16, vocab_size=50_257, context=1_024, compute_dtype="bfloat16")
+    optimizer = OptimizerConfig("adamw", weight_decay=0.1, clip_norm=1.0)
+    run = Run(model, 2**19, 1e-3, max_steps=5, microbatch_tokens=1_024, eval_tokens=2**18, optimizer=optimizer)
+    (batch,) = compile_runs([run], topology("v5e:16x16"), "fsdp")
+    return batch
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_model_that_does_not_fit_replicated_fits_sharded(large_on_v5e):
+    assert large_on_v5e.slice_name == "v5e:16x16"
+    assert (large_on_v5e.program.num_microbatches, large_on_v5e.program.small_batch_sequences) == (2, 256)
+    assert 16 * large_on_v5e.program.model.num_params > topology("v5e:16x16").chip.memory_bytes
+    assert large_on_v5e.fits
+    assert large_on_v5e.step.memory_bytes < 0.75 * topology("v5e:16x16").chip.memory_bytes
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_noise_scale_adds_one_message_of_scalars_to_the_sharded_step(large_on_v5e):
+    step, plain = large_on_v5e.step.collectives, large_on_v5e.plain_step.collectives
+    assert len(step) - len(plain) <= 1
+    assert 0 < sum(c.num_bytes for c in step) - sum(c.num_bytes for c in plain) < 1_000
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_divide_is_compiled_for_a_smaller_slice_and_shared_by_two_sequences_a_chip(v5e):
+    (batch,) = compile_runs([dataclasses.replace(RUN, batch_tokens=128 * 16)], v5e, "fsdp")
+    assert (batch.slice_name, batch.nearest_batches) == ("v5e:2x4", (128 * 32,))
+    assert batch.fits
 
 
 def test_the_plain_gradient_is_that_of_training():
