@@ -47,9 +47,15 @@ def assert_same(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.device_get(got), want)
 
 
-@pytest.mark.parametrize("groups", [None, lambda name: name])
-@pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("check_vma", "m", "groups"),
+    [
+        (True, 1, lambda name: name),
+        (False, 2, None),
+        pytest.param(True, 2, None, marks=pytest.mark.slow),
+        pytest.param(False, 1, lambda name: name, marks=pytest.mark.slow),
+    ],
+)
 def test_devices_with_shards_give_what_devices_with_whole_parameters_give(check_vma, m, groups):
     options = {"groups": groups, "stacked": is_stacked}
     got = on_devices(value_and_grad(sharded_loss, num_microbatches=m, axis_name="data", **options), check_vma)(

@@ -169,7 +169,7 @@ def test_sums_and_weights_of_parts_must_add_up():
         check_mean_loss(lambda p, b: (mean_loss(p, b), summed(p, b)[1]), PARAMS, BATCH, weighted=True)
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
+@pytest.mark.parametrize("num_microbatches", [2, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 4))])
 @pytest.mark.parametrize("how", MAPPINGS)
 def test_a_weighted_loss_has_the_gradient_of_the_plain_weighted_mean(how, num_microbatches):
     """Also where a device or a microbatch has no weight at all. The small gradients' mean is the big one exactly."""

@@ -209,8 +209,15 @@ def test_a_loss_with_the_batch_own_denominator_is_found_and_the_fixed_one_passes
     check_mean_loss(fixed_denominator(weighted_sum, weight_per_example=3.5), quadratic.PARAMS, batch)
 
 
-@pytest.mark.parametrize("how", ["pmap", "shard_map_check_vma", "vmap"])
-@pytest.mark.parametrize("method", ["two_batch", "per_example"])
+@pytest.mark.parametrize(
+    ("how", "method"),
+    [
+        ("shard_map_check_vma", "two_batch"),
+        ("vmap", "per_example"),
+        pytest.param("pmap", "two_batch", marks=pytest.mark.slow),
+        pytest.param("shard_map_check_vma", "per_example", marks=pytest.mark.slow),
+    ],
+)
 def test_every_kth_step_is_measured_and_gradients_are_always_the_same(how, method):
     x = quadratic.draw(jax.random.key(0), BATCH)
     options = {"method": method, "num_microbatches": 2, "axis_name": "data"}

@@ -71,8 +71,14 @@ def assert_same(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.device_get(got), want)
 
 
-@pytest.mark.parametrize("m", [2, 4, 8])
-@pytest.mark.parametrize("layout", LAYOUTS)
+SPLITS = [
+    pytest.param(layout, m, marks=() if (layout, m) in (("rows", 2), ("mixed", 8)) else pytest.mark.slow)
+    for layout in LAYOUTS
+    for m in (2, 4, 8)
+]
+
+
+@pytest.mark.parametrize(("layout", "m"), SPLITS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_arrays_give_what_one_device_gives(kind, layout, m):
     context, params, batch = placed(layout, kind)
@@ -81,8 +87,7 @@ def test_sharded_arrays_give_what_one_device_gives(kind, layout, m):
     assert_same(got, on_one_device(m))
 
 
-@pytest.mark.parametrize("layout", ["replicated", "tensor"])
-@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize(("layout", "m"), [("tensor", 1), pytest.param("replicated", 2, marks=pytest.mark.slow)])
 def test_devices_are_small_batches_where_the_mesh_axis_is_named(layout, m):
     """Each device's own gradient, before XLA would add it to the others'; the axis of the model is left to XLA."""
     mesh = mesh_of(layout, AxisType.Auto)
@@ -95,8 +100,7 @@ def test_devices_are_small_batches_where_the_mesh_axis_is_named(layout, m):
     assert_same((value, moments, grads), (want_value, want, want_grads))
 
 
-@pytest.mark.parametrize("layout", ["replicated", "rows"])
-@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize(("layout", "m"), [("rows", 1), pytest.param("replicated", 2, marks=pytest.mark.slow)])
 def test_explicit_axes_say_which_parameters_devices_must_gather(layout, m):
     context, params, batch = placed(layout, AxisType.Explicit)
 
@@ -111,7 +115,7 @@ def test_explicit_axes_say_which_parameters_devices_must_gather(layout, m):
     assert jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, p.ndim), got[1], params)
 
 
-@pytest.mark.parametrize("layout", ["replicated", "rows", "mixed"])
+@pytest.mark.parametrize("layout", ["mixed", pytest.param("rows", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_examples_are_measured_where_they_lie(kind, layout):
     context, params, batch = placed(layout, kind)
@@ -134,8 +138,13 @@ def accumulated(m, batch_sharding):
     return fn
 
 
-@pytest.mark.parametrize("layout", ["replicated", "rows", "columns"])
-@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("rows", True),
+        *(pytest.param(layout, False, marks=pytest.mark.slow) for layout in ("replicated", "rows", "columns")),
+    ],
+)
 def test_the_noise_scale_sends_one_number_more_than_gradient_accumulation(layout, said):
     """Compiled for 8 devices: as many collectives and one more, of numbers; the FLOPs of the norms; no more memory."""
     m, mesh = 4, mesh_of(layout, AxisType.Auto)
@@ -161,7 +170,13 @@ def test_the_noise_scale_sends_one_number_more_than_gradient_accumulation(layout
 
 
 DRAWS = [
-    pytest.param(kind, layout, m, axis, marks=() if (layout, m, axis) == ("rows", 2, None) else pytest.mark.slow)
+    pytest.param(
+        kind,
+        layout,
+        m,
+        axis,
+        marks=() if (kind, layout, m, axis) == (AxisType.Auto, "rows", 2, None) else pytest.mark.slow,
+    )
     for kind in (AxisType.Auto, AxisType.Explicit)
     for layout in ("replicated", "rows", "columns", "tensor")
     for m, axis in ((2, None), (4, None), (8, None), (1, "data"))
