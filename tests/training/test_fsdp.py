@@ -63,7 +63,7 @@ def test_each_device_holds_a_part_of_large_arrays_also_after_a_step(corpus):
         assert state.step.sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("num_microbatches", [2, 4])
+@pytest.mark.parametrize("num_microbatches", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_small_batch_is_a_microbatch_of_all_devices(corpus, num_microbatches):
     """By an independent way: gradients of every m-th sequence of the batch, one small batch at a time."""
     program = dataclasses.replace(FSDP, num_microbatches=num_microbatches)
@@ -86,7 +86,7 @@ def test_a_line_says_the_small_batch_of_its_steps(tmp_path, corpus):
     assert (line.batch_tokens, line.small_batch_tokens) == (512, 256)
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor", "signum"])
+@pytest.mark.parametrize("name", ["muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adafactor", "signum"))])
 def test_every_optimizer_takes_the_same_step_on_parts(corpus, name):
     """By the loss after a step: biases of keys don't count, whose gradients are rounding alone."""
     config = OptimizerConfig(name, clip_norm=0.1)
@@ -131,8 +131,8 @@ def test_a_run_that_goes_on_ends_as_an_undisturbed_one_bit_for_bit(tmp_path, cor
     ("before", "after"),
     [
         ({"sharding": "replicated"}, {"sharding": "fsdp"}),
-        ({"sharding": "fsdp"}, {"sharding": "replicated", "num_devices": 4}),
-        ({"sharding": "fsdp", "num_devices": 2}, {"sharding": "fsdp"}),
+        pytest.param({"sharding": "fsdp"}, {"sharding": "replicated", "num_devices": 4}, marks=pytest.mark.slow),
+        pytest.param({"sharding": "fsdp", "num_devices": 2}, {"sharding": "fsdp"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_with_another_sharding_or_number_of_devices(tmp_path, corpus, before, after):
@@ -158,6 +158,7 @@ def test_a_run_with_a_ramp_that_is_interrupted_compiles_once_for_each_batch(tmp_
     counted.__wrapped__ = fsdp.over_mesh
     monkeypatch.setattr(programs.fsdp, "over_mesh", counted)
     programs._compile.cache_clear()
+    programs._evaluator.cache_clear()
     for after in (2, 2):
         interrupted(run, tmp_path, corpus, after, sharding="fsdp")
     train(run, tmp_path, corpus=corpus, sharding="fsdp")
@@ -167,6 +168,7 @@ def test_a_run_with_a_ramp_that_is_interrupted_compiles_once_for_each_batch(tmp_
     assert programs._evaluator(MODEL, 8, "fsdp")._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_live_ramp_measures_sharded_parameters(tmp_path, corpus):
     live = LiveRamp(1e9, 1_024, every_steps=4, metric="curvature", sequences=16)
     run = dataclasses.replace(RUN, live_ramp=live, max_steps=4)
