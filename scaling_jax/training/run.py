@@ -81,7 +81,7 @@ class Recipe:
     average_half_life_tokens: float | None = None  # evaluate an average of the weights (Zhang et al. 2024)
     text: str = "python"
     tokenizer: str = "bytes"  # or gpt2, bpe:<vocabulary>
-    microbatch_tokens: int = 1024  # largest small batch of the noise scale; a step has at least two small batches
+    microbatch_tokens: int = 1024  # most that a device computes at once; a step has at least two small batches
     eval_tokens: int = 16_384
     eval_growth: float = 1.07  # ratio of the steps of successive evaluations
     eval_every_tokens: int | None = None  # if given, also evaluate at the first step past each multiple of this
