@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scaling_jax.compile.topologies import Topology
 from scaling_jax.data.feeding import RESIDENT_BYTES
 from scaling_jax.noise_scale import Moments, accumulate, value_and_grad
-from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
+from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
 from scaling_jax.parallel import AXIS, Sharding, data_mesh
 from scaling_jax.scanning.experiment import Experiment
 from scaling_jax.scanning.plan import flops_per_token

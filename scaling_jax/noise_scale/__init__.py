@@ -5,8 +5,7 @@ from scaling_jax.noise_scale.estimate import Estimate, estimate
 from scaling_jax.noise_scale.geometries import every
 from scaling_jax.noise_scale.losses import check_mean_loss, fixed_denominator
 from scaling_jax.noise_scale.moments import Moments, unbiased, value_and_grad
-from scaling_jax.noise_scale.quadratic_forms import adam_norms, curvature, sq_norm
-from scaling_jax.noise_scale.recorded import check_taps
+from scaling_jax.noise_scale.norms import adam_norms, check_taps, curvature, sq_norm
 from scaling_jax.noise_scale.tracker import (
     Accumulator,
     AccumulatorState,

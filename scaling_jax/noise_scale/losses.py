@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from scaling_jax.noise_scale.accumulate import Split, names
-from scaling_jax.noise_scale.recorded import GATHER, Gathering
+from scaling_jax.noise_scale.norms import GATHER, Gathering
 
 _BATCH, _POOLED = "batch", "pooled"  # what a value depends on: the batch; a single number made from the whole batch
 _LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, jax.__file__))

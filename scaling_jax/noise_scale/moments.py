@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from scaling_jax.noise_scale import accumulate, losses, recorded
-from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
+from scaling_jax.noise_scale import accumulate, losses, norms
+from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
 
 
 class Moments(NamedTuple):
@@ -51,7 +51,7 @@ def value_and_grad(
     norm: Callable[[Any], Any] | None = None,
     groups: Callable[[str], str] | None = None,
     stacked: Callable[[str], bool] = lambda name: False,
-    is_norm_layer: Callable[[str], bool] = recorded.is_norm_layer,
+    is_norm_layer: Callable[[str], bool] = norms.is_norm_layer,
     every: int | None = None,
 ):
     """`jax.value_and_grad` of a mean loss that also returns the `Moments` of its gradient.
@@ -145,9 +145,9 @@ def value_and_grad(
 
         def tapped(microbatch):
             if two_batch:
-                found = recorded.with_own_norms(loss_of, split.params, microbatch, gathered, stacked)
+                found = norms.with_own_norms(loss_of, split.params, microbatch, gathered, stacked)
             else:
-                found = recorded.with_example_norms(loss_of, split.params, microbatch, selected, stacked)
+                found = norms.with_example_norms(loss_of, split.params, microbatch, selected, stacked)
             value, grads, sq_norms = found
             return value, grads, add_up(sq_norms, groups)
 
@@ -168,7 +168,7 @@ def value_and_grad(
 
         def whole_norm(grads):
             if norm is None:
-                return recorded.whole_norms(leaf_norms(grads), gathered, groups)
+                return norms.whole_norms(leaf_norms(grads), gathered, groups)
             # The caller's norm may depend on the device: `curvature` uses each device's own Hessian.
             return accumulate.mean_over_devices(norm(grads), split)
 
@@ -177,7 +177,7 @@ def value_and_grad(
         (value, grads, small), big = accumulate.mean_over_microbatches(
             one, split, (lambda total: only_if_measured(whole_norm, total[1])) if together else lambda total: ()
         )
-        ((loss, (weight, aux)), small), grads = recorded.means_over_devices((value, small), grads, split, gathered)
+        ((loss, (weight, aux)), small), grads = norms.means_over_devices((value, small), grads, split, gathered)
         if weighted:
             loss, aux, grads = jax.tree.map(lambda x: x / weight, (loss, aux, grads))
             small = jax.tree.map(lambda x: x / jnp.square(weight), small)
@@ -200,7 +200,7 @@ def value_and_grad(
         if accumulate.mapped(axes):
             return local(lambda params: params, params, batch, step, *extra)
         shards = accumulate.sharded_dimensions(params, axes)
-        on_device = functools.partial(local, functools.partial(recorded.gather_all, shards=shards))
+        on_device = functools.partial(local, functools.partial(norms.gather_all, shards=shards))
         return accumulate.on_mesh(on_device, axes, batch_sharding, params)(params, batch, step, *extra)
 
     return wrapped

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from scaling_jax.noise_scale.accumulate import explicit_mesh, left_to_xla, mark_varying, type_of, varying
-from scaling_jax.noise_scale.recorded import Tapped
-from scaling_jax.noise_scale.recorded import all_gather as all_gather  # one of the taps
+from scaling_jax.noise_scale.norms import Tapped
+from scaling_jax.noise_scale.norms import all_gather as all_gather  # one of the taps
 
 MAX_ELEMENTS = 2**24  # of one layer's per-example gradients at a time; a larger batch is computed in chunks
 MAX_ELEMENTS_ON_CPU = 2**20  # about what the caches hold

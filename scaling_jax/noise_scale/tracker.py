@@ -15,7 +15,7 @@ import numpy as np
 from scaling_jax.noise_scale.accumulate import names, varying, zeros_like
 from scaling_jax.noise_scale.estimate import Estimate, estimate
 from scaling_jax.noise_scale.moments import Moments, unbiased
-from scaling_jax.noise_scale.quadratic_forms import add_up, leaf_sq_norms
+from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
 
 
 class TrackerState(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.noise_scale import check_taps, sq_norm, taps, unbiased, value_and_grad
-from scaling_jax.noise_scale.recorded import with_example_norms
+from scaling_jax.noise_scale.norms import with_example_norms
 from tests.noise_scale import language_model as lm
 
 
