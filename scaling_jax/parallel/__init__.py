@@ -1,7 +1,16 @@
 """Programs that run on all devices of all processes of a run, and how these processes work together."""
 
-from scaling_jax.parallel.devices import AXIS, Backend, data_mesh, deal_out, replicate, spmd, spmd_of_runs
-from scaling_jax.parallel.fsdp import Sharding, use_whole
+from scaling_jax.parallel.devices import (
+    AXIS,
+    Backend,
+    Sharding,
+    data_mesh,
+    deal_out,
+    replicate,
+    spmd,
+    spmd_of_runs,
+    use_whole,
+)
 from scaling_jax.parallel.processes import agree, connect, from_first, is_first, leave_if_one_is_gone, together
 
 __all__ = [

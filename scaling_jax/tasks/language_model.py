@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from scaling_jax.parallel import AXIS, fsdp
+from scaling_jax.parallel import AXIS
+from scaling_jax.parallel.devices import device_by_device
 from scaling_jax.tasks.transformer import ModelConfig, Transformer
 
 _CHUNK = 16  # rows at a time; few enough for a CPU's cache
@@ -85,7 +86,7 @@ def fsdp_evaluator(model: ModelConfig, mesh: Mesh, params):
     def each_row(params, rows_RxT1):
         return jax.vmap(lambda row_T1: loss(params, row_T1[None]))(rows_RxT1)
 
-    losses = fsdp.device_by_device(each_row, mesh, params)
+    losses = device_by_device(each_row, mesh, params)
 
     def evaluate(params, rows_RxT1):
         num_rows, context1 = rows_RxT1.shape

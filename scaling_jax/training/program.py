@@ -13,8 +13,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
-from scaling_jax.parallel import AXIS, Backend, Sharding, data_mesh, fsdp, replicate, spmd
-from scaling_jax.parallel.devices import devices_of_run
+from scaling_jax.parallel import AXIS, Backend, Sharding, data_mesh, replicate, spmd
+from scaling_jax.parallel.devices import (
+    device_by_device,
+    devices_of_run,
+    fsdp_shardings,
+    over_mesh,
+    rows_of_devices,
+)
 from scaling_jax.tasks import (
     ModelConfig,
     Transformer,
@@ -203,15 +209,15 @@ def many_steps(
     if program.sharding == "fsdp":
         mesh = data_mesh(devices or devices_of_run(program.num_devices))
         state = state_shardings(program, mesh)
-        losses = fsdp.device_by_device(batch_loss(program.model), mesh, state.params)
+        losses = device_by_device(batch_loss(program.model), mesh, state.params)
         differentiate = functools.partial(differentiate, batch_sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
-        rows_of = fsdp.rows_of_devices(mesh, own_rows)
+        rows_of = rows_of_devices(mesh, own_rows)
         whole = _in_a_loop(
             program,
             one_step(program, None, differentiate, lambda params, tokens: jnp.mean(losses(params, tokens))),
             lambda rows, order_DxCxB, i: rows_of(rows, order_DxCxB[:, i]),
         )
-        return fsdp.over_mesh(whole, mesh, state=state, split=(own_rows, True, False))
+        return over_mesh(whole, mesh, state=state, split=(own_rows, True, False))
     return spmd(
         _in_a_loop(program, one_step(program, AXIS, differentiate), lambda rows, order_CxB, i: rows[order_CxB[i]]),
         split=(False, own_rows, True, False),
@@ -224,12 +230,12 @@ def many_steps(
 
 def state_shardings(program: Program, mesh: Mesh) -> TrainState:
     """Where "fsdp" puts the state."""
-    return fsdp.fsdp_shardings(jax.eval_shape(program.init, 0), mesh, counts_layers)
+    return fsdp_shardings(jax.eval_shape(program.init, 0), mesh, counts_layers)
 
 
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
     """Where "fsdp" puts the parameters."""
-    return fsdp.fsdp_shardings(jax.eval_shape(functools.partial(init_params, model), 0), mesh, counts_layers)
+    return fsdp_shardings(jax.eval_shape(functools.partial(init_params, model), 0), mesh, counts_layers)
 
 
 def init_params(model: ModelConfig, seed) -> Any:

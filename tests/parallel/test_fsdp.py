@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from scaling_jax.parallel import AXIS, data_mesh, use_whole
-from scaling_jax.parallel.fsdp import device_by_device, fsdp_shardings, over_mesh, rows_of_devices
+from scaling_jax.parallel.devices import device_by_device, fsdp_shardings, over_mesh, rows_of_devices
 
 MESH = data_mesh(jax.devices())  # of eight
 

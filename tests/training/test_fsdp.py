@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from scaling_jax.io import UserError
-from scaling_jax.parallel import deal_out, fsdp, replicate
+from scaling_jax.parallel import deal_out, replicate
+from scaling_jax.parallel.devices import over_mesh
 from scaling_jax.tasks import ModelConfig, batch_loss, evaluator
 from scaling_jax.training import Interrupted, LiveRamp, OptimizerConfig, Run, Stage, read_metrics, run_folder, train
 from scaling_jax.training import program as programs
@@ -152,11 +153,10 @@ def test_a_run_with_a_ramp_that_is_interrupted_compiles_once_for_each_batch(tmp_
             traced.append(body)
             return body(*arguments)
 
-        compiled.append(fsdp.over_mesh.__wrapped__(counting, *args, **options))
+        compiled.append(over_mesh(counting, *args, **options))
         return compiled[-1]
 
-    counted.__wrapped__ = fsdp.over_mesh
-    monkeypatch.setattr(programs.fsdp, "over_mesh", counted)
+    monkeypatch.setattr(programs, "over_mesh", counted)
     programs._compile.cache_clear()
     programs._evaluator.cache_clear()
     for after in (2, 2):
