@@ -8,6 +8,7 @@ j of m takes the examples j, j + m, j + 2m, …: a device that holds consecutive
 Consecutive examples would lie on a part of the devices, and each device would compute every microbatch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ def split(params, batch, num_microbatches, axis_name, batch_sharding=None) -> Sp
     if not mapped(axes):
         raise ValueError(f"axis_name={axis_name!r} isn't a mapped axis here: pass that of pmap, shard_map or vmap")
     num_devices = jax.lax.axis_size(axes) if axes else 1
-    local_batch = _local_batch(batch, num_microbatches)
+    local_batch = check_batch(batch, num_microbatches)
     _check_params(params)
     tracked = frozenset(axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
     _check_axes(params, batch, axes, tracked)
@@ -211,8 +212,11 @@ def on_mesh(local: Callable, axes: tuple[str, ...], batch_sharding: Any, params:
             "shard_map or vmap; under jit, pass batch_sharding or set the mesh with jax.set_mesh"
         )
     of_params = jax.tree.map(lambda x: _along(explicit_spec(x), axes), params)
+    num_devices = math.prod(meshes[0].shape[axis] for axis in axes)
 
     def mapped_over(*args):
+        if rest := len(jax.tree.leaves(args[1])[0]) % num_devices:
+            raise ValueError(f"the batch has {rest} examples too many for {num_devices} devices along {axes}")
         in_specs = (of_params, PartitionSpec(axes), *(PartitionSpec(),) * (len(args) - 2))
         out_specs = PartitionSpec(), of_params
         return jax.shard_map(local, mesh=meshes[0], in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))(*args)
@@ -266,7 +270,12 @@ def type_of(x) -> Any:
     return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
 
 
-def _local_batch(batch, num_microbatches):
+def check_batch(batch, num_microbatches) -> int:
+    """The number of examples in a batch.
+
+    Raises:
+      ValueError: if its arrays don't have one, or it doesn't split into the microbatches.
+    """
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches={num_microbatches} must be at least 1")
     shapes = {path_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
@@ -286,6 +295,9 @@ def _check_params(params):
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError("the parameters have no arrays")
+    paths = names(params)
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise ValueError(f"two parameters have the path {twice[0]!r}: rename one of them")
     for path, x in leaves:
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             raise TypeError(

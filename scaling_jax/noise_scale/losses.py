@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from scaling_jax.noise_scale.accumulate import Split, names
-from scaling_jax.noise_scale.norms import GATHER, Gathering
+from scaling_jax.noise_scale.norms import GATHER, SCATTER, Gathering
 
 _BATCH, _POOLED = "batch", "pooled"  # what a value depends on: the batch; a single number made from the whole batch
 _LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, jax.__file__))
@@ -58,7 +58,7 @@ def check_mean_loss(
     weighted: bool = False,
     has_aux: bool = False,
 ) -> None:
-    """Check that the loss of a batch is the mean of the losses of its parts. Call it once before training.
+    """Check that loss and gradient of a batch are the means of those of its parts. Call it once before training.
 
     Pass a batch with the weights and padding that occur in training.
 
@@ -66,23 +66,40 @@ def check_mean_loss(
       loss_fn, weighted, has_aux: as for `value_and_grad`. With `weighted`, sum and weight of the batch must be the sums
         of those of its parts.
       num_parts: equal parts of the batch, along the first axis.
-      rtol: relative tolerance.
+      rtol: relative tolerance of the loss; gradients may differ by a hundred times that. Take 1e-2 for bfloat16.
 
     Raises:
       ValueError: if it isn't the mean: the loss divides by the batch's own weights, or sums over examples.
     """
 
-    def value(part) -> np.ndarray:
-        found = loss_fn(params, part, *extra)
-        return np.asarray(found[0] if has_aux else found, np.float64)
+    sizes = {len(x) if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
+    if num_parts < 2 or len(sizes) != 1 or min(sizes) == 0 or min(sizes) % num_parts:
+        raise ValueError(f"a batch of {sorted(sizes)} examples doesn't split into {num_parts} equal parts")
+    length = min(sizes) // num_parts
 
-    whole = value(batch)
-    parts = np.array([value(jax.tree.map(lambda x, i=i: np.split(x, num_parts)[i], batch)) for i in range(num_parts)])
-    together = parts.sum(0) if weighted else parts.mean(0)
-    if not np.all(np.abs(together - whole) <= rtol * np.maximum(np.abs(whole), np.abs(parts).max(0))):
+    def of(part):
+        def loss(params):
+            found = loss_fn(params, part, *extra)
+            found = found[0] if has_aux else found
+            return (found[0] if weighted else found), found
+
+        grads, found = jax.grad(loss, has_aux=True)(params)
+        return np.asarray(found, np.float64), [np.asarray(g, np.float64) for g in jax.tree.leaves(grads)]
+
+    whole, whole_grads = of(batch)
+    starts = range(0, length * num_parts, length)
+    values, grads = zip(*(of(jax.tree.map(lambda x, i=i: x[i : i + length], batch)) for i in starts), strict=True)
+    parts, scale = np.array(values), 1 if weighted else num_parts
+    together = parts.sum(0) / scale
+    # Losses may agree by chance, as at a head of zeros, where every token has the same loss.
+    off = sum(np.sum((sum(each) / scale - g) ** 2) for g, *each in zip(whole_grads, *grads, strict=True))
+    size = max(sum(np.sum(g**2) for g in each) for each in grads) / scale**2
+    agree = np.abs(together - whole) <= rtol * np.maximum(np.abs(whole), np.abs(parts).max(0))
+    if not (np.all(agree) and off <= (100 * rtol) ** 2 * size):
         said, name = [np.array2string(x, precision=6) for x in (whole, together)], "sum" if weighted else "mean"
         raise ValueError(
-            f"the loss of the batch is {said[0]}, but the {name} of its {num_parts} parts' losses is {said[1]}: "
+            f"the loss of the batch is {said[0]}, the {name} of its {num_parts} parts' losses is {said[1]}, and the "
+            f"gradients differ by {np.sqrt(off / max(size, 1e-300)):.2g} of their size: "
             + (
                 "return the sums over the examples of weight times loss and of the weights"
                 if weighted
@@ -107,8 +124,12 @@ def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str
     jaxpr = jax.make_jaxpr(loss_of)(split.params, microbatch).jaxpr
     paths = names(split.params)
     reader = _Reader(frozenset(split.axes), paths, {})
-    batch = [frozenset([_BATCH])] * len(jax.tree.leaves(microbatch))
+    is_key = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(microbatch)]
+    batch = [frozenset([] if key else [_BATCH]) for key in is_key]
     (of_loss, *_) = reader.read(jaxpr, [frozenset([k]) for k in range(len(paths))] + batch)
+    if split.axes and "custom_" in str(jaxpr):  # whose backward pass may be anything
+        backward = jax.make_jaxpr(jax.grad(loss_of))(split.params, microbatch).jaxpr
+        _refuse_collectives(backward, reader.axes)
     used = {paths[tag.number if isinstance(tag, _Slice) else tag] for tag in of_loss if isinstance(tag, (int, _Slice))}
     if direct := sorted(used & set(reader.gathered)):
         raise ValueError(f"loss_fn also uses the shard of {direct[0]!r} itself: use what taps.all_gather gave instead")
@@ -125,6 +146,23 @@ def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str
                 "by noise_scale.taps.all_gather, or pass the whole parameter to every device"
             )
     return reader.gathered
+
+
+def pair(value, what: str):
+    """The two parts of what a loss returned; `what` says what it should be."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{what}, not {type(value).__name__}")
+    return value
+
+
+def scalar(value) -> jax.Array:
+    """A loss or a weight as a floating-point number."""
+    if getattr(value, "shape", () if isinstance(value, (int, float)) else None) != ():
+        raise ValueError(
+            f"loss_fn must return a number, not {jax.tree.map(jnp.shape, value)}; or set has_aux or weighted"
+        )
+    value = jnp.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(jnp.float32)
 
 
 class _Division(NamedTuple):
@@ -161,22 +199,14 @@ class _Reader(NamedTuple):
         for eqn in jaxpr.eqns:
             outputs = self._equation(eqn, [tags(value) for value in eqn.invars], of_one_example)
             for value, found in zip(eqn.outvars, outputs, strict=True):
-                single = not of_one_example and getattr(value.aval, "shape", None) == ()
-                if single and _BATCH in found and not any(isinstance(tag, _OF_PARAMETERS) for tag in found):
-                    found = found | {_POOLED}
-                known[value] = found
+                known[value] = _of_value(value.aval, found, of_one_example)
         return [tags(value) for value in jaxpr.outvars]
 
     def _equation(self, eqn, inputs, of_one_example) -> list[frozenset]:
         kind, params, all_inputs = eqn.primitive.name, eqn.params, frozenset().union(*inputs)
         if params.get("name") == GATHER:
             return [frozenset([self._gather(eqn, inputs[0])])]
-        if kind not in _LOCAL and (along := self.axes & _axes_of(params)):
-            raise ValueError(
-                f"loss_fn has a collective of its own along {sorted(along)}: {kind}{_where(eqn)}. Return the mean over "
-                "the device's own examples; value_and_grad averages over the devices, and noise_scale.taps.all_gather "
-                "gathers parameters"
-            )
+        _refuse_collective(eqn, self.axes)
         if kind == "scan":
             body = _open(params["jaxpr"])
             # Of what goes in, xs have one dimension more than the body sees; of what comes out, the carry has not.
@@ -192,7 +222,7 @@ class _Reader(NamedTuple):
             if len(inner.invars) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
                 return self.read(inner, inputs, of_one_example)
             self.read(inner, [frozenset()] * len(inner.invars), True)
-        if kind == "div" and _POOLED in inputs[1] and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+        if _divides(kind, params, inputs) and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
             all_inputs = all_inputs | {_Division(_where(eqn))}
         return [all_inputs] * len(eqn.outvars)
 
@@ -227,6 +257,40 @@ class _Reader(NamedTuple):
         self.read(_open(params["cond_jaxpr"]), [*inputs[:for_cond], *carry], of_one_example)
         consts = inputs[for_cond:][:for_body]
         return self._loop(_open(params["body_jaxpr"]), [*consts, *carry], for_body, len(carry), of_one_example)
+
+
+def _refuse_collectives(jaxpr, axes: frozenset[str]) -> None:
+    for eqn in jaxpr.eqns:
+        if eqn.params.get("name") not in (GATHER, SCATTER):
+            _refuse_collective(eqn, axes)
+            for inner in _inner(eqn.params):
+                _refuse_collectives(inner, axes)
+
+
+def _refuse_collective(eqn, axes: frozenset[str]) -> None:
+    if eqn.primitive.name not in _LOCAL and (along := axes & _axes_of(eqn.params)):
+        raise ValueError(
+            f"loss_fn has a collective of its own along {sorted(along)}: {eqn.primitive.name}{_where(eqn)}. Return the "
+            "mean over the device's own examples; value_and_grad averages over the devices, and "
+            "noise_scale.taps.all_gather gathers parameters"
+        )
+
+
+def _of_value(aval, tags, of_one_example) -> frozenset:
+    """What a value depends on, from what it is computed from."""
+    if getattr(aval, "dtype", None) == np.bool_:  # no gradient flows back through a comparison
+        tags = frozenset(tag for tag in tags if not isinstance(tag, _OF_PARAMETERS))
+    if any(isinstance(tag, _OF_PARAMETERS) for tag in tags):
+        return tags - {_POOLED}
+    single = not of_one_example and getattr(aval, "shape", None) == ()
+    return tags | {_POOLED} if single and _BATCH in tags else tags
+
+
+def _divides(kind, params, inputs) -> bool:
+    """True if an operation divides by a number made from the whole batch."""
+    if kind in ("rsqrt", "pow") or (kind == "integer_pow" and params["y"] < 0):
+        return _POOLED in inputs[0]
+    return kind == "div" and _POOLED in inputs[1]
 
 
 def _open(jaxpr) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from scaling_jax.noise_scale import accumulate, losses, norms
 from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
@@ -56,8 +57,8 @@ def value_and_grad(
 ):
     """`jax.value_and_grad` of a mean loss that also returns the `Moments` of its gradient.
 
-    It works inside jit, over arrays sharded in any way, inside pmap, shard_map (with and without `check_vma`) and vmap,
-    and inside an outer vmap over runs.
+    Call it under `jax.jit`: outside, JAX compiles it again at every call. It works over arrays sharded in any way,
+    inside pmap, shard_map (with and without `check_vma`) and vmap, and inside an outer vmap over runs.
 
     Args:
       loss_fn: `(params, batch, *extra) -> scalar`, the mean over the leading axis of every leaf of `batch`. It has no
@@ -125,9 +126,11 @@ def value_and_grad(
 
         def loss_of(params, microbatch):
             value = loss_fn(whole(params), microbatch, *extra)
-            loss, aux = value if has_aux else (value, ())
-            loss, weight = loss if weighted else (loss, ())
-            return loss, (weight, accumulate.check_aux(aux))
+            loss, aux = losses.pair(value, "has_aux=True: loss_fn must return (loss, aux)") if has_aux else (value, ())
+            loss, weight = (
+                losses.pair(loss, "weighted=True: the loss must be (sum, weight)") if weighted else (loss, ())
+            )
+            return losses.scalar(loss), (jax.tree.map(losses.scalar, weight), accumulate.check_aux(aux))
 
         gathered = losses.examine(lambda *args: loss_of(*args)[0], split, weighted)
         if gathered and norm is not None:
@@ -199,8 +202,18 @@ def value_and_grad(
         axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
         if accumulate.mapped(axes):
             return local(lambda params: params, params, batch, step, *extra)
+        accumulate.check_batch(batch, num_microbatches)
         shards = accumulate.sharded_dimensions(params, axes)
-        on_device = functools.partial(local, functools.partial(norms.gather_all, shards=shards))
-        return accumulate.on_mesh(on_device, axes, batch_sharding, params)(params, batch, step, *extra)
+        whole = functools.partial(norms.gather_all, shards=shards)
+        leaves, tree = jax.tree.flatten(extra)
+        is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]  # what else there is stays as it is
+
+        def on_device(params, batch, step, arrays):
+            arrays = iter(arrays)
+            filled = [next(arrays) if array else x for array, x in zip(is_array, leaves, strict=True)]
+            return local(whole, params, batch, step, *jax.tree.unflatten(tree, filled))
+
+        arrays = [x for array, x in zip(is_array, leaves, strict=True) if array]
+        return accumulate.on_mesh(on_device, axes, batch_sharding, params)(params, batch, step, arrays)
 
     return wrapped

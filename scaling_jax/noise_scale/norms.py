@@ -23,6 +23,7 @@ from scaling_jax.noise_scale.accumulate import (
     varying,
 )
 
+SCATTER = "noise_scale_reduce_scatter"
 GATHER = "noise_scale_all_gather"  # by this name `losses` finds gathers in a loss
 
 
@@ -39,7 +40,7 @@ class Tapped(NamedTuple):
 
 def sq_norm(tree: Any) -> jax.Array:
     """Squared Euclidean norm of a pytree, accumulated in float32 or wider."""
-    return sum((sum_of_squares(x) for x in jax.tree.leaves(tree)), start=jnp.zeros(()))
+    return sum((sum_of_squares(x) for x in jax.tree.leaves(tree)), start=jnp.float32(0))
 
 
 def leaf_sq_norms(tree: Any, stacked: Callable[[str], bool]) -> dict[str, jax.Array]:
@@ -55,7 +56,7 @@ def add_up(sq_norms: Mapping[str, jax.Array], groups: Callable[[str], str] | Non
     `layers/query/0`, `layers/query/1`, ...
     """
     if groups is None:
-        return sum((jnp.sum(x) for x in sq_norms.values()), start=jnp.zeros(()))
+        return sum((jnp.sum(x) for x in sq_norms.values()), start=jnp.float32(0))
     total: dict[str, jax.Array] = {}
     for name, value in sq_norms.items():
         for part, sq in [(name, value)] if value.ndim == 0 else [(f"{name}/{i}", x) for i, x in enumerate(value)]:
@@ -101,7 +102,7 @@ def curvature(loss_fn: Callable, params: Any, batch: Any, *extra) -> Callable[[A
         tangent = jax.tree.map(lambda g, p: mark_varying(g.astype(p.dtype), varying(p)), grads, params)
         _, hvp = jax.jvp(lambda p: jax.grad(loss_fn)(p, batch, *extra), (params,), (tangent,))
         products = jax.tree.map(lambda g, h: jnp.sum(g.astype(jnp.float32) * h.astype(jnp.float32)), tangent, hvp)
-        return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+        return sum(jax.tree.leaves(products), start=jnp.float32(0))
 
     return norm
 
@@ -234,7 +235,7 @@ def means_over_devices(rest, grads, split: Split, gathered: Mapping[str, Gatheri
 
 def whole_norms(sq_norms: Mapping[str, jax.Array], gathered: Mapping[str, Gathering], groups) -> Any:
     """`add_up` of the leaf norms of averaged gradients; norms of shards are added over devices, as one number each."""
-    total: Any = {} if groups else jnp.zeros(())
+    total: Any = {} if groups else jnp.float32(0)
     along = {name: gathered[name].axes if name in gathered else () for name in sq_norms}
     for axes in sorted(set(along.values())):
         part = add_up({name: x for name, x in sq_norms.items() if along[name] == axes}, groups)
@@ -289,8 +290,12 @@ def _all_gather(x, axes, axis):
     return jax.lax.all_gather(x, axes, axis=axis, tiled=True)
 
 
-_all_gather.__name__ = GATHER
-_named = jax.jit(_all_gather, static_argnums=(1, 2))
+def _reduce_scatter(gradient, axes, axis):
+    return jax.lax.psum_scatter(gradient, axes, scatter_dimension=axis, tiled=True)
+
+
+_all_gather.__name__, _reduce_scatter.__name__ = GATHER, SCATTER
+_named, _named_scatter = (jax.jit(fn, static_argnums=(1, 2)) for fn in (_all_gather, _reduce_scatter))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -307,7 +312,7 @@ def _gather_bwd(axes, axis, residuals, gradient):
     sq_norm = None if probe is None else sum_of_squares(gradient, keep_first=probe.ndim == 1).astype(jnp.float32)
 
     def scatter(gradient):
-        return (jax.lax.psum_scatter(gradient, axes, scatter_dimension=axis, tiled=True),)
+        return (_named_scatter(gradient, axes, axis),)
 
     return *left_to_xla(scatter, gradient, like=(shard,)), sq_norm
 

@@ -66,7 +66,7 @@ def tracker(half_life: float) -> Tracker:
         finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]).all()
 
         def average(old, x):
-            return jnp.where(finite, decay * old + (1 - decay) * jnp.where(finite, x, 0.0), old)
+            return jnp.where(finite, decay * old + (1 - decay) * jnp.where(finite, x, 0.0), old).astype(jnp.float32)
 
         grad_sq_norm, trace_cov = jax.tree.map(average, (state.grad_sq_norm, state.trace_cov), new)
         return TrackerState(
@@ -206,7 +206,7 @@ class Accumulator:
         total = AccumulatorState(
             jax.tree.map(jnp.add, state.grads, grads),
             jax.tree.map(jnp.add, state.small_sq_norm, self._sq_norm(grads)),
-            state.weight + (1.0 if weight is None else weight),
+            state.weight + jnp.asarray(1.0 if weight is None else weight, jnp.float32),
             state.calls + 1,
         )
         last = total.calls == self.num_microbatches

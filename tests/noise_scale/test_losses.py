@@ -81,6 +81,50 @@ def test_the_number_of_the_device_and_collectives_along_other_axes_are_not(how):
     np.testing.assert_allclose(value, mean_loss(PARAMS, BATCH), rtol=1e-6)
 
 
+@jax.custom_vjp
+def synchronised(w):
+    return w
+
+
+synchronised.defvjp(lambda w: (w, None), lambda _, g: (jax.lax.pmean(g, "data"),))
+
+
+@pytest.mark.parametrize("how", MAPPINGS[:3])
+def test_a_collective_in_the_backward_pass_is_refused_too(how):
+    loss = lambda p, b: mean_loss({"w": synchronised(p["w"])}, b)  # noqa: E731
+    with pytest.raises(ValueError, match=r"along \['data'\]: psum"):
+        jax.eval_shape(on_devices(how, value_and_grad(loss, axis_name="data")), PARAMS, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (lambda p, b: errors(p, b), {}, "must return a number"),
+        (lambda p, b: (mean_loss(p, b), 8), {}, "must return a number"),
+        (mean_loss, {"has_aux": True}, r"must return \(loss, aux\)"),
+        (mean_loss, {"weighted": True}, r"must be \(sum, weight\)"),
+        (lambda p, b: (summed(p, b)[0], b["mask"].sum(-1)), {"weighted": True}, "must return a number"),
+    ],
+)
+def test_what_a_loss_returns_is_checked(loss, options, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(value_and_grad(loss, num_microbatches=2, **options), PARAMS, BATCH)
+
+
+def test_a_weight_may_be_a_plain_number():
+    fn = value_and_grad(lambda p, b: (jnp.sum(errors(p, b)), errors(p, b).size), num_microbatches=2, weighted=True)
+    np.testing.assert_allclose(fn(PARAMS, BATCH)[0][0], mean_loss(PARAMS, BATCH), rtol=1e-6)
+
+
+def test_gradients_tell_where_losses_agree_by_chance():
+    params = {"w": jnp.zeros(D)}
+    batch = {**BATCH, "y": jnp.ones((B, T))}
+    with pytest.raises(ValueError, match="gradients differ"):
+        check_mean_loss(masked_mean, params, batch | {"mask": batch["mask"].at[4:8].set(1.0)})
+    with pytest.raises(ValueError, match="doesn't split into 3"):
+        check_mean_loss(mean_loss, params, batch, num_parts=3)
+
+
 def average(params, batch):
     return jnp.average(errors(params, batch), weights=batch["mask"])
 
@@ -119,7 +163,17 @@ def counted(params, batch):
     return total / count
 
 
-@pytest.mark.parametrize("loss", [masked_mean, average, where, guarded, scaled, chunked, counted])
+def reciprocal(params, batch):
+    return jnp.sum(errors(params, batch) * batch["mask"]) * jnp.reciprocal(batch["mask"].sum())
+
+
+def of_finite(params, batch):
+    return jnp.nanmean(jnp.where(batch["mask"] > 0, errors(params, batch), jnp.nan))
+
+
+@pytest.mark.parametrize(
+    "loss", [masked_mean, average, where, guarded, scaled, chunked, counted, reciprocal, of_finite]
+)
 @pytest.mark.parametrize("method", ["two_batch", "per_example"])
 def test_a_division_by_a_sum_over_the_batch_is_refused(loss, method):
     fn = value_and_grad(loss, num_microbatches=2, method=method)
@@ -146,7 +200,15 @@ def normalised(params, batch):
     return jnp.mean((x - x.mean()) ** 2 / (x.std() + 1e-3))
 
 
-@pytest.mark.parametrize("loss", [mean_loss, of_each_example, in_a_loop, softmax, normalised])
+def with_dropout(params, batch):
+    """A scalar made from the batch, the key, reaches activations; a softmax later divides by them."""
+    key = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(batch["mask"][0, :2], jnp.uint32))
+    x = batch["x"] * params["w"][None, None]
+    x = jnp.where(jax.random.bernoulli(key, 0.9, x.shape), x / 0.9, 0.0)
+    return jnp.mean(jax.nn.softmax(x) ** 2)
+
+
+@pytest.mark.parametrize("loss", [mean_loss, of_each_example, in_a_loop, softmax, normalised, with_dropout])
 def test_other_divisions_are_not(loss):
     jax.eval_shape(value_and_grad(loss, num_microbatches=2), PARAMS, BATCH)
 

@@ -144,6 +144,12 @@ X = np.ones((8, 3, 2), np.float32)
         ({"norm": np.ones((3, 2), np.int32)}, X, {"num_microbatches": 2}, "'norm' is int32"),
         (quadratic.PARAMS, X, {"axis_name": "nowhere"}, "'nowhere' isn't a mapped axis"),
         ({"weight": jnp.ones((3, 2))}, X, {"method": "norm_layers"}, "picks none"),
+        (
+            {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)},
+            X,
+            {"num_microbatches": 2},
+            "two parameters have the path 'a/b'",
+        ),
     ],
 )
 def test_bad_input_is_refused_when_traced(params, batch, options, message):

@@ -100,6 +100,16 @@ def test_devices_are_small_batches_where_the_mesh_axis_is_named(layout, m):
     assert_same((value, moments, grads), (want_value, want, want_grads))
 
 
+def test_extra_arguments_reach_the_loss_on_a_mesh_and_a_batch_that_does_not_divide_is_refused():
+    mesh = mesh_of("replicated", AxisType.Auto)
+    scaled_loss = lambda params, batch, scale, how: loss(params, batch) * scale[how]  # noqa: E731
+    fn = value_and_grad(scaled_loss, axis_name="data", batch_sharding=NamedSharding(mesh, P("data")))
+    (value, _), _ = jax.jit(lambda *args: fn(*args, "train"))(PARAMS, BATCH, {"train": jnp.float32(2), "test": 0.0})
+    np.testing.assert_allclose(value, 2 * loss(PARAMS, BATCH), rtol=1e-6)
+    with pytest.raises(ValueError, match="4 examples too many for 8 devices"):
+        jax.eval_shape(lambda p, b: fn(p, b, {"train": 1.0}, "train"), PARAMS, jax.tree.map(lambda x: x[:60], BATCH))
+
+
 @pytest.mark.parametrize(("layout", "m"), [("rows", 1), pytest.param("replicated", 2, marks=pytest.mark.slow)])
 def test_explicit_axes_say_which_parameters_devices_must_gather(layout, m):
     context, params, batch = placed(layout, AxisType.Explicit)
