@@ -21,6 +21,8 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
+# Eight devices on fewer cores may wait for each other forever if several steps are under way at a time.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # A shell's background job, `pytest &`, ignores Ctrl-C, and tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -24,7 +24,7 @@ def main(port: str, process_id: str):
     x_global = jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("data")), lambda index: x[index])
     params = jax.device_put(jax.tree.map(np.asarray, quadratic.PARAMS), NamedSharding(mesh, P()))
     for num_microbatches in (1, 2, 4):
-        (_, want), want_grads = value_and_grad(quadratic.loss, num_microbatches=4 * num_microbatches)(
+        (_, want), want_grads = value_and_grad(quadratic.loss, num_microbatches=4 * num_microbatches, axis_name=())(
             quadratic.PARAMS, x
         )
         fn = value_and_grad(quadratic.loss, num_microbatches=num_microbatches, axis_name="data")
