@@ -35,9 +35,22 @@ def quadratic_batches(count, batch=BATCH):
     return [{"w": normal((i, 0), batch, DIM), "b": normal((i, 1), batch, DIM)} for i in range(count)]
 
 
+class OneAtATime:
+    """Batches, each given when all steps before it are done: virtual devices on few cores may wait for ever else."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        for batch in self.batches:
+            jax.block_until_ready(jax.live_arrays())
+            yield batch
+
+
 def run(name, **yours):
     """The names that a loop of the page leaves behind."""
     namespace = {"loss_fn": loss_fn, "params": PARAMS, "optimizer": optax.sgd(0.0)} | yours
+    namespace["batches"] = OneAtATime(namespace["batches"])
     exec(BLOCKS["imports"], namespace)
     exec(BLOCKS[name], namespace)
     return namespace
