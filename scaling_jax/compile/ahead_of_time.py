@@ -55,9 +55,7 @@ class CompiledBatch:
 
     program: Program
     slice_name: str  # the slice that divides the batch; smaller than the one asked for if need be
-    nearest_batches: tuple[
-        int, ...
-    ]  # in tokens, batches that all chips asked for divide; empty if they divide this one
+    nearest_batches: tuple[int, ...]  # tokens, that all chips asked for divide; empty if they divide this batch
     step: Executable
     plain_step: Executable  # without the noise scale
     evaluation: Executable  # with the training state in memory

@@ -82,8 +82,9 @@ def compare_forms(
         return ()
     sizes = None if num_params is None else np.array([_size(num_params, name) for name in table.models])
     forms = ["loss", "above floor", "data"] + ["size"] * (sizes is not None and np.unique(sizes).size > 1)
-    folds = _folds(table)
-    return tuple(sorted((_assess(form, table, sizes, folds) for form in forms), key=lambda fit: fit.held_out_error))
+    chain, folds = fit_chain(table), _folds(table)
+    fits = (_assess(form, table, sizes, chain, folds) for form in forms)
+    return tuple(sorted(fits, key=lambda fit: fit.held_out_error))
 
 
 def _size(num_params, name):
@@ -110,8 +111,8 @@ def _folds(table: ScanTable) -> list[_Fold]:
     return folds
 
 
-def _assess(form: str, table: ScanTable, sizes, folds: list[_Fold]) -> FormFit:
-    x, floors, fits = _fit(form, table, sizes, fit_chain(table))
+def _assess(form: str, table: ScanTable, sizes, chain: Chain, folds: list[_Fold]) -> FormFit:
+    x, floors, fits = _fit(form, table, sizes, chain)
     best = int(np.argmin(_loss(fits, table)))
     centre = _centre(x, best)
     residuals = fits.residuals[best]
@@ -126,7 +127,7 @@ def _assess(form: str, table: ScanTable, sizes, folds: list[_Fold]) -> FormFit:
         valid_range=(float(variable.min()), float(variable.max())),
         num_parameters=count,
         held_out_error=_each_run_held_out(form, table, sizes, folds),
-        low_loss_error=_low_losses_held_out(form, table, sizes),
+        low_loss_error=_low_losses_held_out(form, table, sizes, chain),
         criterion=_criterion(residuals, table, count),
     )
 
@@ -177,7 +178,7 @@ def _each_run_held_out(form, table, sizes, folds: list[_Fold]) -> float:
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
 
 
-def _low_losses_held_out(form, table, sizes) -> float:
+def _low_losses_held_out(form, table, sizes, chain: Chain) -> float:
     """Error at the lowest third of losses, with the law of B_crit fitted at the higher losses.
 
     No form predicts S_min, so S_min at the lower losses comes from the runs there.
@@ -195,8 +196,7 @@ def _low_losses_held_out(form, table, sizes) -> float:
     if form == "size":
         x = np.log(sizes)
     elif form == "data":
-        alone = fit_rows(table.log_batch, table.log_steps, table.mask, table.bound)
-        x = alone.log_b_crit + alone.log_s_min
+        x = chain.hyperbolas.log_b_crit + chain.hyperbolas.log_s_min
     else:
         x = np.log(table.losses - floors[best])
     log_b_crit = fits.level[best] + fits.slope[best] * (x - _centre(x_high, best))

@@ -39,13 +39,13 @@ def split(params, batch, num_microbatches, axis_name, batch_sharding=None) -> Sp
     Raises:
       ValueError, TypeError: at trace time, if the batch, the parameters or the mapped axes don't fit together.
     """
-    axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    axes = axes_of(axis_name)
     if not mapped(axes):
         raise ValueError(f"axis_name={axis_name!r} isn't a mapped axis here: pass that of pmap, shard_map or vmap")
     num_devices = jax.lax.axis_size(axes) if axes else 1
     local_batch = check_batch(batch, num_microbatches)
     _check_params(params)
-    tracked = frozenset(axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
+    tracked = tracked_axes(axes)
     _check_axes(params, batch, axes, tracked)
     own_params = [varying(x) & tracked for x in jax.tree.leaves(params)]
     params = jax.tree.map(lambda x: mark_varying(x, tracked), params)
@@ -69,7 +69,7 @@ def mean_over_microbatches(one, split: Split, of_sum=lambda total: ()):
     if num_microbatches == 1:
         total = jax.tree.map(_widen, one(first))
         return total, of_sum(total)
-    zeros = jax.tree.map(lambda s: zeros_like(s, _wide(s.dtype)), jax.eval_shape(one, first))
+    zeros = jax.tree.map(lambda s: zeros_like(s, wide(s.dtype)), jax.eval_shape(one, first))
 
     def add(carry, microbatch):
         total = jax.tree.map(lambda t, x: t + _widen(x), carry[0], one(microbatch))
@@ -184,6 +184,16 @@ def explicit_spec(x) -> PartitionSpec | None:
     sharding = getattr(type_of(x), "sharding", None)
     spec = getattr(sharding, "spec", None)
     return spec if spec is not None and any(part is not None for part in spec) else None
+
+
+def axes_of(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of axes, given as one name, several, or None."""
+    return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def tracked_axes(axes: tuple[str, ...]) -> frozenset[str]:
+    """Those of the mapped axes along which shard_map tracks which values differ."""
+    return frozenset(axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
 
 
 def mapped(axes: tuple[str, ...]) -> bool:
@@ -319,9 +329,10 @@ def _check_axes(params, batch, axes, tracked):
         )
 
 
-def _wide(dtype):
+def wide(dtype):
+    """The dtype of sums: float32 or wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def _widen(x):
-    return x.astype(_wide(x.dtype))
+    return x.astype(wide(x.dtype))

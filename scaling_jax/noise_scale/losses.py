@@ -4,7 +4,7 @@ A loss is read at trace time, from its jaxpr: which devices it reduces over, whe
 and which parameters it gathers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,9 +127,10 @@ def examine(loss_of: Callable, split: Split, weighted: bool = False) -> dict[str
     is_key = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(microbatch)]
     batch = [frozenset([] if key else [_BATCH]) for key in is_key]
     (of_loss, *_) = reader.read(jaxpr, [frozenset([k]) for k in range(len(paths))] + batch)
-    if split.axes and "custom_" in str(jaxpr):  # whose backward pass may be anything
-        backward = jax.make_jaxpr(jax.grad(loss_of))(split.params, microbatch).jaxpr
-        _refuse_collectives(backward, reader.axes)
+    # The backward pass of custom_vjp and custom_jvp may be anything.
+    if split.axes and any(eqn.primitive.name.startswith("custom_") for eqn in _equations(jaxpr)):
+        for eqn in _equations(jax.make_jaxpr(jax.grad(loss_of))(split.params, microbatch).jaxpr):
+            _refuse_collective(eqn, reader.axes)
     used = {paths[tag.number if isinstance(tag, _Slice) else tag] for tag in of_loss if isinstance(tag, (int, _Slice))}
     if direct := sorted(used & set(reader.gathered)):
         raise ValueError(f"loss_fn also uses the shard of {direct[0]!r} itself: use what taps.all_gather gave instead")
@@ -259,12 +260,13 @@ class _Reader(NamedTuple):
         return self._loop(_open(params["body_jaxpr"]), [*consts, *carry], for_body, len(carry), of_one_example)
 
 
-def _refuse_collectives(jaxpr, axes: frozenset[str]) -> None:
+def _equations(jaxpr) -> Iterator[Any]:
+    """All equations, also inner ones, but for those of `taps.all_gather`."""
     for eqn in jaxpr.eqns:
         if eqn.params.get("name") not in (GATHER, SCATTER):
-            _refuse_collective(eqn, axes)
+            yield eqn
             for inner in _inner(eqn.params):
-                _refuse_collectives(inner, axes)
+                yield from _equations(inner)
 
 
 def _refuse_collective(eqn, axes: frozenset[str]) -> None:

@@ -199,21 +199,19 @@ def value_and_grad(
     def wrapped(params, batch, *extra, step=None):
         if (step is None) != (every is None):
             raise TypeError("value_and_grad(every=k) and the keyword step go together: pass both or neither")
-        axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        axes = accumulate.axes_of(axis_name)
         if accumulate.mapped(axes):
             return local(lambda params: params, params, batch, step, *extra)
         accumulate.check_batch(batch, num_microbatches)
         shards = accumulate.sharded_dimensions(params, axes)
         whole = functools.partial(norms.gather_all, shards=shards)
         leaves, tree = jax.tree.flatten(extra)
-        is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]  # what else there is stays as it is
+        arrays = [x if isinstance(x, (jax.Array, np.ndarray)) else None for x in leaves]  # the others stay as they are
 
         def on_device(params, batch, step, arrays):
-            arrays = iter(arrays)
-            filled = [next(arrays) if array else x for array, x in zip(is_array, leaves, strict=True)]
+            filled = [x if array is None else array for array, x in zip(arrays, leaves, strict=True)]
             return local(whole, params, batch, step, *jax.tree.unflatten(tree, filled))
 
-        arrays = [x for array, x in zip(is_array, leaves, strict=True) if array]
         return accumulate.on_mesh(on_device, axes, batch_sharding, params)(params, batch, step, arrays)
 
     return wrapped

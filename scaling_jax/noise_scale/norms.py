@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from scaling_jax.noise_scale.accumulate import (
     Split,
+    axes_of,
     examples_of,
     left_to_xla,
     mark_varying,
@@ -140,7 +141,7 @@ def all_gather(w_shard, axis_name: str | tuple[str, ...], axis: int = 0):
     Returns:
       The whole parameter, an array; for `method="per_example"` a `Tapped`, to be passed on to the other taps.
     """
-    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    axes = axes_of(axis_name)
 
     def gather(w):
         if isinstance(w, Shard):
@@ -178,13 +179,7 @@ def with_example_norms(loss_of: Callable, params, batch, tapped: Callable[[str],
         if tapped(name := path_name(path)):
             probes[name] = jnp.tile(zeros_B[None], (leaf.shape[0], 1)) if stacked(name) else zeros_B
 
-    def of_tapped(params, probes):
-        def tap(path, leaf):
-            return Tapped(leaf, probes[path_name(path)]) if path_name(path) in probes else leaf
-
-        return loss_of(jax.tree_util.tree_map_with_path(tap, params), batch)
-
-    value, (grads, sq_norms) = jax.value_and_grad(of_tapped, argnums=(0, 1), has_aux=True)(params, probes)
+    value, (grads, sq_norms) = _with_probes(Tapped, loss_of, params, batch, probes)
     # Each example has weight 1/B in the mean loss, so its own squared norm is B² times the tapped one.
     return value, grads, {name: batch_size * jnp.sum(x, axis=-1) for name, x in sq_norms.items()}
 
@@ -204,15 +199,21 @@ def with_own_norms(loss_of: Callable, params, batch, gathered: Mapping[str, Gath
         if name in gathered
     }
 
-    def tapped(params, probes):
-        def tap(path, x):
-            return Shard(x, probes[path_name(path)]) if path_name(path) in probes else x
-
-        return loss_of(jax.tree_util.tree_map_with_path(tap, params), batch)
-
-    value, (grads, recorded) = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)(params, probes)
+    value, (grads, recorded) = _with_probes(Shard, loss_of, params, batch, probes)
     recorded = {name: x if stacked(name) else jnp.sum(x) for name, x in recorded.items()}
     return value, grads, leaf_sq_norms(grads, stacked) | recorded
+
+
+def _with_probes(kind: type[Tapped] | type[Shard], loss_of: Callable, params, batch, probes: Mapping[str, jax.Array]):
+    """`(value, (grads, cotangents of the probes))`; the loss gets a `kind` in place of each parameter with a probe."""
+
+    def probed(params, probes):
+        def wrap(path, x):
+            return kind(x, probes[path_name(path)]) if path_name(path) in probes else x
+
+        return loss_of(jax.tree_util.tree_map_with_path(wrap, params), batch)
+
+    return jax.value_and_grad(probed, argnums=(0, 1), has_aux=True)(params, probes)
 
 
 def means_over_devices(rest, grads, split: Split, gathered: Mapping[str, Gathering]):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_jax.noise_scale.accumulate import names, varying, zeros_like
+from scaling_jax.noise_scale.accumulate import axes_of, names, tracked_axes, varying, wide, zeros_like
 from scaling_jax.noise_scale.estimate import Estimate, estimate
 from scaling_jax.noise_scale.moments import Moments, unbiased
 from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
@@ -173,7 +173,7 @@ class Accumulator:
 
     def init(self, params) -> AccumulatorState:
         """The state before the first call."""
-        grads = jax.tree.map(lambda x: zeros_like(x, _wide(x.dtype)), params)
+        grads = jax.tree.map(lambda x: zeros_like(x, wide(x.dtype)), params)
         nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(self._sq_norm, grads))
         return AccumulatorState(grads, nothing, jnp.float32(0), jnp.int32(0))
 
@@ -194,15 +194,14 @@ class Accumulator:
         Raises:
           ValueError: at trace time, if the gradients are already summed over devices.
         """
-        axes = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,) if self.axis_name else ()
-        tracked = frozenset(axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
+        tracked = tracked_axes(axes_of(self.axis_name))
         for name, g in zip(names(grads), jax.tree.leaves(grads), strict=True):
             if missing := tracked - varying(g):
                 raise ValueError(
                     f"the gradient of {name!r} is already summed over {sorted(missing)}: pass each device's own, as "
                     "shard_map gives it with check_vma=False"
                 )
-        grads = jax.tree.map(lambda g: g.astype(_wide(g.dtype)) / loss_scale, grads)
+        grads = jax.tree.map(lambda g: g.astype(wide(g.dtype)) / loss_scale, grads)
         total = AccumulatorState(
             jax.tree.map(jnp.add, state.grads, grads),
             jax.tree.map(jnp.add, state.small_sq_norm, self._sq_norm(grads)),
@@ -232,7 +231,3 @@ class Accumulator:
 
     def _nothing(self, total: AccumulatorState):
         return jax.tree.map(zeros_like, jax.eval_shape(self._whole, total))
-
-
-def _wide(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
