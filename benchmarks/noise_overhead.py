@@ -27,7 +27,7 @@ import optax
 
 from scaling_jax.noise_scale import every, geometries, taps, value_and_grad
 from scaling_jax.tasks import model_config, next_token_loss
-from scaling_jax.tasks.transformer import causal_attention
+from scaling_jax.tasks.transformer import attention_of, causal_attention
 
 ROUNDS = 9
 BATCH_TOKENS = 4_096
@@ -76,21 +76,27 @@ def init(model) -> dict:
 
 def loss_of(model, params, tokens_BxT1):
     def dense(x, p):
-        return taps.add(taps.einsum("btd,df->btf", x, p["kernel"]), p["bias"])
+        return taps.add(taps.einsum("btd,df->btf", x, p["kernel"].astype(x.dtype)), p["bias"].astype(x.dtype))
 
     def norm(x, p):
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-        return taps.add(taps.scale(x, p["scale"]), p["bias"])
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + 1e-6)
+        return taps.add(taps.scale(wide, p["scale"]), p["bias"]).astype(x.dtype)
 
     tokens_BxT1 = tokens_BxT1.astype(jnp.int32)
     x = taps.add(taps.embed(params["embedding"], tokens_BxT1[:, :-1]), params["position"])
+    if model.compute_dtype == "bfloat16":
+        x = x.astype(jnp.bfloat16)
     for p in params["layers"]:
-        h = causal_attention(dense(norm(x, p["attention_norm"]), p["qkv"]), model.n_head)
+        h = causal_attention(dense(norm(x, p["attention_norm"]), p["qkv"]), model.n_head, attention_of(model))
         x = x + dense(h, p["attention_out"])
         h = jax.nn.gelu(dense(norm(x, p["feed_forward_norm"]), p["feed_forward_in"]))
         x = x + dense(h, p["feed_forward_out"])
-    return next_token_loss(dense(norm(x, params["norm"]), params["unembedding"]), tokens_BxT1[:, 1:])
+    logits_BxTxV = dense(norm(x, params["norm"]), params["unembedding"])
+    return next_token_loss(
+        logits_BxTxV.astype(jnp.promote_types(x.dtype, jnp.float32)), tokens_BxT1[:, 1:]
+    )
 
 
 def plain(loss, num_microbatches):

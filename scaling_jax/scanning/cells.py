@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from scaling_jax.data import Corpus, prepare
-from scaling_jax.data.feeding import is_resident
+from scaling_jax.data.feeding import is_resident, resident_rows
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.stores import publish
@@ -18,7 +18,10 @@ from scaling_jax.parallel import from_first, is_first, together
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.records import is_without_searches, read_search, write_search
 from scaling_jax.scanning.search import Outcome, Tried, look_at, next_wave, search
+from scaling_jax.tasks import held_out_rows
 from scaling_jax.training import Progress, Run, RunResult, read_metrics, read_result, run_folder, train, train_many
+from scaling_jax.training.population import slots_for
+from scaling_jax.training.program import program_for
 from scaling_jax.training.records import course, read_run_config
 
 
@@ -111,13 +114,32 @@ def train_alike(
         on_result,
         workdir,
         corpus,
-        num_slots=len(cells) * experiment.subject(cells[0].model).learning_rates.together,
+        num_slots=_seats(experiment, cells),
         num_devices=num_devices,
         should_stop=should_stop,
         on_progress=on_progress,
     )
     for cell in cells:
         _write_down(searches[cell].tried.values(), experiment, cell, workdir)
+
+
+def compile_ahead(experiment: Experiment, cells: Sequence[Cell], num_devices: int, seats_on: int) -> None:
+    """Compiles what `train_alike`, or else `train_cell`, will call for these cells, and takes no step.
+
+    Threads may do this for some cells while others train, since XLA compiles without Python.
+
+    Args:
+      num_devices: over which `train_cell` splits each batch.
+      seats_on: number of devices over which `train_alike` spreads the runs.
+    """
+    corpus, run = _corpus(experiment, cells[0]), experiment.run(cells[0], 0)
+    if not is_resident(corpus):
+        return
+    held_out = held_out_rows(corpus.test_RxT1, run.eval_tokens)
+    if can_run_together(experiment, cells[0]):
+        slots_for(run, _seats(experiment, cells), seats_on).compile(resident_rows(corpus, seats_on), held_out)
+    else:
+        program_for(run, num_devices).compile(resident_rows(corpus, num_devices), held_out)
 
 
 def can_run_together(experiment: Experiment, cell: Cell) -> bool:
@@ -213,6 +235,11 @@ def _on_this_text(outcome: Outcome, corpus: Corpus, workdir: Path) -> Outcome:
             f"{workdir} holds runs on other text; the text {outcome.run.text} has changed since: use another folder"
         )
     return outcome
+
+
+def _seats(experiment: Experiment, cells: Sequence[Cell]) -> int:
+    """Number of runs that `train_alike` trains at once."""
+    return len(cells) * experiment.subject(cells[0].model).learning_rates.together
 
 
 class _Search:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from scaling_jax.io.workers import available_cores
 from scaling_jax.parallel import from_first, is_first, leave_if_one_is_gone, together
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import stop_on_signals
-from scaling_jax.scanning.cells import can_run_together, finished_runs, train_alike, train_cell
+from scaling_jax.scanning.cells import can_run_together, compile_ahead, finished_runs, train_alike, train_cell
 from scaling_jax.scanning.executors import ENGINES, parse_options
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.plan import MOST_WORKERS
@@ -26,6 +27,8 @@ from scaling_jax.scanning.records import check_same_recipe, read_search, write_e
 from scaling_jax.scanning.worker import Event, train_in_workers
 from scaling_jax.training import Interrupted, Progress, Run
 from scaling_jax.training.program import program_for
+
+_MOST_COMPILING = 8  # programs at a time; each takes memory on the device while XLA tries its kernels
 
 
 def scan(
@@ -135,28 +138,37 @@ def _train_here(
     experiment: Experiment, workdir: Path, missing: Sequence[Cell], on_event: Callable[[Event], None]
 ) -> None:
     keep_compiled_programs()
+    alike: dict[tuple[str, int], list[Cell]] = {}  # cells of the same model and batch size
+    for cell in missing:
+        alike.setdefault(cell[:2], []).append(cell)
     num_devices = {cell: _devices_for(experiment.run(cell, 0)) for cell in missing}
-    waiting = list(missing)
-    with stop_on_signals() as should_stop:
-        while waiting:
-            alike = [cell for cell in waiting if cell[:2] == waiting[0][:2]]  # same model and batch size
-            waiting = [cell for cell in waiting if cell not in alike]
+    with stop_on_signals() as should_stop, contextlib.ExitStack() as stack:
+        ready: dict[tuple[str, int], Future] = {}
+        if jax.process_count() == 1:  # several would start their programs in different orders
+            pool = ThreadPoolExecutor(min(_MOST_COMPILING, len(available_cores())), "compiles ahead")
+            stack.callback(pool.shutdown, cancel_futures=True)
+            for key, cells in alike.items():
+                devices = num_devices[cells[0]], jax.device_count()
+                ready[key] = pool.submit(compile_ahead, experiment, cells, *devices)
+        for key, cells in alike.items():
 
             def report(progress: Progress) -> None:
                 on_event(Event(Cell(progress.model, progress.batch_tokens, progress.seed), progress))
 
+            if key in ready:
+                ready[key].result()
             try:
-                if can_run_together(experiment, alike[0]):
-                    train_alike(experiment, alike, workdir, should_stop, report, jax.device_count())
+                if can_run_together(experiment, cells[0]):
+                    train_alike(experiment, cells, workdir, should_stop, report, jax.device_count())
                 else:
-                    for cell in alike:
+                    for cell in cells:
                         train_cell(experiment, cell, workdir, should_stop, report, num_devices[cell])
             except Interrupted:
                 if should_stop.by_hand:
                     raise KeyboardInterrupt from None
                 raise
             if is_first():
-                for cell in alike:
+                for cell in cells:
                     on_event(Event(cell))
 
 

@@ -169,7 +169,7 @@ class Block(nn.Module):
 
         h_BxTxD = _LayerNorm(dtype, name="attention_norm")(x_BxTxD)
         qkv_BxTx3D = _Dense(3 * c.d_model, dtype, name="qkv")(h_BxTxD)
-        h_BxTxD = causal_attention(qkv_BxTx3D, c.n_head, _cudnn_or_xla(c))
+        h_BxTxD = causal_attention(qkv_BxTx3D, c.n_head, attention_of(c))
         x_BxTxD += _Dense(c.d_model, dtype, scale=residual_scale, name="attention_out")(h_BxTxD)
 
         h_BxTxD = _LayerNorm(dtype, name="feed_forward_norm")(x_BxTxD)
@@ -215,7 +215,7 @@ def _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK):
     return jnp.einsum("bhts,bshk->bthk", weights_BxHxTxS, v_BxSxHxK)
 
 
-def _cudnn_or_xla(c: ModelConfig) -> Literal["xla", "cudnn"]:
+def attention_of(c: ModelConfig) -> Literal["xla", "cudnn"]:
     if c.attention != "auto":
         return c.attention
     return "cudnn" if jax.default_backend() == "gpu" and c.compute_dtype == "bfloat16" else "xla"

@@ -75,12 +75,10 @@ def train_many(
                 if done is not None:
                     on_result(run, done)
                     continue
-                each = _devices_each(num_devices, num_slots, run.batch_sequences)
-                program = program_for(run, each, backend)
                 if population is None:
-                    num_groups = num_devices // each
-                    slots = Slots(program, num_groups, -(-num_slots // num_groups))
+                    slots = slots_for(run, num_slots, num_devices, backend)
                     population = _Population(slots, rows, held_out_rows(corpus.test_RxT1, run.eval_tokens))
+                program = program_for(run, population.slots.program.num_devices, backend)
                 if program != population.slots.program or run.ramp or run.live_ramp:
                     raise ValueError(f"{run.run_id} doesn't share the population's program: train it with `train`")
                 state = population.slots.program.init(run.seed)
@@ -98,6 +96,13 @@ def train_many(
     finally:
         if population is not None:
             population.close()
+
+
+def slots_for(run: Run, num_slots: int, num_devices: int = 1, backend: Backend = "pmap") -> "Slots":
+    """Slots for runs that share this run's program; see `train_many`."""
+    each = _devices_each(num_devices, num_slots, run.batch_sequences)
+    num_groups = num_devices // each
+    return Slots(program_for(run, each, backend), num_groups, -(-num_slots // num_groups))
 
 
 class Slots:
@@ -121,6 +126,12 @@ class Slots:
     def get(self, slot: int) -> TrainState:
         """The state of a slot."""
         return _get(self._states, divmod(slot, self._per_group))
+
+    def compile(self, rows: jax.Array, held_out_RxT1: np.ndarray) -> None:
+        """Compiles what `steps` and `test_losses` call with these rows."""
+        none = np.empty((0, self.program.batch_sequences), np.int32)
+        self.steps(rows, [none] * len(self), [0.0] * len(self), [1] * len(self))
+        self.test_losses([], held_out_RxT1)
 
     def steps(
         self,

@@ -101,6 +101,12 @@ class Program:
             return jax.jit(self.init, out_shardings=state_shardings(self, mesh))(seed)
         return replicate(self.init(seed), self.num_devices // jax.process_count())
 
+    def compile(self, rows: jax.Array, held_out_RxT1: np.ndarray) -> None:
+        """Compiles what `steps` and `test_loss` call in a process of its own with these rows."""
+        none = np.empty((0, self.batch_sequences), np.int32)
+        state, _ = self.steps(self.first_state(0), rows, none, 0.0, 1)
+        self.test_loss(state, held_out_RxT1)
+
     def steps(
         self, state: TrainState, rows: jax.Array, order: np.ndarray, learning_rate: float, warmup_steps: int
     ) -> tuple[TrainState, StepMetrics]:
