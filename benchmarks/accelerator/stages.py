@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 SHARES = {"right": 0.25, "fast": 0.4, "many": 0.35, "demo": 0.5, "kaplan": 1.0}  # of the time that is left
 _SAVING_SECONDS = 15  # from SIGTERM to SIGKILL
 _QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_LESS_TUNING = "--xla_gpu_enable_triton_gemm=false --xla_gpu_experimental_enable_fusion_autotuner=false"
 _MACHINE = """
 import json, jax, jaxlib, flax, optax
 device = jax.devices()[0]
@@ -64,23 +65,27 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--stages", default=",".join(SHARES))
+    parser.add_argument("--stages", default=",".join(SHARES), help="right,fast… or with limits in seconds: right:60,fast")
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     cache = given.out.resolve().parent / "scaling_jax_cache"
     environment = os.environ | {"SCALING_JAX_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("TIKTOKEN_CACHE_DIR", str(Path(os.environ["LUGGAGE"]) / "tiktoken"))
+    vocabulary = Path(os.environ["LUGGAGE"]) / "tiktoken"
+    if vocabulary.exists():
+        environment["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
     if given.rehearse:
-        environment["JAX_PLATFORMS"] = "cpu"
-        environment["XLA_FLAGS"] = _QUICKLY_COMPILED
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _QUICKLY_COMPILED}
+    else:
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_LESS_TUNING}".strip()
     ended = {}
     found = machine(environment)
     print(found, flush=True)
-    for name in given.stages.split(","):
+    for stage in given.stages.split(","):
+        name, _, limit = stage.partition(":")
         left = given.minutes * 60 - (time.monotonic() - start) - _SAVING_SECONDS
         began = time.monotonic()
-        status = run_stage(name, given.out, max(10, left * SHARES[name]), given.rehearse, environment)
+        status = run_stage(name, given.out, float(limit or max(10, left * SHARES[name])), given.rehearse, environment)
         ended[name] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
         print(f"{name}: {status}, {ended[name]['seconds']} s", flush=True)
         if status.startswith("failed"):
