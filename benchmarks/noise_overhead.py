@@ -94,9 +94,7 @@ def loss_of(model, params, tokens_BxT1):
         h = jax.nn.gelu(dense(norm(x, p["feed_forward_norm"]), p["feed_forward_in"]))
         x = x + dense(h, p["feed_forward_out"])
     logits_BxTxV = dense(norm(x, params["norm"]), params["unembedding"])
-    return next_token_loss(
-        logits_BxTxV.astype(jnp.promote_types(x.dtype, jnp.float32)), tokens_BxT1[:, 1:]
-    )
+    return next_token_loss(logits_BxTxV.astype(jnp.promote_types(x.dtype, jnp.float32)), tokens_BxT1[:, 1:])
 
 
 def plain(loss, num_microbatches):

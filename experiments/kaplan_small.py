@@ -19,7 +19,7 @@ EXPERIMENT = Experiment(
     subjects=(
         Subject(
             model_config("4x256", context=1_024, vocab_size=50_257, compute_dtype="bfloat16"),
-            log_spaced(5.0, 2.2, 15),
+            log_spaced(5.0, 2.5, 13),
             LearningRates(4e-3, 2**17, most=4),
         ),
     ),

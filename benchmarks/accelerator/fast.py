@@ -11,7 +11,8 @@ import functools
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,12 @@ from scaling_jax.training import Run
 from scaling_jax.training.program import many_steps, program_for
 
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bfloat16, by the data sheets (SXM)
-ROUNDS = 5
-STEP_SECONDS = 0.6  # of one measurement, about
-SETTINGS = {  # of the transformer: attention, most logits at a time, layers unrolled
-    "cudnn, loss in chunks, scan": ("cudnn", 2**25, 4),
-    "cudnn, whole loss, unrolled": ("cudnn", 2**40, 12),
-    "xla, whole loss, unrolled": ("xla", 2**40, 12),
+ROUNDS = 4
+SETTINGS = {  # of the transformer: attention, most logits at a time, most layers unrolled
+    "cudnn, unrolled": ("cudnn", 2**31, 12),
+    "cudnn, scan": ("cudnn", 2**31, 4),
+    "cudnn, unrolled, loss in chunks": ("cudnn", 2**25, 12),
+    "xla, unrolled": ("xla", 2**31, 12),
 }
 
 
@@ -109,32 +110,30 @@ def tapped_step(of_batch, model, batch_tokens: int, num_steps: int) -> Step:
     return Step(call.lower(*arguments), arguments, num_steps)
 
 
-def with_setting(name: str, make):
-    attention, most_logits, unrolled = SETTINGS[name]
-    transformer._MOST_LOGITS, transformer._MOST_UNROLLED = most_logits, unrolled
-    return make(attention)
+class Group(NamedTuple):
+    """Steps that are compared with each other, in compilation."""
 
+    steps: dict[str, Step]
+    jobs: dict[str, Future]
 
-def measure(steps: dict[str, Step], given, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """{name: seconds a step in each round}; leaves out what doesn't compile, and says so."""
-    print(f"compiling {', '.join(steps)}", flush=True)
-    with ThreadPoolExecutor(8) as pool:
-        compiled = {name: pool.submit(step.compile) for name, step in steps.items()}
-    failed = {name: str(job.exception())[:300] for name, job in compiled.items() if job.exception()}
-    for name, step in list(steps.items()):
-        try:
-            if name not in failed:
+    @classmethod
+    def start(cls, steps: dict[str, Step], pool: ThreadPoolExecutor) -> "Group":
+        return cls(steps, {name: pool.submit(step.compile) for name, step in steps.items()})
+
+    def measure(self, given) -> dict[str, list[float]]:
+        """{name: seconds a step in each round}; leaves out what doesn't compile or run, and says so."""
+        seconds: dict[str, list[float]] = {}
+        for name, step in self.steps.items():
+            try:
+                self.jobs[name].result()
                 step.seconds()
-        except Exception as error:  # out of memory, most likely
-            failed[name] = str(error)[:300]
-    if failed:
-        given.figures.add(f"failed: {', '.join(failed)}", failed)
-    names = [name for name in steps if name not in failed]
-    seconds = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            seconds[name].append(steps[name].seconds())
-    return seconds
+                seconds[name] = []
+            except Exception as error:  # XLA may raise anything; out of memory, most likely
+                given.figures.add(f"failed: {name}", str(error)[:300])
+        for _ in range(ROUNDS):
+            for name, series in seconds.items():
+                series.append(self.steps[name].seconds())
+        return seconds
 
 
 def spread(values: list[float], digits: int = 4) -> list[float]:
@@ -191,73 +190,67 @@ def main() -> None:
     large, larger = (1_024, 2_048) if toy else (2**17, 2**19)
     microbatch = 256 if toy else 2**14
     settings = list(SETTINGS)[-1:] if toy else list(SETTINGS)
-    # 1. Settings, at 2^17 tokens of 85M, and what the noise scale adds in the first that is whole and unrolled.
-    steps = {
-        name: with_setting(
-            name, lambda attention: own_step(configured("12x768", attention), large, microbatch, 1 if toy else 4)
-        )
-        for name in settings
-    }
-    chosen = settings[-1] if toy else "cudnn, whole loss, unrolled"
-    steps["microbatches twice as large"] = with_setting(
-        chosen, lambda attention: own_step(configured("12x768", attention), large, 2 * microbatch, 1 if toy else 4)
-    )
-    steps["no noise scale"] = with_setting(
-        chosen, lambda a: own_step(configured("12x768", a), large, microbatch, 1 if toy else 4, noise_scale=False)
-    )
-    seconds = measure(steps, given)
-    rates("12x768", large, steps, seconds)
-    if chosen in seconds and "no noise scale" in seconds:
-        add(
-            "12x768: noise scale by layer, on / off",
-            spread([a / b for a, b in zip(seconds[chosen], seconds["no noise scale"], strict=True)]),
-        )
-    best = min((name for name in settings if name in seconds), key=lambda name: statistics.median(seconds[name]))
-    add("best setting", best)
-    del steps
+    usual = settings[-1] if toy else "cudnn, unrolled"
 
-    # 2. The same of 3M, at both batches; and 85M at 2^19.
-    for name, batch_tokens, num_steps in (("4x256", large, 8), ("12x768", larger, 1), ("4x256", larger, 2)):
-        steps = {
-            what: with_setting(
-                best,
-                lambda a, name=name, on=on, batch=batch_tokens, n=num_steps: own_step(
-                    configured(name, a), batch, microbatch, n, on
-                ),
-            )
-            for what, on in (("noise scale", True), ("no noise scale", False))
+    def own(name, batch_tokens, num_steps, setting=usual, parts=microbatch, noise_scale=True):
+        attention, transformer._MOST_LOGITS_ON_GPU, transformer._MOST_UNROLLED = SETTINGS[setting]
+        return own_step(
+            configured(name, attention), batch_tokens, parts, 1 if toy else num_steps, noise_scale=noise_scale
+        )
+
+    def by_setting():
+        return {name: own("12x768", large, 2, name) for name in settings} | {
+            "no noise scale": own("12x768", large, 2, noise_scale=False),
+            "microbatches twice as large": own("12x768", large, 2, parts=2 * microbatch),
         }
-        seconds = measure(steps, given)
-        rates(name, batch_tokens, steps, seconds)
-        if len(seconds) == 2:
-            ratio = spread([a / b for a, b in zip(*seconds.values(), strict=True)])
-            add(f"{name}, {batch_tokens} tokens: noise scale by layer, on / off", ratio)
 
-    # 3. Other estimators, in the model with taps.
-    for name in ("4x256", "12x768"):
+    def on_and_off(name, batch_tokens, num_steps):
+        return {
+            usual: own(name, batch_tokens, num_steps),
+            "no noise scale": own(name, batch_tokens, num_steps, noise_scale=False),
+        }
+
+    def estimators(name, num_steps):
         model = configured(name, "auto")
         loss = functools.partial(tapped.loss_of, model)
-        parts, num_steps = large // microbatch, 1 if toy else {"4x256": 4, "12x768": 2}[name]
+        parts = large // microbatch
         split = tapped.plain(loss, parts)
         l1 = geometries.l1(loss, num_microbatches=2)
         spectral = geometries.spectral(loss, num_microbatches=parts, select=lambda path: path.startswith("layers"))
         lines = {
             "none": split,
             "two-batch": tapped.measured(loss, parts),
-            "two-batch in groups": tapped.measured(loss, parts, groups=lambda path: path.split("/")[0]),
             "per example": tapped.measured(loss, parts, method="per_example"),
             "norm layers": tapped.measured(loss, parts, method="norm_layers"),
             "ℓ1 every=100": tapped.also(split, l1, 8),
             "spectral every=100": tapped.also(split, spectral, 1),
         }
-        steps = {what: tapped_step(of_batch, model, large, num_steps) for what, of_batch in lines.items()}
-        seconds = measure(steps, given)
-        for what, series in seconds.items():
-            if what != "none" and "none" in seconds:
-                part = 100 if "every" in what else 1
-                ratios = [1 + (a / b - 1) / part for a, b in zip(series, seconds["none"], strict=True)]
-                add(f"{name} with taps: {what} / none", spread(ratios))
-        del steps
+        return {what: tapped_step(f, model, large, 1 if toy else num_steps) for what, f in lines.items()}
+
+    groups = [  # model, batch, steps; what XLA compiles while the group before is measured
+        ("12x768", large, by_setting),
+        ("4x256", large, lambda: on_and_off("4x256", large, 4)),
+        ("12x768", larger, lambda: on_and_off("12x768", larger, 1)),
+        ("4x256 with taps", large, lambda: estimators("4x256", 2)),
+        ("12x768 with taps", large, lambda: estimators("12x768", 1)),
+        ("4x256", larger, lambda: on_and_off("4x256", larger, 1)),
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        coming = Group.start(groups[0][2](), pool)
+        for (name, batch_tokens, _), following in zip(groups, [*groups[1:], None], strict=True):
+            group, coming = coming, following and Group.start(following[2](), pool)
+            seconds = group.measure(given)
+            if "with taps" not in name:
+                rates(name, batch_tokens, group.steps, seconds)
+            for without in {"no noise scale", "none"} & set(seconds):
+                for what, series in seconds.items():
+                    if what in (without, *(set(settings) - {usual})) or "twice" in what:
+                        continue
+                    part = 100 if "every=" in what else 1
+                    ratios = [1 + (a / b - 1) / part for a, b in zip(series, seconds[without], strict=True)]
+                    what = "noise scale by layer" if what == usual else what
+                    add(f"{name}, {batch_tokens} tokens: {what} / without", spread(ratios))
+            del group
 
 
 if __name__ == "__main__":

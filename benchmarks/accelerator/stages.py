@@ -18,7 +18,10 @@ HERE = Path(__file__).parent
 SHARES = {"right": 0.25, "fast": 0.4, "many": 0.35, "demo": 0.5, "kaplan": 1.0}  # of the time that is left
 _SAVING_SECONDS = 15  # from SIGTERM to SIGKILL
 _QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-_LESS_TUNING = "--xla_gpu_enable_triton_gemm=false --xla_gpu_experimental_enable_fusion_autotuner=false"
+# Otherwise XLA tries its kernels on the card while it compiles, minutes for a training step.
+_LESS_TUNING = (
+    "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false --xla_gpu_experimental_enable_fusion_autotuner=false"
+)
 _MACHINE = """
 import json, jax, jaxlib, flax, optax
 device = jax.devices()[0]
@@ -65,7 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--stages", default=",".join(SHARES), help="right,fast… or with limits in seconds: right:60,fast")
+    parser.add_argument(
+        "--stages", default=",".join(SHARES), help="right,fast… or with limits in seconds: right:60,fast"
+    )
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
