@@ -44,7 +44,7 @@ def experiment(toy: bool) -> Experiment:
     if not toy:
         return module.EXPERIMENT
     subject = dataclasses.replace(module.EXPERIMENT.subjects[0], model=model_config("1x16", compute_dtype="bfloat16"))
-    toy_size = {"batch_tokens": powers_of_two(128, 1_024), "text": "python", "tokenizer": "bytes", "max_tokens": 20_000}
+    toy_size = {"batch_tokens": powers_of_two(128, 512), "text": "python", "tokenizer": "bytes", "max_tokens": 5_000}
     return dataclasses.replace(module.EXPERIMENT, subjects=(subject,), **toy_size, eval_tokens=1_024)
 
 

@@ -11,6 +11,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    cache = given.out.resolve().parent / "scaling_jax_cache"
+    cache = Path(tempfile.gettempdir()) / "scaling_jax_accelerator"
     environment = os.environ | {"SCALING_JAX_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
     vocabulary = Path(os.environ["LUGGAGE"]) / "tiktoken"
     if vocabulary.exists():

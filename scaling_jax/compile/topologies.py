@@ -16,16 +16,18 @@ from scaling_jax.io import UserError
 class Chip(NamedTuple):
     """A kind of TPU chip."""
 
-    memory_bytes: int  # HBM for a program, as libtpu 0.0.42 names it when a program is too large
-    num_cores: int  # TensorCores; two of them work as one device
+    memory_bytes: int  # HBM of a device for a program, as libtpu 0.0.42 names it when a program is too large
+    num_cores: int  # TensorCores
+    num_devices: int  # that JAX sees; the two cores of a chip are one device, or two
     cloud_name: str  # Google Cloud calls a slice by this name, a dash and the number of cores
 
 
 CHIPS = {
-    "v4": Chip(round(30.75 * 2**30), 2, "v4"),
-    "v5e": Chip(round(15.75 * 2**30), 1, "v5litepod"),
-    "v5p": Chip(round(95.74 * 2**30), 2, "v5p"),
-    "v6e": Chip(round(31.25 * 2**30), 1, "v6e"),
+    "v4": Chip(round(30.75 * 2**30), 2, 1, "v4"),
+    "v5e": Chip(round(15.75 * 2**30), 1, 1, "v5litepod"),
+    "v5p": Chip(round(95.74 * 2**30), 2, 1, "v5p"),
+    "v6e": Chip(round(31.25 * 2**30), 1, 1, "v6e"),
+    "tpu7x": Chip(round(94.75 * 2**30), 2, 2, "tpu7x"),
 }
 
 
@@ -34,18 +36,26 @@ class Topology(NamedTuple):
 
     name: str
     chip: Chip
-    devices: tuple[jax.Device, ...]  # one per chip
+    devices: tuple[jax.Device, ...]
     num_hosts: int
 
+    @property
+    def size_in_words(self) -> str:
+        """The number of devices, such as "16 chips"."""
+        return f"{len(self.devices)} {'chips' if self.chip.num_devices == 1 else 'half chips'}"
+
     def halved(self) -> "Topology":
-        """The next smaller slice: half of the chips, or one chip instead of four.
+        """The next smaller slice: half of the chips, or one chip instead of four, or one of two devices of a chip.
 
         Raises:
           UserError: if there is none.
         """
         generation, _, shape = self.name.partition(":")
         sizes = [int(size) for size in shape.split("x")]
-        if len(self.devices) == 4:
+        num_chips = len(self.devices) // self.chip.num_devices
+        if num_chips == 1 and len(self.devices) > 1:
+            return self._replace(devices=self.devices[:1])
+        if num_chips == 4:
             sizes = [1] * len(sizes)
         else:
             longest = 2 if sizes == [2, 2, 2] else sizes.index(max(sizes))  # the chips of a host are 2 × 2 × 1
@@ -67,7 +77,7 @@ def topology(name: str) -> Topology:
         raise UserError("compiling for TPUs needs the package libtpu: pip install 'scaling-jax[tpu]'")
     chip, num_chips = CHIPS[match[1]], math.prod(map(int, match[2].split("x")))
     _tell_libtpu_that_no_tpu_is_here(f"{chip.cloud_name}-{num_chips * chip.num_cores}")
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip.num_cores == 2 else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip.num_cores > chip.num_devices else {}
     if num_chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:

@@ -102,7 +102,7 @@ def print_compiled(batches: Sequence[CompiledBatch], slice_: Topology) -> Rows:
     """Memory, FLOPs and collective operations of each batch size; what doesn't divide; what doesn't fit."""
     return Rows(
         Text(
-            f"{slice_.name}: {len(slice_.devices)} chips of {slice_.chip.memory_bytes / _GIB:.4g} GiB, "
+            f"{slice_.name}: {slice_.size_in_words} of {slice_.chip.memory_bytes / _GIB:.4g} GiB, "
             f"{slice_.num_hosts} hosts. Compiled, not run."
         ),
         *(_compiled_table(model_batches) for model_batches in _by_model(batches)),
@@ -236,8 +236,8 @@ def _compiled_sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> l
             near = " or ".join(f"{tokens:,}" for tokens in batch.nearest_batches)
             lines.append(
                 f"batch of {batch.batch_tokens:,} tokens is {batch.program.batch_sequences} sequences, which "
-                f"{len(slice_.devices)} chips can't share, so it is compiled for {batch.slice_name}; nearest batches "
-                f"that {len(slice_.devices)} chips can share: {near} tokens"
+                f"{slice_.size_in_words} can't share, so it is compiled for {batch.slice_name}; nearest batches "
+                f"that {slice_.size_in_words} can share: {near} tokens"
             )
     lines += [f"DOESN'T FIT: {b.program.model.name}, batch of {b.batch_tokens:,} tokens" for b in batches if not b.fits]
     return list(dict.fromkeys(lines))  # models with the same context give the same line for a batch

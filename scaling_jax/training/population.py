@@ -113,7 +113,8 @@ class Slots:
         self.program, self._per_group = program, per_group
         self._compiled = program, num_groups, per_group
         shape = (num_groups, per_group)
-        self._states = jax.tree.map(lambda x: jnp.broadcast_to(x, shape + x.shape), program.init(0))
+        copies = jax.jit(functools.partial(jax.tree.map, lambda x: jnp.broadcast_to(x, shape + x.shape)))
+        self._states = copies(program.init(0))
         self._shape = shape
 
     def __len__(self) -> int:

@@ -172,3 +172,24 @@ def test_the_large_experiments_plan_batches_of_the_papers_tokens(name):
     assert {run.model.context for run in runs} == {1_024}
     assert {run.model.vocab_size for run in runs} == {50_257}
     assert all(run.model.num_params in (12 * 4 * 256**2, 12 * 12 * 768**2) for run in runs)
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in EXPERIMENTS.glob("*.py") if "EXPERIMENT = " in path.read_text())
+)
+@pytest.mark.parametrize("slice_name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_every_experiment_compiles_for_every_kind_of_tpu(slice_name, name, sharding):
+    """The largest model of each, at a batch that all devices share. The noise scale adds one small message at most."""
+    slice_ = topology(slice_name)
+    runs = planned_runs(load_plan(EXPERIMENTS / f"{name}.py"))
+    largest = max(runs, key=lambda run: run.model.num_params).model
+    run = dataclasses.replace(
+        next(run for run in runs if run.model == largest), batch_tokens=largest.context * 4 * len(slice_.devices)
+    )
+    (batch,) = compile_runs([run], slice_, sharding)
+    assert batch.slice_name == slice_name
+    assert batch.step.fits
+    assert len(batch.step.collectives) <= len(batch.plain_step.collectives) + 1

@@ -10,7 +10,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4xfour", "v5e:16", "h100:8x8"])
 def test_what_is_no_slice_is_refused_with_those_that_are(name):
-    with pytest.raises(UserError, match=f"{name!r}.*v4, v5e, v5p, v6e .*v5e:4x4"):
+    with pytest.raises(UserError, match=f"{name!r}.*v4, v5e, v5p, v6e, tpu7x .*v5e:4x4"):
         topology(name)
 
 
@@ -35,6 +35,14 @@ def test_a_shape_that_hosts_do_not_tile_is_refused():
 def test_a_chip_is_one_device(name, chips, hosts):
     slice_ = topology(name)
     assert (len(slice_.devices), slice_.num_hosts) == (chips, hosts)
+
+
+@needs_libtpu
+def test_half_a_chip_of_tpu7x_is_one_device():
+    slice_ = topology("tpu7x:2x2x1")
+    assert (len(slice_.devices), slice_.num_hosts, slice_.size_in_words) == (8, 1, "8 half chips")
+    chip = slice_.halved()
+    assert (chip.name, len(chip.devices), len(chip.halved().devices)) == ("tpu7x:1x1x1", 2, 1)
 
 
 @needs_libtpu
