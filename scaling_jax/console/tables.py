@@ -36,10 +36,10 @@ def print_fit(found: TableFit, written: Path) -> Rows:
     for point in found.fit.points:
         t = point.tradeoff
         s_min, e_min, b_crit, cbs20 = (
-            "–" if t.one_sided else short(value) for value in (t.s_min, t.e_min, t.b_crit, t.cbs20)
+            "–" if t.one_sided else short(value) for value in (t.s_min, t.e_min, point.b_crit, t.cbs20)
         )
         flags = ["one-sided"] * t.one_sided + [f"{point.not_reached} not reached"] * bool(point.not_reached)
-        interval = "–".join(short(end) for end in t.b_crit_interval)
+        interval = "–".join(short(end) for end in point.b_crit_interval)
         table.add_row(point.model, f"{point.loss:.4g}", s_min, e_min, b_crit, interval, cbs20, ", ".join(flags))
     lines = [
         *law_lines(found.fit, found.joint, found.forms),
@@ -57,12 +57,12 @@ def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
     for model in dict.fromkeys(p.model for p in analysis.fit.points):
         points = [p for p in analysis.fit.points if p.model == model and p.in_law]
         for point in _spread(points, 3):
-            low, high = point.tradeoff.b_crit_interval
+            low, high = point.b_crit_interval
             middle, half = _noise_near(analysis, model, point.loss)
             table.add_row(
                 model,
                 f"{point.loss:.2f}",
-                short(point.tradeoff.b_crit),
+                short(point.b_crit),
                 f"{short(low)} – {short(high)}",
                 middle,
                 half,

@@ -79,15 +79,15 @@ def fit_hyperbolas(log_batch, log_steps, mask, start=None, num_rounds=3, num_ite
     points = mask.astype(float)
     lowest = np.min(np.where(mask, log_batch, np.inf), axis=-1, keepdims=True) - REACH
     highest = np.max(np.where(mask, log_batch, -np.inf), axis=-1, keepdims=True) + REACH
-    position = _best_of_grid(log_batch, log_steps, points, lowest, highest) if start is None else start[..., None]
+    position = best_of_grid(log_batch, log_steps, points, lowest, highest) if start is None else start[..., None]
 
     limit = np.array(np.inf)
     for _ in range(num_rounds):
         for _ in range(num_iterations):
-            residuals, slope, weights, curvature = _linearise(position, log_batch, log_steps, points, limit)
+            residuals, slope, weights, curvature = linearise(position, log_batch, log_steps, points, limit)
             step = (weights * slope * residuals).sum(-1, keepdims=True) / np.maximum(curvature, 1e-12)
             position = np.clip(position + np.clip(step, -1.0, 1.0), lowest, highest)
-        residuals, slope, weights, curvature = _linearise(position, log_batch, log_steps, points, limit)
+        residuals, slope, weights, curvature = linearise(position, log_batch, log_steps, points, limit)
         limit = huber_limit(residuals, mask, NUM_PARAMETERS)
 
     overhead, slope = log_overhead(position, log_batch)
@@ -104,7 +104,7 @@ def deviance(log_b_crit, fit: Hyperbolas, log_batch, log_steps, mask) -> np.ndar
     points = mask.astype(float)
     overhead, _ = log_overhead(np.asarray(log_b_crit)[..., None], log_batch)
     loss_there = _loss_at_best_level(log_steps - overhead, points, fit.limit)
-    loss_here = _huber_loss(fit.residuals, points, fit.limit)
+    loss_here = huber_loss(fit.residuals, points, fit.limit)
     inside = weighted_mean(points * (np.abs(fit.residuals) <= fit.limit), points)[..., 0]
     pull = points * np.clip(fit.residuals, -fit.limit, fit.limit)
     variance = (pull**2).sum(-1) / np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1)
@@ -160,7 +160,7 @@ def log_covariances(fit: Hyperbolas, log_batch, mask) -> np.ndarray:
     return np.stack([np.stack([of_level, across], -1), np.stack([across, of_position], -1)], -2)
 
 
-def _linearise(position, log_batch, log_steps, points, limit):
+def linearise(position, log_batch, log_steps, points, limit):
     overhead, slope = log_overhead(position, log_batch)
     remainder = log_steps - overhead
     residuals = remainder - weighted_mean(remainder, points)
@@ -173,7 +173,7 @@ def _linearise(position, log_batch, log_steps, points, limit):
     return residuals, slope, weights, (weights * slope**2).sum(-1, keepdims=True)
 
 
-def _best_of_grid(log_batch, log_steps, points, lowest, highest):
+def best_of_grid(log_batch, log_steps, points, lowest, highest):
     fractions = np.linspace(0.0, 1.0, 121).reshape(-1, *([1] * lowest.ndim))
     positions = lowest + (highest - lowest) * fractions
     overhead, _ = log_overhead(positions, log_batch)
@@ -182,7 +182,7 @@ def _best_of_grid(log_batch, log_steps, points, lowest, highest):
     return np.take_along_axis(positions + 0 * loss, np.argmin(loss, axis=0, keepdims=True), axis=0)[0]
 
 
-def _huber_loss(residuals, points, limit):
+def huber_loss(residuals, points, limit):
     size = np.abs(residuals)
     clipped = np.minimum(size, limit)
     return (points * clipped * (size - 0.5 * clipped)).sum(-1)
@@ -192,4 +192,4 @@ def _loss_at_best_level(remainder, points, limit):
     level = weighted_mean(remainder, points)
     for _ in range(8):
         level = weighted_mean(remainder, points * huber_weights(remainder - level, limit))
-    return _huber_loss(remainder - level, points, limit)
+    return huber_loss(remainder - level, points, limit)

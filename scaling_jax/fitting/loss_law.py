@@ -16,6 +16,15 @@ NUM_PARAMETERS = 2  # of a line
 NUM_FLOORS = 1_000  # values of L_inf to try
 
 
+class Refit(NamedTuple):
+    """The law with a part of the data."""
+
+    kept: str  # in words
+    exponent: float
+    b_crit: float  # tokens, at the middle of the whole law's losses
+    num_losses: int
+
+
 @dataclasses.dataclass(frozen=True)
 class LossLaw:
     """B_crit(L) = B_*·(L - floor)^exponent, exponent = -1/alpha_B. L and floor in nats per token, B_crit in tokens."""
@@ -27,6 +36,14 @@ class LossLaw:
     loss_range: tuple[float, float]  # lowest and highest loss in the fit; the law is untested elsewhere
     confidence: float
     floor: float = 0.0  # L_inf
+    systematic: tuple[Refit, ...] = ()  # the law with parts of the data; of a scan's law
+    shapes: tuple[float, float] | None = None  # a at the highest and the lowest loss; None: a is 1, hyperbolas
+
+    @property
+    def systematic_spread(self) -> tuple[float, float] | None:
+        """The lowest and the highest exponent of `systematic`; None if it is empty."""
+        exponents = [refit.exponent for refit in self.systematic]
+        return (min(exponents), max(exponents)) if exponents else None
 
     @property
     def alpha_b(self) -> float:

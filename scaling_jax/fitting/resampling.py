@@ -33,25 +33,15 @@ class Chain(NamedTuple):
     line: Lines  # log B_crit against log L, weighted by each fit's information about its B_crit
 
 
-class LawErrors(NamedTuple):
-    """The law log B_crit = level + slope·x, x = log L - centre, and its errors in every resample."""
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """A law log B = level + slope·x, x = log L - centre, with intervals."""
 
     centre: float
-    level: float
-    slope: float
-    variance: np.ndarray  # `[3]`: of the level, of the slope, and their covariance
-    shifts: np.ndarray  # `[resamples, 2]`: resampled level and slope minus the fitted ones
-    variances: np.ndarray  # `[resamples, 3]`: `variance` as each resample estimates it
 
     def interval(self, at, confidence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(value, low, high) of u·level + v·slope for `at = (u, v)`, `[...]` each."""
-        u, v = (np.asarray(x, float)[..., None] for x in at)
-        here = (u * self.level + v * self.slope)[..., 0]
-        error = np.sqrt(_quadratic(self.variance, u, v))[..., 0]
-        pivots = np.abs(u * self.shifts[:, 0] + v * self.shifts[:, 1]) / np.sqrt(_quadratic(self.variances.T, u, v))
-        # Among n resamples, the truth takes each of the n + 1 ranks with equal probability ("weibull" quantile).
-        half = np.quantile(pivots, confidence, axis=-1, method="weibull") * error
-        return here, here - half, here + half
+        raise NotImplementedError
 
     def law(self, confidence: float, losses: np.ndarray) -> LossLaw:
         """The law with its intervals, valid in the range of `losses`."""
@@ -67,10 +57,30 @@ class LawErrors(NamedTuple):
         )
 
     def band(self, loss, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper end of the interval of B_crit at each loss, in tokens."""
+        """Lower and upper end of the interval of B at each loss, in tokens."""
         x = np.log(np.asarray(loss, float)) - self.centre
         _, low, high = self.interval((np.ones_like(x), x), confidence)
         return np.exp(low), np.exp(high)
+
+
+@dataclasses.dataclass(frozen=True)
+class LawErrors(Errors):
+    """The law of hyperbolas, and its errors in every resample."""
+
+    level: float
+    slope: float
+    variance: np.ndarray  # `[3]`: of the level, of the slope, and their covariance
+    shifts: np.ndarray  # `[resamples, 2]`: resampled level and slope minus the fitted ones
+    variances: np.ndarray  # `[resamples, 3]`: `variance` as each resample estimates it
+
+    def interval(self, at, confidence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        u, v = (np.asarray(x, float)[..., None] for x in at)
+        here = (u * self.level + v * self.slope)[..., 0]
+        error = np.sqrt(_quadratic(self.variance, u, v))[..., 0]
+        pivots = np.abs(u * self.shifts[:, 0] + v * self.shifts[:, 1]) / np.sqrt(_quadratic(self.variances.T, u, v))
+        # Among n resamples, the truth takes each of the n + 1 ranks with equal probability ("weibull" quantile).
+        half = np.quantile(pivots, confidence, axis=-1, method="weibull") * error
+        return here, here - half, here + half
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,7 +89,7 @@ class LawFit:
 
     law: LossLaw | None  # None unless batches lie on both sides of B_crit at three losses or more
     confidence: float
-    errors: LawErrors | None = dataclasses.field(repr=False)
+    errors: Errors | None = dataclasses.field(repr=False)
 
     def band(self, loss) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper end of the interval of B_crit at each loss, in tokens.

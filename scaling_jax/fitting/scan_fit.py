@@ -1,16 +1,28 @@
 """The two-stage fit of a batch-size scan: B_crit at each model and loss, then the power law through them.
 
 First stage: McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.11. Second stage: Kaplan et al. 2020 (arXiv 2001.08361),
-eq. 1.4. Intervals of the law come from resampled runs.
+eq. 1.4. Intervals of the law come from resampled runs. If all trade-offs together are no hyperbolas (`shapes`), the law
+is that of `shape_law`, and each B_crit that of a free shape.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from scaling_jax.fitting.resampling import LawFit, law_errors, resamples_for
+from scaling_jax.fitting.loss_law import LossLaw
+from scaling_jax.fitting.resampling import LawErrors, LawFit, law_errors, resamples_for
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
+from scaling_jax.fitting.shape_law import ShapeLawErrors, fit_shape_law
+from scaling_jax.fitting.shapes import Shape, p_of_hyperbolas
+from scaling_jax.fitting.systematics import refits
 from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoffs
+
+FEWEST_BATCHES = 5  # at a loss of the law; with fewer, intervals that look two-sided hold the truth too seldom
+REJECTED = 0.05  # p below which a trade-off is no hyperbola
+MOST_BENT_BY_CHANCE = 0.25  # share of a model's losses at which hyperbolas may look U-shaped
+FEWEST_TO_JUDGE = 4  # losses of a model to judge that share by; with fewer, all models' losses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,7 +34,32 @@ class CriticalBatch:
     tradeoff: Tradeoff
     not_reached: int  # number of the model's runs that didn't reach the target
     bounds: int  # number of these that entered the fit as a bound: more steps than they had
-    in_law: bool  # False if the interval of B_crit is open on a side, so the law can't use the point
+    in_law: bool  # False if B_crit's interval is open on a side, tokens are U-shaped, or batches are too few
+    free_shape: bool  # True if the scan's trade-offs are no hyperbolas: then `b_crit` is B_half of a free shape
+
+    @property
+    def b_crit(self) -> float:
+        """The batch size in tokens at which a run needs 2·S_min steps."""
+        return self.tradeoff.shape.b_half if self.free_shape else self.tradeoff.b_crit
+
+    @property
+    def s_min(self) -> float:
+        """The least number of steps, with very large batches."""
+        return self.tradeoff.shape.s_min if self.free_shape else self.tradeoff.s_min
+
+    def steps_at(self, batch_tokens):
+        """Steps to the loss at a batch size in tokens."""
+        return (self.tradeoff.shape if self.free_shape else self.tradeoff).steps_at(batch_tokens)
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """log(steps measured/steps fitted), in the order of `tradeoff.batch_tokens`."""
+        return np.log(self.tradeoff.steps / self.steps_at(self.tradeoff.batch_tokens))
+
+    @property
+    def b_crit_interval(self) -> tuple[float, float]:
+        """0 or infinity at an end if the data reject no smaller or no larger `b_crit`."""
+        return self.tradeoff.shape.b_half_interval if self.free_shape else self.tradeoff.b_crit_interval
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,6 +68,24 @@ class ScanFit(LawFit):
 
     points: tuple[CriticalBatch, ...]  # by model in order of appearance, then by falling loss
     notes: tuple[str, ...]  # what was left out, and why
+    shape_p: float  # p of a test that all trade-offs are hyperbolas (`shapes.p_of_hyperbolas`); NaN with few runs
+
+    def rows_of_law(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The rows of a table that the law was fitted to, for fits of other laws through hyperbolas.
+
+        As columns like those of `fit_scan`; {} if there is no law, or if its trade-offs are no hyperbolas.
+        """
+        if self.law is None or self.law.shapes is not None:
+            return {}
+        used = {(point.model, point.loss) for point in self.points if point.in_law}
+        keep = [
+            (str(model), float(loss)) in used
+            for model, loss in zip(columns["model"], columns["target_loss"], strict=True)
+        ]
+        return {
+            name: None if column is None else [value for value, kept in zip(column, keep, strict=True) if kept]
+            for name, column in columns.items()
+        }
 
 
 def fit_scan(
@@ -75,10 +130,17 @@ def fit_scan(
     identified = np.array(
         [np.isfinite(tradeoff.b_crit_interval[1]) and tradeoff.b_crit_interval[0] > 0 for tradeoff in tradeoffs], bool
     )
+    enough = num_batches[num_batches >= 3] >= FEWEST_BATCHES
+    shape_p = p_of_hyperbolas(table) if table.models else np.nan
+    bent = _bent(table.models, [tradeoff.shape for tradeoff in tradeoffs])
+    free_shape = bool(shape_p < REJECTED)
+    usable = (identified | free_shape) & enough & ~bent
     points = []
     for g, tradeoff in enumerate(tradeoffs):
         low, high = tradeoff.b_crit_interval
-        if not identified[g]:
+        if free_shape:
+            pass  # said for all losses together
+        elif not identified[g]:
             notes.append(f"{_place(table, g)}: B_crit is in [{low:.3g}, {high:.3g}] tokens, left out of the law")
         elif tradeoff.one_sided:
             notes.append(
@@ -91,21 +153,89 @@ def fit_scan(
                 tradeoff=tradeoff,
                 not_reached=int(table.not_reached[g]),
                 bounds=int(table.bound[g].sum()),
-                in_law=bool(identified[g]),
+                in_law=bool(usable[g]),
+                free_shape=free_shape,
             )
         )
 
     # Of 95 % intervals, some are bounded by chance, even at many losses at once, as losses share runs. So a law also
     # takes `one_sided`, a stricter test.
     both_sides = {point.loss for point in points if point.in_law and not point.tradeoff.one_sided}
-    law = errors = None
-    if len(both_sides) < 3:
+    notes = [*_of_shapes(points, bent), *notes]
+    if not enough.all():
+        notes.append(f"a law takes only losses that {FEWEST_BATCHES} batch sizes reached: without {(~enough).sum()}")
+    law: LossLaw | None = None
+    errors: LawErrors | ShapeLawErrors | None = None
+    used = table.select(usable)
+    if free_shape:
+        errors = fit_shape_law(used) if usable.any() else None
+        if errors is None:
+            notes.append("no law: the runs are no hyperbolas, and too few to fit a law with another shape")
+        else:
+            law = dataclasses.replace(
+                errors.law(confidence, used.losses),
+                shapes=(float(errors.a(used.losses.max())), float(errors.a(used.losses.min()))),
+            )
+    elif len(both_sides) < 3:
         notes.append(f"no law: batches lie on both sides of B_crit at {len(both_sides)} losses, and a law takes 3")
     else:
-        used = table.select(identified)
         errors = law_errors(used, resamples or resamples_for(used), seed)
         law = errors.law(confidence, used.losses)
-    return ScanFit(points=tuple(points), law=law, notes=tuple(notes), confidence=confidence, errors=errors)
+    if law is not None:
+        law = dataclasses.replace(law, systematic=refits(used, free_shape))
+        if len(set(used.models)) == len(used.models):
+            notes.append(
+                "every model has one loss in the law: the effects of loss, model size and data can't be told apart"
+            )
+    return ScanFit(
+        points=tuple(points), law=law, notes=tuple(notes), confidence=confidence, errors=errors, shape_p=shape_p
+    )
+
+
+def _bent(models: tuple[str, ...], shapes: list[Shape]) -> np.ndarray:
+    """True for the losses with U-shaped tokens, where there are many of them: one alone may be chance."""
+    bent = np.array([shape.u_shaped for shape in shapes], bool)
+    names = np.array(models)
+    often = np.zeros_like(bent)
+    for name in set(models):
+        own = names == name
+        often |= own & (bent[own if own.sum() >= FEWEST_TO_JUDGE else slice(None)].mean() > MOST_BENT_BY_CHANCE)
+    return bent & often
+
+
+def _of_shapes(points: list[CriticalBatch], bent: np.ndarray) -> list[str]:
+    """What the free shapes say of each model: where tokens are U-shaped, and where the runs are no hyperbola."""
+    notes = []
+    for model in dict.fromkeys(point.model for point in points):
+        own = [point for point in points if point.model == model]
+        curved = [point for point, u in zip(points, bent, strict=True) if u and point.model == model]
+        if curved:
+            b_opt = sorted(point.tradeoff.shape.b_opt for point in curved)
+            notes.append(
+                f"model {model}: tokens are U-shaped at {_losses(curved, own)}: fewest at {b_opt[0]:.3g} to "
+                f"{b_opt[-1]:.3g} tokens a batch, more with smaller ones. So there is no B_crit; left out of the law"
+            )
+        rejected = [point for point in own if point.tradeoff.shape_p < REJECTED and point not in curved]
+        if rejected and rejected[0].free_shape:
+            a = sorted(point.tradeoff.shape.a for point in rejected)
+            notes.append(
+                f"model {model}: no hyperbola (p < {REJECTED:g}) at {_losses(rejected, own)}: with steps as "
+                f"1 + (B_half/B)^a, a is {a[0]:.2f} to {a[-1]:.2f}. So B_crit is B_half, where a run needs twice S_min"
+            )
+        far = [point for point in own if not point.tradeoff.shape.both_ends and point not in curved]
+        if far and far[0].free_shape:
+            notes.append(
+                f"model {model}: the batches end before steps scale linearly, or before they saturate, at "
+                f"{_losses(far, own)}: B_crit rests on the form there"
+            )
+    return notes
+
+
+def _losses(some: list[CriticalBatch], of: list[CriticalBatch]) -> str:
+    losses = [point.loss for point in some]
+    if len(losses) == 1:
+        return f"loss {losses[0]:.4g}"
+    return f"{len(some)} of {len(of)} losses, {max(losses):.4g} to {min(losses):.4g}"
 
 
 def _place(table: ScanTable, g) -> str:

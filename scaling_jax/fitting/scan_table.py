@@ -27,6 +27,11 @@ class ScanTable(NamedTuple):
         models = tuple(model for model, kept in zip(self.models, keep, strict=True) if kept)
         return ScanTable(models, *(field[keep] for field in self[1:]))
 
+    def between(self, lowest: float, highest: float) -> "ScanTable":
+        """The table with only the runs whose log batch lies between two values, up to rounding."""
+        inside = (self.log_batch > lowest - 1e-6) & (self.log_batch < highest + 1e-6)
+        return self._replace(mask=self.mask & inside, bound=self.bound & inside)
+
     def by_run(self, values: np.ndarray) -> np.ndarray:
         """`values` `[..., G, n]` as `[..., R, T]`; zero where nothing was measured."""
         out = np.zeros((*values.shape[:-2], self.run_index.max() + 1, self.target_index.max() + 1))

@@ -23,6 +23,7 @@ from scaling_jax.fitting.hyperbolas import (
     one_sided,
     profile_intervals,
 )
+from scaling_jax.fitting.shapes import Shape, fit_shapes
 
 NUM_ITERATIONS = 25  # of the fit with bounds
 SMALLEST_NOISE = 1e-4  # of log steps; with no noise at all, a bound would be a wall that Newton steps can't get past
@@ -44,6 +45,22 @@ class Tradeoff:
     bound_batch_tokens: np.ndarray = dataclasses.field(repr=False)  # runs that ended above the loss
     bound_steps: np.ndarray = dataclasses.field(repr=False)  # the steps that these runs had
     log_covariance: np.ndarray = dataclasses.field(repr=False)  # `[2, 2]`, of log s_min and log b_crit
+    shape: Shape = dataclasses.field(repr=False)  # the same runs, fitted with a free shape
+
+    @property
+    def shape_p(self) -> float:
+        """p of a test that the trade-off is a hyperbola; NaN if steps were measured at three batch sizes only."""
+        return self.shape.p_hyperbola
+
+    @property
+    def end_slopes(self) -> tuple[float, float]:
+        """d log S/d log B at the smallest and the largest batch, by the free shape; a hyperbola's go from -1 to 0."""
+        return self.shape.end_slopes
+
+    @property
+    def token_minimum(self) -> float | None:
+        """B_opt in tokens, if the smallest batch takes significantly more tokens than a larger one; else None."""
+        return self.shape.b_opt if self.shape.u_shaped else None
 
     def steps_at(self, batch_tokens):
         """Steps to the loss at a batch size in tokens: S_min·(1 + B_crit/B)."""
@@ -231,6 +248,7 @@ def _fit_alike(log_batch, log_steps, mask, confidence, bound) -> list[Tradeoff]:
     lows, highs = profile_intervals(fits.log_b_crit, deviance_at, log_batch, mask, confidence)
     flags = one_sided(fits.log_b_crit, deviance_at, log_batch, mask)
     covariances = log_covariances(fits, log_batch, mask)
+    shapes = fit_shapes(log_batch, log_steps, mask, confidence)
     return [
         Tradeoff(
             s_min=float(np.exp(fits.log_s_min[row])),
@@ -245,6 +263,7 @@ def _fit_alike(log_batch, log_steps, mask, confidence, bound) -> list[Tradeoff]:
             bound_batch_tokens=np.exp(log_batch[row, bound[row]]),
             bound_steps=np.exp(log_steps[row, bound[row]]),
             log_covariance=covariances[row],
+            shape=shapes[row],
         )
         for row in range(len(mask))
     ]

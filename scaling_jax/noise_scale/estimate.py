@@ -80,6 +80,7 @@ def estimate(g2_series, tr_series, confidence: float = 0.95) -> Estimate:
         low, high, resolved = fieller(trace_cov, grad_sq_norm, long_run_cov / num_steps, t)
         if resolved and grad_sq_norm < 0:
             low, high, resolved = 0.0, math.inf, False
+        low = max(low, 0.0)  # a noise scale is never negative
         effective_steps = _effective_steps(tr_g2_Tx2, long_run_cov)
     return Estimate(
         value=trace_cov / grad_sq_norm if resolved else math.nan,

@@ -43,7 +43,7 @@ def critical_batch_chart(analysis: Analysis) -> Chart:
         label = f"{model}, N = {_num_params(analysis, model)}"
         draw_critical_batches(chart, axis, points, MODEL_COLOURS[k % len(MODEL_COLOURS)], label)
 
-    values = [p.tradeoff.b_crit for p in fitted] + [n.b_simple for n in noise if n.resolved]
+    values = [p.b_crit for p in fitted] + [n.b_simple for n in noise if n.resolved]
     if values:
         axis.set_ylim(np.percentile(values, 1) / 6, np.percentile(values, 99) * 3)
     count_axis(axis.yaxis)
@@ -72,7 +72,7 @@ def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
         draw_critical_batches(chart, axis, points, MODEL_COLOURS[0], "$B_{crit}$, from the scan")
         _draw_branches(chart, axis, own)
         axis.set_title(plain(model), loc="left")
-    fitted = [p.tradeoff.b_crit for p in analysis.fit.points if p.in_law and p.model in models]
+    fitted = [p.b_crit for p in analysis.fit.points if p.in_law and p.model in models]
     noise = [n.b_simple for n in analysis.noise if n.resolved and n.model in models]
     values = fitted + noise + [b.b_crit for b in analysis.branches if b.model in models and np.isfinite(b.b_crit)]
     if values:
@@ -89,8 +89,8 @@ def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
 def draw_critical_batches(chart: Chart, axis: Axes, points: list[CriticalBatch], colour, label: str, marker="o"):
     """Draws the B_crit of a scan at each loss, with intervals."""
     loss = [p.loss for p in points]
-    b_crit = np.array([p.tradeoff.b_crit for p in points])
-    intervals = np.array([p.tradeoff.b_crit_interval for p in points])
+    b_crit = np.array([p.b_crit for p in points])
+    intervals = np.array([p.b_crit_interval for p in points])
     axis.errorbar(loss, b_crit, whiskers(b_crit, intervals), color=colour, elinewidth=0.8, alpha=0.55, fmt="none")
     axis.plot(loss, b_crit, f"{marker}-", color=colour, ms=5, label=label)
     chart.mark(
@@ -111,7 +111,8 @@ def draw_law(chart: Chart, axis: Axes, analysis: Analysis, low: float, high: flo
     axis.fill_between(x, below, above, color=LAW_COLOUR, alpha=0.12, linewidth=0)
     formula = f"$B_{{crit}}$ = {_power_of_ten(law.b_star)} tokens · $L^{{{law.exponent:.1f}}}$"
     span = "[{:.1f}, {:.1f}]".format(*law.exponent_interval)
-    axis.plot(x, law(x), "--", color=LAW_COLOUR, label=f"{formula}\n95 % interval of the exponent {span}")
+    shape = "" if law.shapes is None else "\nno hyperbolas: shape {:.2f} to {:.2f}".format(*law.shapes)
+    axis.plot(x, law(x), "--", color=LAW_COLOUR, label=f"{formula}\n95 % interval of the exponent {span}{shape}")
     texts = [
         f"the law at loss {loss:.3f}\n{tokens(value)} [{tokens(a)}, {tokens(b)}] tokens"
         for loss, value, a, b in zip(x, law(x), below, above, strict=True)
@@ -146,8 +147,8 @@ def whiskers(values: np.ndarray, intervals: np.ndarray) -> np.ndarray:
 
 
 def _with_interval(point: CriticalBatch) -> str:
-    low, high = point.tradeoff.b_crit_interval
-    return f"{tokens(point.tradeoff.b_crit)} [{tokens(low)}, {tokens(high)}]"
+    low, high = point.b_crit_interval
+    return f"{tokens(point.b_crit)} [{tokens(low)}, {tokens(high)}]"
 
 
 def _noise_text(n) -> str:

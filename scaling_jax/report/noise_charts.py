@@ -91,7 +91,7 @@ def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Char
 def run_near_b_crit(analysis: Analysis, model: str) -> CellRuns | None:
     """The run with noise scales by part whose batch size is nearest to the model's median B_crit; None without any."""
     runs = analysis.results.cells
-    b_crit = [p.tradeoff.b_crit for p in analysis.fit.points if p.model == model]
+    b_crit = [p.b_crit for p in analysis.fit.points if p.model == model]
     middle = math.log(np.median(b_crit or [r.batch_tokens for r in runs]))
     measured = [r for r in runs if r.model == model and any(r.record.noise_by_part.values())]
     return min(measured, key=lambda r: abs(math.log(r.batch_tokens) - middle), default=None)

@@ -178,7 +178,7 @@ def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
             axis.plot(fit.batch_tokens, fit.steps, "o", color=colour, ms=3.5, mec="none")
             axis.plot(fit.bound_batch_tokens, fit.bound_steps, "^", color="none", ms=4.5, mec=colour)
             place = f"{model}, loss {point.loss:.3f}, batch of"
-            measured = zip(fit.batch_tokens, fit.steps, fit.steps_at(fit.batch_tokens), strict=True)
+            measured = zip(fit.batch_tokens, fit.steps, point.steps_at(fit.batch_tokens), strict=True)
             texts = [f"{place} {b:,.0f} tokens\n{s:,.0f} steps, fitted {f:,.0f}" for b, s, f in measured]
             chart.mark(axis, fit.batch_tokens, fit.steps, texts)
             bounds = zip(fit.bound_batch_tokens, fit.bound_steps, strict=True)
@@ -186,10 +186,10 @@ def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
             chart.mark(axis, fit.bound_batch_tokens, fit.bound_steps, texts)
             if point.in_law:
                 batch = np.geomspace(min(fit.batch_tokens), max(fit.batch_tokens), 40)
-                axis.plot(batch, fit.steps_at(batch), color=colour, lw=0.9)
-                axis.plot([fit.b_crit], [2 * fit.s_min], "x", color="0.2", ms=4.5, mew=0.9, zorder=3)
-                text = f"{model}, loss {point.loss:.3f}\nB_crit {tokens(fit.b_crit)} tokens: twice the minimum steps"
-                chart.mark(axis, [fit.b_crit], [2 * fit.s_min], [text])
+                axis.plot(batch, point.steps_at(batch), color=colour, lw=0.9)
+                axis.plot([point.b_crit], [2 * point.s_min], "x", color="0.2", ms=4.5, mew=0.9, zorder=3)
+                text = f"{model}, loss {point.loss:.3f}\nB_crit {tokens(point.b_crit)} tokens: twice the minimum steps"
+                chart.mark(axis, [point.b_crit], [2 * point.s_min], [text])
         batch_axis(axis)
         axis.set_title(plain(model), loc="left")
     axes[0].plot([], [], "x", color="0.2", ms=4.5, mew=0.9, label="$B_{crit}$")
@@ -213,7 +213,7 @@ def residuals_chart(analysis: Analysis, models: list[str]) -> Chart:
     for axis, model in zip(axes, models, strict=False):
         for point in (p for p in analysis.fit.points if p.model == model):
             order = np.argsort(point.tradeoff.batch_tokens)
-            batch, percent = point.tradeoff.batch_tokens[order], 100 * np.expm1(point.tradeoff.residuals[order])
+            batch, percent = point.tradeoff.batch_tokens[order], 100 * np.expm1(point.residuals[order])
             axis.plot(batch, percent, "o-", ms=3, lw=0.6, color=COLOURS(norm(point.loss)), alpha=0.8)
             place = f"{model}, loss {point.loss:.3f}, batch of"
             texts = [f"{place} {b:,.0f} tokens\n{p:+.1f} %" for b, p in zip(batch, percent, strict=True)]

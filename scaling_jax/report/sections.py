@@ -148,10 +148,14 @@ def fits_table(analysis: Analysis) -> Markup:
     for p in analysis.fit.points:
         t = p.tradeoff
         flags = ["one-sided"] * t.one_sided + ["not in the law"] * (not p.in_law)
+        flags += ["U-shaped"] * t.shape.u_shaped
         flags += [f"{p.not_reached} runs ended above the loss"] * bool(p.not_reached)
-        values = (t.s_min, t.e_min, t.b_crit)
-        interval = _interval(*t.b_crit_interval)
-        rows.append((p.model, f"{p.loss:.3f}", *map(tokens, values), interval, tokens(t.cbs20), ", ".join(flags)))
+        values = (t.s_min, t.e_min, p.b_crit)
+        interval = _interval(*p.b_crit_interval)
+        shape = (f"{t.shape.a:.2f}", "–" if math.isnan(t.shape_p) else f"{t.shape_p:.2g}")
+        slopes = "{:.2f}, {:.2f}".format(*t.end_slopes)
+        measured = map(tokens, values)
+        rows.append((p.model, f"{p.loss:.3f}", *measured, interval, tokens(t.cbs20), *shape, slopes, ", ".join(flags)))
     header = (
         "model",
         "loss",
@@ -160,6 +164,9 @@ def fits_table(analysis: Analysis) -> Markup:
         "B_crit, tokens",
         "95 % interval",
         "CBS20, tokens",
+        "shape a",
+        "p of a = 1",
+        "end slopes",
         "flags",
     )
     return table(header, rows)

@@ -53,9 +53,14 @@ def law_lines(fit: ScanFit, joint: JointFit | None, forms: tuple[FormFit, ...]) 
     """The fitted laws, one line each; one line that says what is missing if there is no law."""
     law = fit.law
     if law is None:
-        return ["No law: batches must lie on both sides of B_crit at three losses or more."]
+        return [f"No law: {fit.notes[-1].removeprefix('no law: ')}."]
     high, low = max(law.loss_range), min(law.loss_range)
     lines = [f"{_law(law)}, for losses {high:.4g} to {low:.4g} nats per token; untested at other losses"]
+    if law.shapes is not None:
+        lines.append(
+            f"steps as 1 + (B_crit/B)^a, a = {law.shapes[0]:.2f} at {high:.4g} and {law.shapes[1]:.2f} at {low:.4g}; "
+            "other forms of the law take hyperbolas, so they weren't fitted"
+        )
     if joint is not None and joint.law is not None:
         lines.append(f"the same law, fitted to all runs at once: {_law(joint.law)}")
     lines += [f"{_proportional(form)} — held-out error {_percent(form.held_out_error)}" for form in forms]
@@ -90,6 +95,12 @@ def law_in_words(analysis: Analysis) -> list[str]:
         f"[{growth[0]:.2f}, {growth[1]:.2f}]. The law was measured from {high:.2f} down to {low:.2f} nats per token. "
         "It is untested at other losses."
     )
+    if law.shapes is not None:
+        sentences.append(
+            "The trade-offs are no hyperbolas, so B_crit here is the batch size at which a run needs twice the minimum "
+            f"steps. Steps go as 1 + (B_crit/B)^a, with a = {law.shapes[0]:.2f} at {high:.2f} nats per token and "
+            f"{law.shapes[1]:.2f} at {low:.2f}; a hyperbola has a = 1."
+        )
     lowest = min((p for p in analysis.fit.points if p.in_law), key=lambda p: p.loss)
     sentences.append(_cost(lowest))
     if math.isfinite(analysis.noise_ratio):
@@ -101,19 +112,28 @@ def law_in_words(analysis: Analysis) -> list[str]:
 
 
 def _point(point: CriticalBatch) -> str:
-    low, high = point.tradeoff.b_crit_interval
+    low, high = point.b_crit_interval
     return (
-        f"At a loss of {point.loss:.2f} nats per token, B_crit of {point.model} is {short(point.tradeoff.b_crit)} "
+        f"At a loss of {point.loss:.2f} nats per token, B_crit of {point.model} is {short(point.b_crit)} "
         f"[{short(low)}, {short(high)}] tokens."
     )
 
 
 def _cost(point: CriticalBatch) -> str:
-    fit = point.tradeoff
-    steps = [f"{fit.steps_at(factor * fit.b_crit):,.0f}" for factor in (0.25, 1, 4)]
-    spent = [short(fit.tokens_at(factor * fit.b_crit)) for factor in (0.25, 1, 4)]
+    batches = [factor * point.b_crit for factor in (0.25, 1, 4)]
+    steps = [f"{point.steps_at(batch):,.0f}" for batch in batches]
+    spent = [short(batch * point.steps_at(batch)) for batch in batches]
+    start = (
+        f"Example: {point.model} at a loss of {point.loss:.2f}. Its own fit gives B_crit = {short(batches[1])} tokens. "
+    )
+    if point.free_shape:
+        return (
+            f"{start}At this batch size, a run needs {steps[1]} steps, twice the minimum, and {spent[1]} tokens. At 4 "
+            f"times this batch size, it needs {steps[2]} steps and {spent[2]} tokens; at a quarter, {steps[0]} steps "
+            f"and {spent[0]} tokens."
+        )
     return (
-        f"Example: {point.model} at a loss of {point.loss:.2f}. Its own fit gives B_crit = {short(fit.b_crit)} tokens. "
+        f"{start}"
         f"At this batch size, a run needs {steps[1]} steps and {spent[1]} tokens, twice the minimum of each. At 4 "
         f"times this batch size, it needs 2.5 times the tokens ({spent[2]}) and 38 % fewer steps ({steps[2]}). At a "
         f"quarter of this batch size, it needs 2.5 times the steps ({steps[0]}) and 38 % fewer tokens ({spent[0]})."
@@ -122,9 +142,11 @@ def _cost(point: CriticalBatch) -> str:
 
 def _law(law: LossLaw) -> str:
     low, high = law.exponent_interval
+    spread = law.systematic_spread
+    parts = f"; with parts of the data {spread[0]:.2f} to {spread[1]:.2f}" if spread else ""
     return (
         f"B_crit = {law.b_star:.3g} tokens · L^{law.exponent:.2f} ({100 * law.confidence:.0f} % interval of the "
-        f"exponent [{low:.2f}, {high:.2f}])"
+        f"exponent [{low:.2f}, {high:.2f}]{parts})"
     )
 
 

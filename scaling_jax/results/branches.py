@@ -125,13 +125,12 @@ def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[
         low, middle, high = np.quantile(scales, (0.25, 0.5, 0.75), method="nearest") if scales else (math.nan,) * 3
         here = near(branches)
         from_branches = [float(np.median([getattr(m, name) for m in here])) if here else math.nan for name in _ENDS]
-        scan = point.tradeoff
         rows.append(
             Comparison(
                 point.model,
                 point.loss,
-                scan.b_crit,
-                *scan.b_crit_interval,
+                point.b_crit,
+                *point.b_crit_interval,
                 float(middle),
                 float(low),
                 float(high),

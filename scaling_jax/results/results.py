@@ -181,13 +181,14 @@ def analyse(results: str | Path | Results) -> Analysis:
     """
     found = results if isinstance(results, Results) else read_results(results)
     table, fit = columns(found.measurements), found.fit()
+    used = fit.rows_of_law(table)
     sizes = {subject.model.name: subject.model.num_params for subject in found.scan.subjects}
     analysis = Analysis(
         results=found,
         fit=fit,
         notes=fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds),
-        joint=fit_joint(**table),
-        forms=compare_forms(**table, num_params=sizes),
+        joint=fit_joint(**used) if used else None,
+        forms=compare_forms(**used, num_params=sizes) if used else (),
         comparison=tuple(compare(fit, found.noise_scale, found.branches)),
     )
     workdir = found.folder
@@ -211,7 +212,7 @@ def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[Nois
     """
     ratios = []
     for model in dict.fromkeys(point.model for point in fit.points):
-        points = sorted((p.loss, p.tradeoff.b_crit) for p in fit.points if p.model == model and p.in_law)
+        points = sorted((p.loss, p.b_crit) for p in fit.points if p.model == model and p.in_law)
         if len(points) < 2:
             continue
         loss, b_crit = np.log(np.array(points)).T
@@ -228,12 +229,15 @@ def fit_as_json(
     """The values of fit.json. Losses are in nats per token, batches in tokens; names and `formula` give other units."""
     return {
         "law": fit.law and _law_as_json(fit.law),
+        "hyperbolas_p": finite(fit.shape_p),
         "joint_law": _law_as_json(joint.law) if joint is not None and joint.law is not None else None,
         "forms": [_form_as_json(form) for form in forms],
         "points": [
             {
                 "model": p.model,
                 "loss": p.loss,
+                "b_crit": finite(p.b_crit),
+                "b_crit_interval": [finite(x) for x in p.b_crit_interval],
                 **_tradeoff_as_json(p.tradeoff),
                 "in_law": p.in_law,
                 "not_reached": p.not_reached,
@@ -260,6 +264,8 @@ def _law_as_json(law: LossLaw) -> dict[str, Any]:
         "exponent_interval": [finite(x) for x in law.exponent_interval],
         "loss_range": law.loss_range,
         "confidence": law.confidence,
+        "shapes": law.shapes,
+        "systematic": [refit._asdict() for refit in law.systematic],
     }
 
 
@@ -280,10 +286,16 @@ def _form_as_json(form: FormFit) -> dict[str, Any]:
 
 def _tradeoff_as_json(tradeoff: Tradeoff) -> dict[str, Any]:
     return {
-        "b_crit": finite(tradeoff.b_crit),
-        "b_crit_interval": [finite(x) for x in tradeoff.b_crit_interval],
+        "hyperbola_b_crit": finite(tradeoff.b_crit),
+        "hyperbola_b_crit_interval": [finite(x) for x in tradeoff.b_crit_interval],
         "cbs20": finite(tradeoff.cbs20),
         "s_min": finite(tradeoff.s_min),
         "e_min": finite(tradeoff.e_min),
         "one_sided": tradeoff.one_sided,
+        "shape": {
+            name: [finite(x) for x in value] if isinstance(value, tuple) else finite(value)
+            for name, value in tradeoff.shape._asdict().items()
+            if name != "u_shaped"
+        }
+        | {"u_shaped": tradeoff.shape.u_shaped},
     }

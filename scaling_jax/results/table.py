@@ -95,8 +95,9 @@ def fit_table(path: Path, *, laws: bool = True) -> TableFit:
     table = read_table(path)
     try:
         fit = fit_scan(**table.columns)
-        joint = fit_joint(**table.columns) if laws else None
-        forms = compare_forms(**table.columns, num_params=table.num_params) if laws else ()
+        used = fit.rows_of_law(table.columns) if laws else {}
+        joint = fit_joint(**used) if used else None
+        forms = compare_forms(**used, num_params=table.num_params) if used else ()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     return TableFit(table, fit, joint, forms, table.notes + fit.notes)
