@@ -128,4 +128,9 @@ def _notes(to: Goal) -> tuple[str, ...]:
             notes.append(
                 "B_crit of the law and of this model lie outside of each other's intervals: use this model's B_crit"
             )
+    if not to.hyperbolas:
+        notes.append(
+            "the scan's trade-offs are no hyperbolas, but these steps and tokens are a hyperbola's: inside the scanned "
+            "batches they are off by some percent, outside by more"
+        )
     return tuple(notes)

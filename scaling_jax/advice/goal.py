@@ -27,6 +27,7 @@ class Goal:
     b_crit_interval: tuple[float, float]
     law_b_crit: float | None  # by the law through all models and losses; None without a law
     law_interval: tuple[float, float] | None
+    hyperbolas: bool  # False if the scan's trade-offs are no hyperbolas
     batch_range: tuple[float, float]  # smallest and largest batch of the runs, in tokens
     extrapolated: bool  # True if the loss is outside the measured range: S_min by a straight line, B_crit by the law
     neighbours: tuple[tuple[float, CriticalBatch], ...] = dataclasses.field(repr=False)  # weights and points
@@ -162,6 +163,7 @@ def goal(fit: ScanFit, loss: float, model: str | None = None, *, extrapolate: bo
         b_crit=math.exp(log_e_min - log_s_min),
         b_crit_interval=(interval[0], interval[1]),
         law_b_crit=float(fit.law(loss)) if fit.law else None,
+        hyperbolas=not any(point.free_shape for point in points),
         law_interval=(float(fit.band(loss)[0]), float(fit.band(loss)[1])) if fit.law else None,
         batch_range=(float(batches.min()), float(batches.max())),
         extrapolated=not inside,

@@ -159,16 +159,22 @@ def fit_scan(
         )
 
     # Of 95 % intervals, some are bounded by chance, even at many losses at once, as losses share runs. So a law also
-    # takes `one_sided`, a stricter test.
-    both_sides = {point.loss for point in points if point.in_law and not point.tradeoff.one_sided}
+    # takes `one_sided`, a stricter test, or with a free shape, intervals that are bounded although a is free.
+    both_sides = {
+        point.loss
+        for point in points
+        if point.in_law and (np.isfinite(point.b_crit_interval[1]) if free_shape else not point.tradeoff.one_sided)
+    }
     notes = [*_of_shapes(points, bent), *notes]
     if not enough.all():
         notes.append(f"a law takes only losses that {FEWEST_BATCHES} batch sizes reached: without {(~enough).sum()}")
     law: LossLaw | None = None
     errors: LawErrors | ShapeLawErrors | None = None
     used = table.select(usable)
-    if free_shape:
-        errors = fit_shape_law(used) if usable.any() else None
+    if len(both_sides) < 3:
+        notes.append(f"no law: batches lie on both sides of B_crit at {len(both_sides)} losses, and a law takes 3")
+    elif free_shape:
+        errors = fit_shape_law(used)
         if errors is None:
             notes.append("no law: the runs are no hyperbolas, and too few to fit a law with another shape")
         else:
@@ -176,8 +182,6 @@ def fit_scan(
                 errors.law(confidence, used.losses),
                 shapes=(float(errors.a(used.losses.max())), float(errors.a(used.losses.min()))),
             )
-    elif len(both_sides) < 3:
-        notes.append(f"no law: batches lie on both sides of B_crit at {len(both_sides)} losses, and a law takes 3")
     else:
         errors = law_errors(used, resamples or resamples_for(used), seed)
         law = errors.law(confidence, used.losses)
