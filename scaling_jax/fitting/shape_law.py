@@ -6,7 +6,7 @@ the others. A run at B_half needs 2·S_min steps, as at the B_crit of a hyperbol
 out.
 
 On planted scans with shapes from 0.5 to 1.5 that rise, fall or stay (tests/fitting/test_shape_law.py), 95 % intervals
-of the exponent covered in 95 to 99 %. Fits of hyperbolas to the same scans covered in 0 to 20 %.
+of the exponent covered in 95 to 99 %. Those of hyperbolas, fitted to the same scans, never did.
 """
 
 import dataclasses

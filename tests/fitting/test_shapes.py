@@ -91,7 +91,7 @@ def test_hyperbolas_are_seldom_rejected_as_a_scan_and_others_are():
 
 
 def test_what_is_no_hyperbola_is_said_and_its_law_has_a_shape():
-    """With a from 0.5 at the highest loss to 1 at the lowest, hyperbolas would give -7.5 instead of -4.8."""
+    """With a from 0.5 at the highest loss to 1 at the lowest, hyperbolas would give about -6 instead of -4.8."""
     columns = bent(Planted(noise=0.02).columns(np.random.default_rng(0)), 0.5, 1.0)
     fit = fit_scan(**columns)
     assert fit.shape_p < 0.05
