@@ -88,8 +88,8 @@ def sections(analysis: Analysis) -> list[Section]:
             paragraph(
                 "At batch size B, a run needs S_min·(1 + (B_crit/B)^a) steps to a loss. A cross marks B_crit, at which "
                 "it needs twice the minimum steps. With a = 1 this is a hyperbola, and a run at B_crit needs twice "
-                "the minimum tokens, too. Only if all losses together reject that, a is free. The charts below show the "
-                "residuals. A trend across batch sizes would show that the fit is wrong."
+                "the minimum tokens, too. Only if all losses together reject that, a is free. The charts below show "
+                "the residuals. A trend across batch sizes would show that the fit is wrong."
             )
             + drawn(*(tradeoffs_chart(analysis, [model]) for model in models))
             + drawn(*(residuals_chart(analysis, [model]) for model in models))
