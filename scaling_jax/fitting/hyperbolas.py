@@ -40,7 +40,7 @@ def huber_limit(residuals: np.ndarray, mask: np.ndarray, num_parameters: int) ->
 def huber_weights(residuals: np.ndarray, limit: np.ndarray) -> np.ndarray:
     """Weights in (0, 1]; repeated weighted least squares with them gives Huber's fit."""
     size = np.abs(residuals)
-    return np.where(size <= limit, 1.0, limit / np.maximum(size, np.finfo(float).tiny))
+    return np.where(size <= limit, 1.0, limit / np.maximum(size, 1e-250))
 
 
 def weighted_mean(values, weights) -> np.ndarray:
@@ -152,7 +152,7 @@ def log_covariances(fit: Hyperbolas, log_batch, mask) -> np.ndarray:
     _, slope = log_overhead(fit.log_b_crit[..., None], log_batch)
     pull = np.clip(fit.residuals, -fit.limit, fit.limit)
     inside = weighted_mean(1.0 * (np.abs(fit.residuals) <= fit.limit), 1.0 * mask)[..., 0]
-    variance = (pull**2).sum(-1) / np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1) / inside**2
+    variance = (pull**2).sum(-1) / np.maximum(mask.sum(-1) - NUM_PARAMETERS, 1) / np.maximum(inside, 0.5) ** 2
     centre = weighted_mean(slope, fit.weights)[..., 0]
     of_position = variance / np.maximum(fit.information, 1e-300)
     of_level = variance / fit.weights.sum(-1) + centre**2 * of_position

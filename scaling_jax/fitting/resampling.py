@@ -48,10 +48,10 @@ class Errors:
         exponent, *exponent_interval = self.interval((0.0, 1.0), confidence)
         log_b_star, *log_b_star_interval = self.interval((1.0, -self.centre), confidence)
         return LossLaw(
-            b_star=float(np.exp(log_b_star)),
+            b_star=float(_exp(log_b_star)),
             exponent=float(exponent),
             exponent_interval=(float(exponent_interval[0]), float(exponent_interval[1])),
-            b_star_interval=(float(np.exp(log_b_star_interval[0])), float(np.exp(log_b_star_interval[1]))),
+            b_star_interval=(float(_exp(log_b_star_interval[0])), float(_exp(log_b_star_interval[1]))),
             loss_range=(float(losses.min()), float(losses.max())),
             confidence=confidence,
         )
@@ -60,7 +60,7 @@ class Errors:
         """Lower and upper end of the interval of B at each loss, in tokens."""
         x = np.log(np.asarray(loss, float)) - self.centre
         _, low, high = self.interval((np.ones_like(x), x), confidence)
-        return np.exp(low), np.exp(high)
+        return _exp(low), _exp(high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +200,12 @@ def _influence(table, fits, slopes, centre):
     on_line = np.stack([weights / weights.sum(), weights * x / (weights * x**2).sum()])
     on_point = slopes / weights[..., None]
     return table.by_run(on_line[..., None] * on_point)
+
+
+def _exp(x) -> np.ndarray:
+    """exp, infinite where too few runs leave an end almost open."""
+    with np.errstate(over="ignore"):
+        return np.exp(x)
 
 
 def _quadratic(variance, u, v):

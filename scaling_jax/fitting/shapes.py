@@ -157,8 +157,8 @@ class _Rows:
             self.limit = huber_limit(fits.residuals, self.mask, NUM_PARAMETERS)
         inside = weighted_mean(self.points * (np.abs(fits.residuals) <= self.limit), self.points)[..., 0]
         pull = self.points * np.clip(fits.residuals, -self.limit, self.limit)
-        self.variance = np.maximum((pull**2).sum(-1) / self.freedom, 1e-24) / inside**2
-        self.scale, self.least = self.variance * inside, fits.loss
+        self.variance = np.maximum((pull**2).sum(-1) / self.freedom, 1e-24) / np.maximum(inside, 0.5) ** 2
+        self.scale, self.least = self.variance * np.maximum(inside, 0.5), fits.loss
         return log_a
 
     def at(self, log_a, start=None) -> _Fits:
