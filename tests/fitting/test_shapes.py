@@ -147,9 +147,12 @@ def test_one_loss_of_each_model_is_said_to_confound():
     assert "can't be told apart" in fit.notes[-1]
 
 
-@pytest.mark.parametrize("steps", [lambda b: 7.0 + 0 * b, lambda b: 3e9 / b, lambda b: 300 * (1 + (b / 9e3) ** 2)])
+@pytest.mark.parametrize(
+    "steps",
+    [lambda b: 7.0 + 0 * b, lambda b: 3e9 / b, lambda b: 300 * (1 + (b / 9e3) ** 2)],
+    ids=["all alike", "linear", "rising"],
+)
 def test_runs_far_from_any_trade_off_give_numbers_without_a_warning(steps):
-    """All alike, without an end to linear scaling, and rising."""
     columns = Planted(num_models=1).columns(np.random.default_rng(0))
     fit = fit_scan(**columns | {"steps": steps(columns["batch_tokens"])}, resamples=20)
     assert len(fit.points) == 14
