@@ -252,7 +252,7 @@ def least_compute(compute, batch_tokens, b_crit, b_crit_interval=None) -> Adjust
 
 
 def _usable(points) -> list[CriticalBatch]:
-    return [point for point in points if point.in_law and not point.tradeoff.one_sided]
+    return [point for point in points if point.identified and not point.tradeoff.one_sided]
 
 
 def _points(fit: ScanFit, model: str) -> list[CriticalBatch]:

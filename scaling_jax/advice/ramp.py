@@ -124,7 +124,7 @@ def _on_grid(fit: ScanFit, model: str, losses: np.ndarray) -> tuple[np.ndarray, 
     points = sorted(
         (p.loss, p.tradeoff.s_min, p.tradeoff.e_min)
         for p in fit.points
-        if p.model == model and p.in_law and not p.tradeoff.one_sided
+        if p.model == model and p.identified and not p.tradeoff.one_sided
     )
     log_loss, log_s_min, log_e_min = np.log(np.array(points)).T
     return np.interp(np.log(losses), log_loss, log_s_min), np.interp(np.log(losses), log_loss, log_e_min)

@@ -55,7 +55,7 @@ def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
     for column in ("model", "loss", "B_crit", "95 % interval", "noise scale", "its middle half"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model in dict.fromkeys(p.model for p in analysis.fit.points):
-        points = [p for p in analysis.fit.points if p.model == model and p.in_law]
+        points = [p for p in analysis.fit.points if p.model == model and p.shown]
         for point in _spread(points, 3):
             low, high = point.b_crit_interval
             middle, half = _noise_near(analysis, model, point.loss)

@@ -34,8 +34,14 @@ class CriticalBatch:
     tradeoff: Tradeoff
     not_reached: int  # number of the model's runs that didn't reach the target
     bounds: int  # number of these that entered the fit as a bound: more steps than they had
-    in_law: bool  # False if B_crit's interval is open on a side, tokens are U-shaped, or batches are too few
+    identified: bool  # False if the interval of the hyperbola's B_crit is open on a side, or tokens are U-shaped
+    in_law: bool  # True if the law was fitted to it; a law takes five batch sizes
     free_shape: bool  # True if the scan's trade-offs are no hyperbolas: then `b_crit` is B_half of a free shape
+
+    @property
+    def shown(self) -> bool:
+        """True if tables and charts show its B_crit."""
+        return self.in_law or (self.identified and not self.free_shape)
 
     @property
     def b_crit(self) -> float:
@@ -153,6 +159,7 @@ def fit_scan(
                 tradeoff=tradeoff,
                 not_reached=int(table.not_reached[g]),
                 bounds=int(table.bound[g].sum()),
+                identified=bool(identified[g] and not bent[g]),
                 in_law=bool(usable[g]),
                 free_shape=free_shape,
             )

@@ -32,7 +32,7 @@ def critical_batch_chart(analysis: Analysis) -> Chart:
         "Critical batch size against test loss for each model, with the fitted law and all measured noise scales.",
         figure,
     )
-    fitted = [p for p in analysis.fit.points if p.in_law]
+    fitted = [p for p in analysis.fit.points if p.shown]
     low, high = loss_axis(axis, [p.loss for p in fitted] or [p.loss for p in analysis.fit.points])
     noise = [n for n in analysis.noise if low <= n.loss <= high]
 
@@ -62,7 +62,7 @@ def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
         figure,
     )
     for axis, model in zip(axes, models, strict=False):
-        points = [p for p in analysis.fit.points if p.model == model and p.in_law]
+        points = [p for p in analysis.fit.points if p.model == model and p.shown]
         own = [b for b in analysis.branches if b.model == model]
         low, high = loss_axis(axis, [p.loss for p in points] + [b.loss for b in own])
         draw_noise(
@@ -72,7 +72,7 @@ def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
         draw_critical_batches(chart, axis, points, MODEL_COLOURS[0], "$B_{crit}$, from the scan")
         _draw_branches(chart, axis, own)
         axis.set_title(plain(model), loc="left")
-    fitted = [p.b_crit for p in analysis.fit.points if p.in_law and p.model in models]
+    fitted = [p.b_crit for p in analysis.fit.points if p.shown and p.model in models]
     noise = [n.b_simple for n in analysis.noise if n.resolved and n.model in models]
     values = fitted + noise + [b.b_crit for b in analysis.branches if b.model in models and np.isfinite(b.b_crit)]
     if values:

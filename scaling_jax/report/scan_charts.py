@@ -74,7 +74,7 @@ def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
                 for step, e, loss in zip(steps, processed, losses, strict=True)
             ]
             chart.mark(axis, steps, processed, texts)
-        for point in (p for p in analysis.fit.points if p.model == subject.model.name and p.in_law):
+        for point in (p for p in analysis.fit.points if p.model == subject.model.name and p.shown):
             _draw_tradeoff(axis, point.tradeoff, COLOURS(norm(point.loss)))
         count_axis(axis.xaxis)
         axis.set_xlabel("optimizer steps")
@@ -127,7 +127,7 @@ def pareto_chart(analysis: Analysis) -> Chart:
         "Steps divided by the minimum against tokens divided by the minimum, for every run and loss.",
         figure,
     )
-    points = [p for p in analysis.fit.points if p.in_law]
+    points = [p for p in analysis.fit.points if p.shown]
     norm = loss_bar(figure, [axis], [p.loss for p in points])
     ratio = np.geomspace(1 / 64, 64, 120)  # of B to B_crit
     axis.plot(1 + 1 / ratio, 1 + ratio, color=LAW_COLOUR, lw=1.2, label="$(S/S_{min} - 1)(E/E_{min} - 1) = 1$")
@@ -184,7 +184,7 @@ def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
             bounds = zip(fit.bound_batch_tokens, fit.bound_steps, strict=True)
             texts = [f"{place} {b:,.0f} tokens\nmore than {s:,.0f} steps: not reached" for b, s in bounds]
             chart.mark(axis, fit.bound_batch_tokens, fit.bound_steps, texts)
-            if point.in_law:
+            if point.shown:
                 batch = np.geomspace(min(fit.batch_tokens), max(fit.batch_tokens), 40)
                 axis.plot(batch, point.steps_at(batch), color=colour, lw=0.9)
                 axis.plot([point.b_crit], [2 * point.s_min], "x", color="0.2", ms=4.5, mew=0.9, zorder=3)

@@ -80,7 +80,7 @@ def law_in_words(analysis: Analysis) -> list[str]:
     if law is None:
         return [
             f"No law could be fitted: {analysis.fit.notes[-1].removeprefix('no law: ')}.",
-            *(_point(p) for p in analysis.fit.points if p.in_law and not p.tradeoff.one_sided),
+            *(_point(p) for p in analysis.fit.points if p.shown and not p.tradeoff.one_sided),
         ]
     high, low = max(law.loss_range), min(law.loss_range)
     losses = (high, math.sqrt(high * low), low)

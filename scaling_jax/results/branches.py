@@ -112,10 +112,10 @@ class Comparison(NamedTuple):
 
 
 def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[BranchMeasurement]) -> list[Comparison]:
-    """A row for each model and loss at which the scan's B_crit is in its law."""
+    """A row for each model and loss at which the scan's B_crit is shown."""
     rows = []
     for point in fit.points:
-        if not point.in_law:
+        if not point.shown:
             continue
 
         def near(measured, point=point):

@@ -212,7 +212,7 @@ def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[Nois
     """
     ratios = []
     for model in dict.fromkeys(point.model for point in fit.points):
-        points = sorted((p.loss, p.b_crit) for p in fit.points if p.model == model and p.in_law)
+        points = sorted((p.loss, p.b_crit) for p in fit.points if p.model == model and p.shown)
         if len(points) < 2:
             continue
         loss, b_crit = np.log(np.array(points)).T

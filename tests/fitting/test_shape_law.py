@@ -45,8 +45,9 @@ def test_too_few_runs_have_no_law():
 ENDS = [(1.0, 1.0), (0.5, 1.0), (0.8, 0.8), (1.2, 1.2), (0.5, 1.5), (1.5, 0.5)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize(
+    "ends", [pytest.param(ends, marks=pytest.mark.slow if ends[0] != ends[1] else pytest.mark.long) for ends in ENDS]
+)
 def test_intervals_cover_the_exponent_and_the_level(ends):
     """Of 100 scans, a 95 % interval covers in 88 or fewer once in 250 times."""
     fits = [fitted(draw(seed, ends)) for seed in range(100)]

@@ -91,8 +91,9 @@ def test_two_processes_train_what_two_devices_of_one_do(tmp_path):
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "streamed", [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_two_processes_share_a_sharded_state_and_one_goes_on_with_all_of_it(tmp_path, streamed):
     """Stopped in the middle; what comes out is what one process gives undisturbed."""
     changes = {"batch_tokens": 256, "max_steps": 40}
