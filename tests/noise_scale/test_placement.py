@@ -182,7 +182,8 @@ def test_the_noise_scale_sends_one_number_more_than_gradient_accumulation(layout
 def _how_often(kind, layout, m):
     if (kind, layout, m) == (AxisType.Auto, "rows", 2):
         return ()
-    return pytest.mark.slow if m == 2 or (kind == AxisType.Auto and m == 1) else pytest.mark.long
+    explicit = (kind, layout, m) == (AxisType.Explicit, "columns", 1)
+    return pytest.mark.slow if explicit or (kind == AxisType.Auto and m <= 2) else pytest.mark.long
 
 
 DRAWS = [

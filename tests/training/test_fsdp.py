@@ -45,7 +45,7 @@ def assert_same_curves(workdir, other, run=RUN, rtol=1e-5):
 
 @pytest.mark.parametrize(
     "run",
-    [RUN, pytest.param(dataclasses.replace(RUN, max_steps=200, steps_per_call=64), marks=pytest.mark.slow)],
+    [RUN, pytest.param(dataclasses.replace(RUN, max_steps=200, steps_per_call=64), marks=pytest.mark.long)],
     ids=["24 steps", "200 steps"],
 )
 def test_the_curves_are_those_of_pmap(tmp_path, corpus, run):
@@ -87,7 +87,7 @@ def test_a_line_says_the_small_batch_of_its_steps(tmp_path, corpus):
     assert (line.batch_tokens, line.small_batch_tokens) == (512, 256)
 
 
-@pytest.mark.parametrize("name", ["muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adafactor", "signum"))])
+@pytest.mark.parametrize("name", ["muon", *(pytest.param(n, marks=pytest.mark.long) for n in ("adafactor", "signum"))])
 def test_every_optimizer_takes_the_same_step_on_parts(corpus, name):
     """By the loss after a step: biases of keys don't count, whose gradients are rounding alone."""
     config = OptimizerConfig(name, clip_norm=0.1)
