@@ -119,7 +119,7 @@ def test_where_gcsfs_lacks_what_to_install_is_said(bucket, monkeypatch):
         working_copy(f"{bucket}/res")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_save_into_a_bucket_and_two_others_go_on(bucket, tmp_path):
     """As a pod's hosts do, which share nothing else."""
     changes = {"max_steps": 60}
