@@ -127,13 +127,18 @@ def profile_intervals(log_b_crit, deviance_at, log_batch, mask, confidence) -> t
             np.where(mask, log_batch, np.inf if beyond < 0 else -np.inf), axis=-1
         ) + beyond
         unbounded = deviance_at(edge) <= allowed
-        accepted, rejected = log_b_crit, edge
-        for _ in range(40):
-            middle = 0.5 * (accepted + rejected)
-            keep = deviance_at(middle) <= allowed
-            accepted, rejected = np.where(keep, middle, accepted), np.where(keep, rejected, middle)
+        accepted = last_accepted(log_b_crit, edge, lambda x: deviance_at(x) <= allowed, num_halvings=40)
         ends.append(np.where(unbounded, np.copysign(np.inf, beyond), accepted))
     return ends[0], ends[1]
+
+
+def last_accepted(accepted, rejected, accept, num_halvings: int) -> np.ndarray:
+    """Between values that `accept` takes and values that it doesn't, all `[...]`: the last that it takes."""
+    for _ in range(num_halvings):
+        middle = 0.5 * (accepted + rejected)
+        keep = accept(middle)
+        accepted, rejected = np.where(keep, middle, accepted), np.where(keep, rejected, middle)
+    return accepted
 
 
 def one_sided(log_b_crit, deviance_at, log_batch, mask, confidence=0.995) -> np.ndarray:

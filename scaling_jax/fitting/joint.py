@@ -174,8 +174,7 @@ def joint_errors(
 
 def reached_by(table: ScanTable, count: int) -> ScanTable:
     """The table's fits with measured steps at `count` batch sizes or more."""
-    sizes = [np.unique(row[mask]).size for row, mask in zip(table.log_batch, table.mask, strict=True)]
-    return table.select(np.array(sizes) >= count)
+    return table.select(table.num_batches >= count)
 
 
 def shows_both_sides(table: ScanTable, confidence: float) -> bool:

@@ -182,15 +182,13 @@ def _centred_slopes(table, fits):
 
 
 def _degrees_of_freedom(table, slopes):
-    """`[T, T]`: expected sum over runs of the product of residuals at two targets, for an error covariance of 1."""
-    num_runs, num_targets = table.run_index.max() + 1, table.target_index.max() + 1
-    leftover = np.zeros((num_targets, num_runs, num_runs))  # the projection that turns errors into residuals
-    for g, t in enumerate(table.target_index):
-        mask = table.mask[g]
-        runs, slope = table.run_index[g, mask], slopes[g, mask]
-        leftover[t][np.ix_(runs, runs)] += np.eye(len(runs)) - 1 / len(runs) - np.outer(slope, slope) / (slope @ slope)
-    flat = leftover.reshape(num_targets, -1)
-    return flat @ flat.T
+    """`ScanTable.degrees_of_freedom` of hyperbolas."""
+
+    def leftover(g: int) -> np.ndarray:
+        slope = slopes[g, table.mask[g]]
+        return np.eye(len(slope)) - 1 / len(slope) - np.outer(slope, slope) / (slope @ slope)
+
+    return table.degrees_of_freedom(leftover)
 
 
 def _influence(table, fits, slopes, centre):

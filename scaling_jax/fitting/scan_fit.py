@@ -125,7 +125,7 @@ def fit_scan(
     """
     table = scan_table(model, batch_tokens, target_loss, steps, run, steps_tried)
     notes = []
-    num_batches = np.array([np.unique(row[mask]).size for row, mask in zip(table.log_batch, table.mask, strict=True)])
+    num_batches = table.num_batches
     for few in np.flatnonzero(num_batches < 3):
         notes.append(f"{_place(table, few)}: {num_batches[few]} batch sizes reached it, too few to fit")
     table = table.select(num_batches >= 3)

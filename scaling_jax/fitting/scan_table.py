@@ -4,6 +4,7 @@ Dimension letters: G rows, each a fit (model, target loss); n runs of the model 
 target losses of all models.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -32,12 +33,42 @@ class ScanTable(NamedTuple):
         inside = (self.log_batch > lowest - 1e-6) & (self.log_batch < highest + 1e-6)
         return self._replace(mask=self.mask & inside, bound=self.bound & inside)
 
+    @property
+    def num_batches(self) -> np.ndarray:
+        """`[G]`: number of batch sizes that reached the target."""
+        return np.array([np.unique(row[mask]).size for row, mask in zip(self.log_batch, self.mask, strict=True)], int)
+
+    def degrees_of_freedom(self, leftover: Callable[[int], np.ndarray]) -> np.ndarray:
+        """`[T, T]`: expected sum over runs of the product of residuals at two targets, for an error covariance of 1.
+
+        Args:
+          leftover: row -> the projection `[points, points]` that turns the errors of its points into residuals.
+        """
+        num_runs, num_targets = self.run_index.max() + 1, self.target_index.max() + 1
+        projections = np.zeros((num_targets, num_runs, num_runs))
+        for g, t in enumerate(self.target_index):
+            runs = self.run_index[g, self.mask[g]]
+            projections[t][np.ix_(runs, runs)] += leftover(g)
+        flat = projections.reshape(num_targets, -1)
+        return flat @ flat.T
+
     def by_run(self, values: np.ndarray) -> np.ndarray:
         """`values` `[..., G, n]` as `[..., R, T]`; zero where nothing was measured."""
         out = np.zeros((*values.shape[:-2], self.run_index.max() + 1, self.target_index.max() + 1))
         g, i = np.nonzero(self.mask)
         out[..., self.run_index[g, i], self.target_index[g]] = values[..., g, i]
         return out
+
+
+def covariance_of(influence, errors, freedom) -> np.ndarray:
+    """Covariance `[k, k]` of numbers that errors of run r at target t move by `influence` `[k, R, T]`.
+
+    Args:
+      errors: `[R, T]`, residuals by run and target.
+      freedom: `[T, T]`, see `ScanTable.degrees_of_freedom`.
+    """
+    product = errors.T @ errors / np.maximum(freedom, 1.0)
+    return np.einsum("irs,st,jrt->ij", influence, product, influence)
 
 
 def scan_table(model, batch_tokens, target_loss, steps, run=None, steps_tried=None) -> ScanTable:

@@ -16,7 +16,7 @@ from scipy import special
 
 from scaling_jax.fitting.hyperbolas import TUNING, huber_weights, log_overhead, weighted_mean
 from scaling_jax.fitting.resampling import Errors
-from scaling_jax.fitting.scan_table import ScanTable
+from scaling_jax.fitting.scan_table import ScanTable, covariance_of
 from scaling_jax.fitting.shapes import best_shapes
 
 NUM_PARAMETERS = 5  # two of B_half, three of a
@@ -69,13 +69,18 @@ def fit_shape_law(table: ScanTable) -> ShapeLawErrors | None:
         limit = max(TUNING * scale, 1e-9)
     influence = table.by_run(np.moveaxis(columns @ np.linalg.inv(normal)[:, :2], -1, 0))
     errors = table.by_run(np.clip(residuals, -limit, limit))
-    product = errors.T @ errors / np.maximum(_degrees_of_freedom(table), 1.0) * (num_runs - num_models) / freedom
+
+    def leftover(g: int) -> np.ndarray:  # takes out S_min
+        count = table.mask[g].sum()
+        return np.eye(count) - 1 / count
+
+    covariance = covariance_of(influence, errors, table.degrees_of_freedom(leftover))
     return ShapeLawErrors(
         centre=fit.centre,
         level=float(parameters[0]),
         slope=float(parameters[1]),
         shape=parameters[2:],
-        covariance=np.einsum("irs,st,jrt->ij", influence, product, influence),
+        covariance=covariance * (num_runs - num_models) / freedom,
         freedom=freedom,
     )
 
@@ -122,14 +127,3 @@ class _Fit:
         )
         mean = (weights[..., None] * columns).sum(1, keepdims=True) / weights.sum(1)[:, None, None]
         return residuals * points, weights, (columns - mean) * points[..., None]
-
-
-def _degrees_of_freedom(table: ScanTable) -> np.ndarray:
-    """`[T, T]`: expected sum over runs of the product of residuals at two targets, for an error covariance of 1."""
-    num_runs, num_targets = table.run_index.max() + 1, table.target_index.max() + 1
-    leftover = np.zeros((num_targets, num_runs, num_runs))  # the projection that takes out S_min
-    for g, t in enumerate(table.target_index):
-        runs = table.run_index[g, table.mask[g]]
-        leftover[t][np.ix_(runs, runs)] += np.eye(len(runs)) - 1 / len(runs)
-    flat = leftover.reshape(num_targets, -1)
-    return flat @ flat.T

@@ -17,19 +17,18 @@ from scaling_jax.fitting.hyperbolas import (
     huber_limit,
     huber_loss,
     huber_weights,
+    last_accepted,
     linearise,
     log_overhead,
     weighted_mean,
 )
-from scaling_jax.fitting.scan_table import ScanTable
+from scaling_jax.fitting.scan_table import ScanTable, covariance_of
 
 NUM_PARAMETERS = 3  # S_min, B_half, a
 SHAPES = (0.2, 5.0)  # a is sought between these
 REACH = 3.0  # log B_half is sought this far beyond the batches
-LINEAR, SATURATED = (
-    -2 / 3,
-    -1 / 3,
-)  # end slopes d log S/d log B on the way to -1 and to 0: a hyperbola at B_crit/2, 2·B_crit
+# End slopes d log S/d log B on the way to -1 and to 0: those of a hyperbola at B_crit/2 and 2·B_crit.
+LINEAR, SATURATED = -2 / 3, -1 / 3
 _GRID = np.log(np.geomspace(*SHAPES, 17))
 _STEPS = 8  # of Gauss-Newton
 
@@ -206,11 +205,7 @@ class _Rows:
         for edge, sign in zip(outside, (-1.0, 1.0), strict=True):
             edge = np.broadcast_to(edge, best.shape)
             unbounded = deviance_at(edge) <= allowed
-            accepted, rejected = best, edge
-            for _ in range(25):
-                middle = 0.5 * (accepted + rejected)
-                keep = deviance_at(middle) <= allowed
-                accepted, rejected = np.where(keep, middle, accepted), np.where(keep, rejected, middle)
+            accepted = last_accepted(best, edge, lambda x: deviance_at(x) <= allowed, num_halvings=25)
             found.append(np.where(unbounded | (self.freedom_left < 1), sign * np.inf, accepted))
         return found[0], found[1]
 
@@ -242,8 +237,7 @@ def p_of_hyperbolas(table: ScanTable) -> float:
     Tests the level and the slope over log L of log a. Their covariance comes from the errors of whole runs, since
     neighbouring losses share them (as in `resampling`).
     """
-    num_batches = [np.unique(row[mask]).size for row, mask in zip(table.log_batch, table.mask, strict=True)]
-    table = table.select(np.array(num_batches) > NUM_PARAMETERS)
+    table = table.select(table.num_batches > NUM_PARAMETERS)
     num_runs = np.unique(table.run_index[table.mask]).size
     freedom = num_runs - NUM_PARAMETERS * len(set(table.models))
     if freedom < 2 or np.unique(table.losses).size < 2:
@@ -260,8 +254,13 @@ def p_of_hyperbolas(table: ScanTable) -> float:
     found = on_line @ log_a
     influence = table.by_run(on_line[..., None] * influence_of_a)
     errors = table.by_run(np.clip(fits.residuals, -rows.limit, rows.limit))
-    product = errors.T @ errors / np.maximum(_degrees_of_freedom(table, columns), 1.0)
-    covariance = np.einsum("irs,st,jrt->ij", influence, product, influence)
+    inverses = _inverse(columns)
+
+    def leftover(g: int) -> np.ndarray:
+        own = columns[g, table.mask[g]]
+        return np.eye(len(own)) - own @ inverses[g] @ own.T
+
+    covariance = covariance_of(influence, errors, table.degrees_of_freedom(leftover))
     statistic = found @ np.linalg.solve(covariance + 1e-24 * np.eye(2), found) / 2
     return float(special.fdtrc(2, freedom, max(statistic, 0.0)))
 
@@ -269,14 +268,3 @@ def p_of_hyperbolas(table: ScanTable) -> float:
 def _inverse(columns) -> np.ndarray:
     """`[G, 3, 3]`: inverses of the rows' normal matrices."""
     return np.linalg.inv(np.einsum("gni,gnj->gij", columns, columns) + 1e-12 * np.eye(NUM_PARAMETERS))
-
-
-def _degrees_of_freedom(table, columns) -> np.ndarray:
-    """`[T, T]`: expected sum over runs of the product of residuals at two targets, for an error covariance of 1."""
-    num_runs, num_targets = table.run_index.max() + 1, table.target_index.max() + 1
-    leftover = np.zeros((num_targets, num_runs, num_runs))  # the projection that turns errors into residuals
-    for g, (t, inverse) in enumerate(zip(table.target_index, _inverse(columns), strict=True)):
-        runs, own = table.run_index[g, table.mask[g]], columns[g, table.mask[g]]
-        leftover[t][np.ix_(runs, runs)] += np.eye(len(runs)) - own @ inverse @ own.T
-    flat = leftover.reshape(num_targets, -1)
-    return flat @ flat.T

@@ -41,8 +41,7 @@ def refits(table: ScanTable, free_shape: bool) -> tuple[Refit, ...]:
             parts[f"without the largest {many}"] = table.between(-np.inf, batches[-1 - count])
     found = []
     for kept, part in parts.items():
-        at_each = [np.unique(row[mask]).size for row, mask in zip(part.log_batch, part.mask, strict=True)]
-        part = part.select(np.array(at_each) >= FEWEST_BATCHES)
+        part = part.select(part.num_batches >= FEWEST_BATCHES)
         num_losses = np.unique(part.losses).size
         line = _line(part, free_shape) if num_losses >= FEWEST_LOSSES else None
         if line is not None and line.error <= MOST_ERROR * whole.error:
