@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from scaling_jax.fitting.local import local_table
 from scaling_jax.fitting.loss_law import LossLaw
 from scaling_jax.fitting.resampling import LawErrors, LawFit, law_errors, resamples_for
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
@@ -37,6 +38,8 @@ class CriticalBatch:
     identified: bool  # False if the interval of the hyperbola's B_crit is open on a side, or tokens are U-shaped
     in_law: bool  # True if the law was fitted to it; a law takes five batch sizes
     free_shape: bool  # True if the scan's trade-offs are no hyperbolas: then `b_crit` is B_half of a free shape
+    local_b_crit: float = np.nan  # dE_min/dS_min at the loss, between the windows of `ScanFit.local`; NaN outside them
+    local_b_crit_interval: tuple[float, float] = (0.0, np.inf)
 
     @property
     def shown(self) -> bool:
@@ -75,6 +78,20 @@ class ScanFit(LawFit):
     points: tuple[CriticalBatch, ...]  # by model in order of appearance, then by falling loss
     notes: tuple[str, ...]  # what was left out, and why
     shape_p: float  # p of a test that all trade-offs are hyperbolas (`shapes.p_of_hyperbolas`); NaN with few runs
+    local: "ScanFit | None" = None  # the same for steps between two losses (`local`); None if no window has three batches
+
+    def local_b_crit(self, model: str, loss) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(local B_crit, low, high) in tokens at losses, interpolated between a model's windows; NaN outside them."""
+        shown = [] if self.local is None else [p for p in self.local.points if p.model == model and p.shown]
+        if not shown:
+            nothing = np.full(np.shape(loss), np.nan)
+            return nothing, nothing, nothing
+        x = np.log([point.loss for point in shown[::-1]])
+        columns = np.array([(point.b_crit, *point.b_crit_interval) for point in shown[::-1]]).T
+        with np.errstate(divide="ignore"):
+            logs = np.log(columns)
+        value, low, high = (np.exp(_interpolated(np.log(loss), x, y)) for y in logs)
+        return value, low, high
 
     def rows_of_law(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """The rows of a table that the law was fitted to, for fits of other laws through hyperbolas.
@@ -102,6 +119,7 @@ def fit_scan(
     *,
     run=None,
     steps_tried=None,
+    offset_steps=None,
     confidence: float = 0.95,
     resamples: int | None = None,
     seed: int = 0,
@@ -116,6 +134,8 @@ def fit_scan(
       run: `[rows]`, names that tell apart runs of one model and batch size (seeds); None if there is one run of each.
       steps_tried: `[rows]`, total steps of a run that didn't reach the target. The fit then knows that the target needs
         more steps. Used only where `steps` is NaN; None or NaN if unknown.
+      offset_steps: `[rows]`, S_0: steps that a run lost before the trade-off, as by a warm-up. They are taken out of
+        `steps` and `steps_tried`, so B_crit is E_min/S_min and not E_min/(S_min + S_0). None: 0.
       confidence: of all intervals.
       resamples: number of resamples for the law's intervals; None takes 4,000, and down to 1,000 for large tables.
       seed: of the resamples; the same seed gives the same result.
@@ -123,7 +143,24 @@ def fit_scan(
     Raises:
       ValueError: for values out of range, columns of unequal length, or two rows for one run and target. Names the row.
     """
-    table = scan_table(model, batch_tokens, target_loss, steps, run, steps_tried)
+    table = scan_table(model, batch_tokens, target_loss, steps, run, steps_tried, offset_steps)
+    fit = _fit(table, confidence, resamples, seed)
+    windows = local_table(table)
+    if not (windows.num_batches >= 3).any():
+        return fit
+    local = _fit(windows, confidence, resamples, seed)
+    of_losses = tuple(f"{_place(windows, g)}:" for g in range(len(windows.models)))  # too many to list
+    notes = fit.notes + tuple(f"local B_crit: {note}" for note in local.notes if not note.startswith(of_losses))
+    fit = dataclasses.replace(fit, local=local, notes=notes)
+    at_losses = (fit.local_b_crit(point.model, point.loss) for point in fit.points)
+    points = (
+        dataclasses.replace(point, local_b_crit=float(value), local_b_crit_interval=(float(low), float(high)))
+        for point, (value, low, high) in zip(fit.points, at_losses, strict=True)
+    )
+    return dataclasses.replace(fit, points=tuple(points))
+
+
+def _fit(table: ScanTable, confidence: float, resamples: int | None, seed: int) -> ScanFit:
     notes = []
     num_batches = table.num_batches
     for few in np.flatnonzero(num_batches < 3):
@@ -201,6 +238,19 @@ def fit_scan(
     return ScanFit(
         points=tuple(points), law=law, notes=tuple(notes), confidence=confidence, errors=errors, shape_p=shape_p
     )
+
+
+def _interpolated(x, known_x, known_y) -> np.ndarray:
+    """Linear between neighbours, whose values may be infinite; NaN outside of them."""
+    right = np.clip(np.searchsorted(known_x, x), 1, max(len(known_x) - 1, 1))
+    if len(known_x) == 1:
+        return np.where(x == known_x[0], known_y[0], np.nan)
+    share = (x - known_x[right - 1]) / (known_x[right] - known_x[right - 1])
+    with np.errstate(invalid="ignore"):
+        between = np.where(share == 0, 0.0, share * known_y[right]) + np.where(
+            share == 1, 0.0, (1 - share) * known_y[right - 1]
+        )
+    return np.where((share >= 0) & (share <= 1), between, np.nan)
 
 
 def _bent(models: tuple[str, ...], shapes: list[Shape]) -> np.ndarray:

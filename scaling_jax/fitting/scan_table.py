@@ -71,7 +71,7 @@ def covariance_of(influence, errors, freedom) -> np.ndarray:
     return np.einsum("irs,st,jrt->ij", influence, product, influence)
 
 
-def scan_table(model, batch_tokens, target_loss, steps, run=None, steps_tried=None) -> ScanTable:
+def scan_table(model, batch_tokens, target_loss, steps, run=None, steps_tried=None, offset_steps=None) -> ScanTable:
     """The columns of a long table as arrays; `fit_scan` lists the columns.
 
     Raises:
@@ -82,6 +82,8 @@ def scan_table(model, batch_tokens, target_loss, steps, run=None, steps_tried=No
     run = [""] * len(model) if run is None else [str(name) for name in run]
     tried = np.full(len(model), np.nan) if steps_tried is None else np.asarray(steps_tried, float)
     _check(model, batch_tokens, target_loss, steps, run, tried)
+    if offset_steps is not None:
+        steps, tried = _without(offset_steps, steps, tried)
 
     rows: dict[tuple, tuple[float, float]] = {}
     for i, key in enumerate(zip(model, batch_tokens.tolist(), run, target_loss.tolist(), strict=True)):
@@ -123,6 +125,17 @@ def scan_table(model, batch_tokens, target_loss, steps, run=None, steps_tried=No
             )
     models, *columns = zip(*fits, strict=True)
     return ScanTable(models, *(np.array(column) for column in columns))
+
+
+def _without(offset_steps, steps, tried) -> tuple[np.ndarray, np.ndarray]:
+    offset = np.asarray(offset_steps, float)
+    if offset.shape != steps.shape:
+        raise ValueError(f"offset_steps {offset.shape} must be as long as steps {steps.shape}")
+    bad = np.flatnonzero(~(offset >= 0) | ~np.isfinite(offset) | (steps <= offset))
+    if bad.size:
+        raise ValueError(f"row {bad[0]}: offset_steps is {offset[bad[0]]:g}; must be at least 0 and below the steps")
+    # A run that ended within its offset bounds nothing.
+    return steps - offset, np.where(tried > offset, tried - offset, np.nan)
 
 
 def _check(model, batch_tokens, target_loss, steps, run, tried):
