@@ -214,8 +214,8 @@ published = {
             valid_range=(1.7e9, 2.4e10),
             checked="constant and exponent, as others quote them, some with D in units of 1e9, which the authors' runs "
             "rule out. It equals their law of N at 20 tokens per parameter: 93.20/22.91 = 20^0.468. So theirs is "
-            "0.468, printed as 0.47, and the 0.462 that some give them is Bergsma et al.'s. CBS20 of the five models whose "
-            "steps they published; range: those models' tokens",
+            "0.468, printed as 0.47, and the 0.462 that some give them is Bergsma et al.'s. CBS20 of the five models "
+            "whose steps they published; range: those models' tokens",
         ),
         dataclasses.replace(
             _ZHANG,
@@ -251,7 +251,7 @@ published = {
             tokenizer=_UNKNOWN,
             source="Schaipp 2026, arXiv 2607.01487",
             checked="constant and exponent, as two others quote them; the best batch at 2e10 tokens of the runs that "
-            "it was fitted to; the least data was 2e9 tokens, the most is not known here",
+            "others name as its data; the least data was 2e9 tokens, the most is not known here",
         ),
         _BERGSMA,
         dataclasses.replace(

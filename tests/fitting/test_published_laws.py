@@ -85,8 +85,8 @@ def zhang_cbs20_tokens(num_params):
 
 @pytest.mark.parametrize("num_params", ZHANG_STEPS)
 def test_zhangs_laws_of_parameters_and_of_data_are_near_what_the_authors_own_runs_show(num_params):
-    """A model's data are its tokens at their reference batch, 256 sequences. With D in units of 1e9 tokens, as some quote
-    the law, it would be 26 times too low."""
+    """A model's data are its tokens at their reference batch, 256 sequences. With D in units of 1e9 tokens, as some
+    quote the law, it would be 26 times too low."""
     cbs20, data_tokens = zhang_cbs20_tokens(num_params), ZHANG_STEPS[num_params][2] * 256 * 512
     np.testing.assert_allclose(published["zhang2024"](num_params), cbs20, rtol=0.26)
     np.testing.assert_allclose(published["zhang2024-data"](data_tokens), cbs20, rtol=0.26)
