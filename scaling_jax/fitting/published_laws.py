@@ -5,8 +5,13 @@ The laws predict three different quantities. Compare only laws of the same quant
   CBS20: a run needs 20 % more tokens than with linear scaling.
   B_opt: a run has the lowest loss at a fixed budget, or needs the fewest tokens to a loss.
 
-Merrill et al. 2025 (arXiv 2505.23971) has no entry, because the paper has no formula. They measure B_crit along two
-runs: near 0 at the start, about 4,096 documents of 4,096 tokens at the end.
+These have no entry, or an entry for a part only:
+  Merrill et al. 2025 (arXiv 2505.23971): no formula. They measure B_crit along two runs: near 0 at the start, about
+    4,096 documents of 4,096 tokens at the end.
+  Zhou et al. 2026 (arXiv 2601.05034): the tokens to a loss as a function of the steps, in three pieces. Its minimum is
+    B_opt, which grows as the loss falls. We found no formula of B_opt in the loss, and no fitted constants.
+  Schaipp 2026 (arXiv 2607.01487): a surface, loss = E + A/N^alpha + B/M^beta + C/K^gamma for N parameters, batches of M
+    tokens and K steps. We couldn't read its constants. The batch that is best on it for D = M·K has an entry.
 """
 
 import dataclasses
@@ -85,16 +90,48 @@ _KAPLAN = PublishedLaw(
 
 _BERGSMA = PublishedLaw(
     key="bergsma2025-opt",
-    formula="B_opt ∝ D^0.383",
+    formula="B_opt(D) = 0.0306 sequences of 2,048 tokens · D^0.383",
     predicts="B_opt",
     variable="training data D in tokens",
-    constant=None,
+    constant=0.0306 * 2048,
     exponent=0.383,
     valid_range=None,
-    corpus="SlimPajama; models of 111M to 3.3B parameters, sequences of 2,048 tokens",
+    corpus="SlimPajama; models of 111M to 3.3B parameters, sequences of 2,048 tokens, 20 to 1,280 tokens per parameter",
     tokenizer="50,257 tokens",
-    source="Bergsma et al. 2025, arXiv 2505.13738, figure 1",
-    checked="the exponents, as others quote them; we could not read the figure with the constants and the range",
+    source="Bergsma et al. 2025, arXiv 2505.13738v2, figure 1",
+    checked="constant and exponent, as two others quote the figure, which we could not read; the authors' 10 to 90 % "
+    "range of the exponent, 0.367 to 0.391; we don't know the range of D",
+)
+
+_ZHANG = PublishedLaw(
+    key="zhang2024",
+    formula="CBS20(N) = 93.2 sequences of 512 tokens · (N/1e6)^0.468",
+    predicts="CBS20",
+    variable="parameters N, Chinchilla-optimal data",
+    constant=93.2 * 512,
+    exponent=0.468,
+    valid_range=(8.5e7, 1.2e9),
+    corpus="C4",
+    tokenizer="GPT-NeoX byte-pair encoding, 50,280 tokens",
+    source="Zhang et al. 2024, arXiv 2410.21676",
+    checked="CBS20 of the five models whose steps the authors published; tokenizer: their settings; we could not read "
+    "the paper's own table of CBS20",
+    variable_unit=1e6,
+)
+
+_SHUAI = PublishedLaw(
+    key="shuai2024-data",
+    formula="B_opt(D) = 3,240 tokens · D^0.264",
+    predicts="B_opt",
+    variable="training data D in tokens",
+    constant=3.24e3,
+    exponent=0.264,
+    valid_range=None,
+    corpus="not known here; models of 125M to 2.6B parameters, up to 3e11 tokens",
+    tokenizer=_UNKNOWN,
+    source="Shuai et al. 2024, arXiv 2412.01505",
+    checked="constant, exponent and unit, as the code and a paper of one other group use them; we found no number of "
+    "the authors to compare with",
 )
 
 published = {
@@ -166,29 +203,70 @@ published = {
             checked="the mean of the authors' 1,000 bootstrap fits, and the best batch of their released runs at 2e10 "
             "tokens; we could not find the tokenizer's name",
         ),
+        _ZHANG,
+        dataclasses.replace(
+            _ZHANG,
+            key="zhang2024-data",
+            formula="CBS20(D) = 22.91 sequences of 512 tokens · (D/1e6)^0.47",
+            variable="training data D in tokens, for Chinchilla-optimal models",
+            constant=22.91 * 512,
+            exponent=0.47,
+            valid_range=(1.7e9, 2.4e10),
+            checked="constant and exponent, as others quote them, some with D in units of 1e9, which the authors' runs "
+            "rule out. It equals their law of N at 20 tokens per parameter: 93.20/22.91 = 20^0.468. So theirs is "
+            "0.468, printed as 0.47, and the 0.462 that some give them is Bergsma et al.'s. CBS20 of the five models "
+            "whose steps they published; range: those models' tokens",
+        ),
+        dataclasses.replace(
+            _ZHANG,
+            key="zhang2024-fixed-data",
+            formula="CBS20(N) = 621.341 sequences of 512 tokens · (N/1e6)^0.087",
+            variable="parameters N, trained on 3.072e9 tokens",
+            constant=621.341 * 512,
+            exponent=0.087,
+            source="Zhang et al. 2024, arXiv 2410.21676, section 3.3",
+            checked="constant and exponent, as others quote them; the authors' other two laws and their runs of 151M "
+            "parameters, for which 3.072e9 tokens are Chinchilla-optimal",
+        ),
+        _SHUAI,
+        dataclasses.replace(
+            _SHUAI,
+            key="shuai2024-compute",
+            formula="B_opt ∝ C^0.102",
+            variable="compute C in FLOPs",
+            constant=None,
+            exponent=0.102,
+            checked="the exponent, in a summary of the paper; it is the authors' exponent of D_opt less that of S_opt, "
+            "0.536 - 0.434; we could not find the constant",
+        ),
         PublishedLaw(
-            key="zhang2024",
-            formula="CBS20(N) = 93.2 sequences of 512 tokens · (N/1e6)^0.468",
-            predicts="CBS20",
-            variable="parameters N, Chinchilla-optimal data",
-            constant=93.2 * 512,
-            exponent=0.468,
-            valid_range=(8.5e7, 1.2e9),
-            corpus="C4",
+            key="schaipp2026",
+            formula="B_opt(D) = 0.667 tokens · D^0.566",
+            predicts="B_opt",
+            variable="training data D in tokens",
+            constant=0.667,
+            exponent=0.566,
+            valid_range=None,
+            corpus="the released runs of Li et al. 2025; models of 50M to 1B parameters",
             tokenizer=_UNKNOWN,
-            source="Zhang et al. 2024, arXiv 2410.21676",
-            checked="CBS20 of the five models whose steps the authors published; we could not read the paper's own "
-            "table of CBS20 or find the tokenizer's name",
-            variable_unit=1e6,
+            source="Schaipp 2026, arXiv 2607.01487",
+            checked="constant and exponent, as two others quote them; the best batch at 2e10 tokens of the runs that "
+            "others name as its data; the least data was 2e9 tokens, the most is not known here",
         ),
         _BERGSMA,
         dataclasses.replace(
             _BERGSMA,
             key="bergsma2025-crit",
-            formula="B_crit ∝ D_min^0.462",
+            formula="B_crit(D_min) = 0.0471 sequences of 2,048 tokens · D_min^0.462",
             predicts="B_crit",
             variable="least data D_min in tokens, E_min of the trade-off",
+            constant=0.0471 * 2048,
             exponent=0.462,
+            source="Bergsma et al. 2025, arXiv 2505.13738v2, figure 1 and eq. 7",
+            checked="constant, as one other quotes the figure, which we could not read, and exponent, as two do. Some "
+            "give 0.462 to Zhang et al. and 0.47 to Bergsma et al.; Zhang et al.'s constants leave 0.468 for theirs "
+            "(zhang2024-data). The authors' 10 to 90 % range over all their points, 0.491 to 0.526, lies above 0.462. "
+            "We don't know the range of D_min",
         ),
     )
 }
