@@ -51,25 +51,31 @@ def print_fit(found: TableFit, written: Path) -> Rows:
 
 def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
     """The summary of a scan: B_crit and noise scale at three losses of each model, the laws, notes, and figures."""
-    table = Table(title="Critical batch size, tokens", title_justify="left", title_style="bold")
-    for column in ("model", "loss", "B_crit", "95 % interval", "noise scale", "its middle half"):
+    table = Table(
+        title="Critical batch size from the start, local one, and noise scale, in tokens",
+        title_justify="left",
+        title_style="bold",
+    )
+    for column in ("model", "loss", "B_crit", "95 % interval", "local", "95 % interval", "noise"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model in dict.fromkeys(p.model for p in analysis.fit.points):
         points = [p for p in analysis.fit.points if p.model == model and p.shown]
         for point in _spread(points, 3):
             low, high = point.b_crit_interval
-            middle, half = _noise_near(analysis, model, point.loss)
+            local = ("", "")
+            if math.isfinite(point.local_b_crit):
+                local = short(point.local_b_crit), "–".join(map(short, point.local_b_crit_interval))
             table.add_row(
                 model,
                 f"{point.loss:.2f}",
                 short(point.b_crit),
-                f"{short(low)} – {short(high)}",
-                middle,
-                half,
+                f"{short(low)}–{short(high)}",
+                *local,
+                _noise_near(analysis, model, point.loss),
             )
     lines = law_lines(analysis.fit, analysis.joint, analysis.forms)
     if math.isfinite(analysis.noise_ratio):
-        lines.append(f"noise scale / B_crit: {analysis.noise_ratio:.2f} (median over the losses of the law)")
+        lines.append(f"noise scale / local B_crit: {analysis.noise_ratio:.2f} (median)")
     lines += [f"note: {note}" for note in analysis.notes]
     if figures:
         lines.append(f"figures in {figures[0].parent}: {', '.join(path.name for path in figures)}")
@@ -180,13 +186,10 @@ def _spread(points: list, count: int) -> list:
     return [points[round(k * (len(points) - 1) / (count - 1))] for k in range(count)]
 
 
-def _noise_near(analysis: Analysis, model: str, loss: float) -> tuple[str, str]:
+def _noise_near(analysis: Analysis, model: str, loss: float) -> str:
     near = [n for n in analysis.noise if n.model == model and abs(math.log(n.loss / loss)) < 0.03]
     values = [n.b_simple if n.resolved else math.inf for n in near]
-    if not values:
-        return "", ""
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), method="nearest")
-    return short(float(middle)), f"{short(float(low))} – {short(float(high))}"
+    return short(float(np.quantile(values, 0.5, method="nearest"))) if values else ""
 
 
 def _compiled_table(batches: list[CompiledBatch]) -> Table:

@@ -1,7 +1,7 @@
 """Critical batch sizes and their power law, with confidence intervals, from steps-to-loss data of any training code."""
 
 from scaling_jax.fitting.crossings import Crossings, steps_to_loss
-from scaling_jax.fitting.forms import FormFit, compare_forms
+from scaling_jax.fitting.forms import FormFit, compare_forms, further_fits
 from scaling_jax.fitting.joint import JointFit, fit_joint
 from scaling_jax.fitting.loss_law import LossLaw, PowerLaw, fit_data_law, fit_loss_law, fit_size_law
 from scaling_jax.fitting.published_laws import PublishedLaw, published
@@ -25,6 +25,7 @@ __all__ = [
     "fit_scan",
     "fit_size_law",
     "fit_tradeoff",
+    "further_fits",
     "published",
     "steps_to_loss",
 ]

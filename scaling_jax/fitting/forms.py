@@ -18,13 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling_jax.fitting.joint import JointFits, fit_joint_rows, reached_by, shows_both_sides
+from scaling_jax.fitting.joint import JointFit, JointFits, fit_joint_rows, joint_fit_of, reached_by, shows_both_sides
 from scaling_jax.fitting.loss_law import floors_below
-from scaling_jax.fitting.resampling import Chain, fit_chain
+from scaling_jax.fitting.resampling import Chain, Variable, fit_chain, law_errors, resamples_for
+from scaling_jax.fitting.scan_fit import ScanFit
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import fit_rows, loss_of
 
 FLOORS = 48  # values of L_inf to try
+MEANS_LITTLE = 2.0  # difference of the criterion
+MEANS_LITTLE_HELD_OUT = 0.05  # relative difference of held-out errors
+FORMS = ("loss", "above floor", "data", "size")
+LOCAL_FORMS = ("loss", "above floor", "size")  # D_min belongs to the way from the start
 MOST_FOLDS = 16  # with more runs than this, several runs are held out at once
 VARIABLES = {
     "loss": "loss in nats per token",
@@ -46,6 +51,8 @@ class FormFit:
     valid_range: tuple[float, float]  # range of the variable in which B_crit was measured
     num_parameters: int
     held_out_error: float  # root mean square error of log steps; each run is predicted from the other runs
+    exponent_interval: tuple[float, float] | None  # from resampled runs; of "loss" and "data" only
+    floors: tuple[tuple[float, float], ...]  # (floor, exponent) that fit about as well; of "above floor" only
     low_loss_error: float  # the same, with the lowest third of losses predicted from the others; NaN if it can't be
     criterion: float  # Akaike's; smaller is better, differences below 2 mean little
 
@@ -63,6 +70,9 @@ def compare_forms(
     run=None,
     steps_tried=None,
     num_params: Mapping[str, float] | None = None,
+    confidence: float = 0.95,
+    resamples: int | None = None,
+    seed: int = 0,
 ) -> tuple[FormFit, ...]:
     """Fits every form that the scan has data for; the smallest held-out error comes first.
 
@@ -70,6 +80,7 @@ def compare_forms(
       model, batch_tokens, target_loss, steps, run, steps_tried: the columns of `fit_scan`. The fits use bounds too; the
         errors are those of measured steps only.
       num_params: {model: non-embedding parameters}. The form "size" needs two models of different size.
+      confidence, resamples, seed: of the intervals, as in `fit_scan`.
 
     Returns:
       tuple of `FormFit`; empty unless batches lie on both sides of B_crit at three losses or more.
@@ -78,13 +89,41 @@ def compare_forms(
       ValueError: as in `fit_scan`, and if a model has no number of parameters.
     """
     table = reached_by(scan_table(model, batch_tokens, target_loss, steps, run, steps_tried), 4)
-    if not shows_both_sides(table, 0.95):
+    return forms_of(table, num_params, FORMS, confidence, resamples, seed)
+
+
+def forms_of(
+    table: ScanTable,
+    num_params: Mapping[str, float] | None = None,
+    forms: tuple[str, ...] = FORMS,
+    confidence: float = 0.95,
+    resamples: int | None = None,
+    seed: int = 0,
+) -> tuple[FormFit, ...]:
+    """`compare_forms` of a table whose losses at least four batch sizes reached; `forms` are those to fit."""
+    if not shows_both_sides(table, confidence):
         return ()
     sizes = None if num_params is None else np.array([_size(num_params, name) for name in table.models])
-    forms = ["loss", "above floor", "data"] + ["size"] * (sizes is not None and np.unique(sizes).size > 1)
+    if sizes is None or np.unique(sizes).size == 1:
+        forms = tuple(form for form in forms if form != "size")
     chain, folds = fit_chain(table), _folds(table)
-    fits = (_assess(form, table, sizes, chain, folds) for form in forms)
+    variables: tuple[Variable, ...] = ("loss", "data")
+    intervals: dict[str, tuple] = {
+        form: law_errors(table, resamples or resamples_for(table), seed, form).interval((0.0, 1.0), confidence)[1:]
+        for form in variables
+        if form in forms
+    }
+    fits = (_assess(form, table, sizes, chain, folds, intervals.get(form)) for form in forms)
     return tuple(sorted(fits, key=lambda fit: fit.held_out_error))
+
+
+def further_fits(fit: ScanFit, num_params: Mapping[str, float] | None) -> tuple[JointFit | None, tuple[FormFit, ...]]:
+    """The joint fit, and other forms of the law; of the local trade-offs, if only those are hyperbolas."""
+    table = fit.table_of_law
+    if table is not None:
+        return joint_fit_of(table), forms_of(table, num_params)
+    local = None if fit.local is None else fit.local.table_of_law
+    return None, () if local is None else forms_of(local, num_params, LOCAL_FORMS)
 
 
 def _size(num_params, name):
@@ -111,7 +150,7 @@ def _folds(table: ScanTable) -> list[_Fold]:
     return folds
 
 
-def _assess(form: str, table: ScanTable, sizes, chain: Chain, folds: list[_Fold]) -> FormFit:
+def _assess(form: str, table: ScanTable, sizes, chain: Chain, folds: list[_Fold], interval) -> FormFit:
     x, floors, fits = _fit(form, table, sizes, chain)
     best = int(np.argmin(_loss(fits, table)))
     centre = _centre(x, best)
@@ -126,6 +165,8 @@ def _assess(form: str, table: ScanTable, sizes, chain: Chain, folds: list[_Fold]
         floor=float(floors[best]),
         valid_range=(float(variable.min()), float(variable.max())),
         num_parameters=count,
+        exponent_interval=None if interval is None else (float(interval[0]), float(interval[1])),
+        floors=_floors_as_good(floors, fits, table) if form == "above floor" else (),
         held_out_error=_each_run_held_out(form, table, sizes, folds),
         low_loss_error=_low_losses_held_out(form, table, sizes, chain),
         criterion=_criterion(residuals, table, count),
@@ -204,6 +245,12 @@ def _low_losses_held_out(form, table, sizes, chain: Chain) -> float:
     mask = table.mask[low]
     level = (mask * remainder).sum(-1, keepdims=True) / mask.sum(-1, keepdims=True)
     return float(np.sqrt(np.mean((remainder - level)[mask] ** 2)))
+
+
+def _floors_as_good(floors, fits: JointFits, table: ScanTable) -> tuple[tuple[float, float], ...]:
+    spread = (fits.residuals[:, table.mask] ** 2).mean(-1)
+    good = _independent_points(table) * np.log(spread / spread.min()) < MEANS_LITTLE
+    return tuple((float(floor), float(slope)) for floor, slope in zip(floors[good], fits.slope[good], strict=True))
 
 
 def _independent_points(table: ScanTable) -> float:

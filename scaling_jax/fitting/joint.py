@@ -55,6 +55,11 @@ def fit_joint(
       ValueError: as `fit_scan` does.
     """
     table = reached_by(scan_table(model, batch_tokens, target_loss, steps, run, steps_tried), 3)
+    return joint_fit_of(table, confidence, resamples, seed)
+
+
+def joint_fit_of(table: ScanTable, confidence: float = 0.95, resamples: int | None = None, seed: int = 0) -> JointFit:
+    """`fit_joint` of a table whose losses at least three batch sizes reached."""
     law = errors = None
     s_min, residual_scale = np.full(table.losses.shape, np.nan), np.nan
     if shows_both_sides(table, confidence):

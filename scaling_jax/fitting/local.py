@@ -23,15 +23,15 @@ def local_table(table: ScanTable) -> ScanTable:
     windows = []
     for model in dict.fromkeys(table.models):
         rows = [g for g in range(len(table.models)) if table.models[g] == model]
-        for k, high in enumerate(rows):
-            for low in rows[k + 1 :]:
-                both = table.mask[high] & table.mask[low]
-                growth = table.log_steps[low] - table.log_steps[high]
-                if both.any() and np.median(growth[both]) >= np.log(GROWTH) and growth[both].min() > np.log(LEAST_GROWTH):
-                    windows.append((model, high, low, both))
+        for k, first in enumerate(rows):
+            for last in rows[k + 1 :]:
+                both = table.mask[first] & table.mask[last]
+                growth = (table.log_steps[last] - table.log_steps[first])[both]
+                if growth.size and np.median(growth) >= np.log(GROWTH) and growth.min() > np.log(LEAST_GROWTH):
+                    windows.append((model, first, last, both))
                     break
     names = tuple(model for model, *_ in windows)
-    high, low = np.array([high for _, high, _, _ in windows], int), np.array([low for _, _, low, _ in windows], int)
+    high, low = (np.array([window[k] for window in windows], int) for k in (1, 2))
     mask = np.array([both for *_, both in windows], bool).reshape(len(windows), table.mask.shape[1])
     losses = np.sqrt(table.losses[high] * table.losses[low])
     steps = np.where(mask, np.exp(table.log_steps[low]) - np.exp(table.log_steps[high]), 1.0)

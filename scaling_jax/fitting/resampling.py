@@ -13,7 +13,7 @@ in 95 to 97 % of scans, and the law at the ends of its range in 95 to 96 %, for 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from scaling_jax.fitting.hyperbolas import Hyperbolas, log_overhead, weighted_me
 from scaling_jax.fitting.loss_law import Lines, LossLaw, fit_lines
 from scaling_jax.fitting.scan_table import ScanTable
 from scaling_jax.fitting.tradeoff import fit_rows
+
+Variable = Literal["loss", "data"]
 
 CHUNK = 500  # resamples fitted at once; small enough for a core's cache
 MOST_POINTS = 1_000_000  # table entries fitted at once; limits the memory of large tables
@@ -30,12 +32,12 @@ class Chain(NamedTuple):
     """Both stages of the fit: trade-offs, then the law through their B_crit; one scan or a batch of resamples."""
 
     hyperbolas: Hyperbolas
-    line: Lines  # log B_crit against log L, weighted by each fit's information about its B_crit
+    line: Lines  # log B_crit against log L or log D_min, weighted by each fit's information about its B_crit
 
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """A law log B = level + slope·x, x = log L - centre, with intervals."""
+    """A law log B = level + slope·x, x = log L - centre, with intervals. (Or x = log D_min - centre.)"""
 
     centre: float
 
@@ -104,13 +106,20 @@ class LawFit:
         return self.errors.band(loss, self.confidence)
 
 
-def fit_chain(table: ScanTable, log_steps=None, start=None, num_rounds=3, num_iterations=6) -> Chain:
-    """Trade-offs `[..., G]` of `log_steps` `[..., G, n]` (None: the table's), and the law `[...]` through them."""
+def fit_chain(
+    table: ScanTable, log_steps=None, start=None, num_rounds=3, num_iterations=6, *, variable: Variable = "loss"
+) -> Chain:
+    """Trade-offs `[..., G]` of `log_steps` `[..., G, n]` (None: the table's), and the law `[...]` through them.
+
+    With `variable="data"` it is the law in D_min = E_min, which comes from the same trade-offs.
+    """
     log_steps = table.log_steps if log_steps is None else log_steps
     fits = fit_rows(table.log_batch, log_steps, table.mask, table.bound, start, num_rounds, num_iterations)
-    log_loss = np.broadcast_to(np.log(table.losses), fits.log_b_crit.shape)
+    x = np.broadcast_to(np.log(table.losses), fits.log_b_crit.shape)
+    if variable == "data":
+        x = fits.log_s_min + fits.log_b_crit
     weights = np.maximum(fits.information, 1e-12)
-    return Chain(fits, fit_lines(log_loss, fits.log_b_crit, weights, np.ones(log_loss.shape, bool)))
+    return Chain(fits, fit_lines(x, fits.log_b_crit, weights, np.ones(x.shape, bool)))
 
 
 def chunk_of(table: ScanTable) -> int:
@@ -123,15 +132,15 @@ def resamples_for(table: ScanTable) -> int:
     return max(1_000, min(4_000, 6 * MOST_POINTS // table.mask.size))
 
 
-def law_errors(table: ScanTable, resamples: int, seed: int) -> LawErrors:
+def law_errors(table: ScanTable, resamples: int, seed: int, variable: Variable = "loss") -> LawErrors:
     """Fits the chain to the table and to resamples of its runs' errors."""
-    chain = fit_chain(table)
+    chain = fit_chain(table, variable=variable)
     fits, line = chain
     slopes = _centred_slopes(table, fits)
     freedom = _degrees_of_freedom(table, slopes)
     errors = _run_errors(table, fits)
     root = square_root(errors.T @ errors / np.maximum(freedom, 1.0))
-    influence = _influence(table, fits, slopes, line.centre)
+    influence = _influence(table, chain, slopes, variable)
     forms = np.stack([influence[i].T @ influence[j] for i, j in ((0, 0), (1, 1), (0, 1))]) / np.maximum(freedom, 1.0)
 
     generator = np.random.default_rng(seed)
@@ -144,7 +153,7 @@ def law_errors(table: ScanTable, resamples: int, seed: int) -> LawErrors:
         # A bound stays as it is: the steps that the run had are known exactly.
         log_steps = fitted + np.where(table.bound, 0.0, drawn[:, table.run_index, table.target_index[:, None]])
         start = np.broadcast_to(fits.log_b_crit, (count, len(table.losses)))
-        again = fit_chain(table, log_steps, start, num_rounds=2, num_iterations=4)
+        again = fit_chain(table, log_steps, start, num_rounds=2, num_iterations=4, variable=variable)
         level = again.line.level + again.line.slope * (line.centre - again.line.centre)
         shifts.append(np.stack([level - line.level, again.line.slope - line.slope], axis=-1))
         variances.append(variance_of(forms, _run_errors(table, again.hyperbolas)))
@@ -191,12 +200,18 @@ def _degrees_of_freedom(table, slopes):
     return table.degrees_of_freedom(leftover)
 
 
-def _influence(table, fits, slopes, centre):
+def _influence(table, chain: Chain, slopes, variable: Variable):
     """`[2, R, T]`: how far the law's level and slope move per unit of error in run r at target t."""
+    fits, line = chain
     weights = np.maximum(fits.information, 1e-12)
-    x = np.log(table.losses) - centre
-    on_line = np.stack([weights / weights.sum(), weights * x / (weights * x**2).sum()])
     on_point = slopes / weights[..., None]
+    x = np.log(table.losses) - line.centre
+    if variable == "data":
+        x = fits.log_s_min + fits.log_b_crit - line.centre
+        _, share = log_overhead(fits.log_b_crit[:, None], table.log_batch)
+        on_s_min = table.mask / table.mask.sum(-1, keepdims=True) - weighted_mean(share, fits.weights) * on_point
+        on_point = on_point - line.slope * (on_point + on_s_min)  # x moves with the errors, too
+    on_line = np.stack([weights / weights.sum(), weights * x / (weights * x**2).sum()])
     return table.by_run(on_line[..., None] * on_point)
 
 

@@ -6,8 +6,6 @@ is that of `shape_law`, and each B_crit that of a free shape.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -77,8 +75,11 @@ class ScanFit(LawFit):
 
     points: tuple[CriticalBatch, ...]  # by model in order of appearance, then by falling loss
     notes: tuple[str, ...]  # what was left out, and why
+    table: ScanTable = dataclasses.field(repr=False)  # a row for each point
     shape_p: float  # p of a test that all trade-offs are hyperbolas (`shapes.p_of_hyperbolas`); NaN with few runs
-    local: "ScanFit | None" = None  # the same for steps between two losses (`local`); None if no window has three batches
+    local: "ScanFit | None" = (
+        None  # the same for steps between two losses (`local`); None if no window has three batches
+    )
 
     def local_b_crit(self, model: str, loss) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(local B_crit, low, high) in tokens at losses, interpolated between a model's windows; NaN outside them."""
@@ -93,22 +94,12 @@ class ScanFit(LawFit):
         value, low, high = (np.exp(_interpolated(np.log(loss), x, y)) for y in logs)
         return value, low, high
 
-    def rows_of_law(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """The rows of a table that the law was fitted to, for fits of other laws through hyperbolas.
-
-        As columns like those of `fit_scan`; {} if there is no law, or if its trade-offs are no hyperbolas.
-        """
+    @property
+    def table_of_law(self) -> ScanTable | None:
+        """The rows of `table` that the law was fitted to; None without a law, or if they are no hyperbolas."""
         if self.law is None or self.law.shapes is not None:
-            return {}
-        used = {(point.model, point.loss) for point in self.points if point.in_law}
-        keep = [
-            (str(model), float(loss)) in used
-            for model, loss in zip(columns["model"], columns["target_loss"], strict=True)
-        ]
-        return {
-            name: None if column is None else [value for value, kept in zip(column, keep, strict=True) if kept]
-            for name, column in columns.items()
-        }
+            return None
+        return self.table.select(np.array([point.in_law for point in self.points], bool))
 
 
 def fit_scan(
@@ -236,7 +227,13 @@ def _fit(table: ScanTable, confidence: float, resamples: int | None, seed: int) 
                 "every model has one loss in the law: the effects of loss, model size and data can't be told apart"
             )
     return ScanFit(
-        points=tuple(points), law=law, notes=tuple(notes), confidence=confidence, errors=errors, shape_p=shape_p
+        points=tuple(points),
+        law=law,
+        notes=tuple(notes),
+        confidence=confidence,
+        errors=errors,
+        table=table,
+        shape_p=shape_p,
     )
 
 

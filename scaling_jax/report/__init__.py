@@ -66,6 +66,7 @@ def _charts(analysis: Analysis) -> "Iterator[Chart]":
         residuals_chart,
         tradeoffs_chart,
     )
+    from scaling_jax.report.spread_chart import law_spread_chart
     from scaling_jax.results.runs import few_enough
 
     models = [subject.model.name for subject in analysis.experiment.subjects]
@@ -73,6 +74,8 @@ def _charts(analysis: Analysis) -> "Iterator[Chart]":
     yield critical_batch_chart(analysis)
     yield batch_scan_chart(analysis, models)
     yield three_measurements_chart(analysis, models)
+    if spread := law_spread_chart(analysis):
+        yield spread
     yield tradeoffs_chart(analysis, models)
     yield residuals_chart(analysis, models)
     yield pareto_chart(analysis)

@@ -54,25 +54,36 @@ def critical_batch_chart(analysis: Analysis) -> Chart:
 
 
 def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
-    """B_crit of the scan and of branches, and noise scales. A panel per model; x = test loss, falling; y = tokens."""
+    """The local B_crit of the scan, noise scales, B_crit of branches; and the scan's B_crit from the start, pale.
+
+    A panel per model; x = test loss, falling; y = tokens.
+    """
     figure, axes = new_figure(len(models), height=4.8)
     chart = Chart(
         "three_measurements",
-        "Noise scale, and critical batch size from the scan and from branches of one run, against test loss.",
+        "Noise scale, local critical batch size of the scan, and that of branches of one run, against test loss.",
         figure,
     )
     for axis, model in zip(axes, models, strict=False):
         points = [p for p in analysis.fit.points if p.model == model and p.shown]
+        local = [p for p in _local_points(analysis) if p.model == model]
         own = [b for b in analysis.branches if b.model == model]
-        low, high = loss_axis(axis, [p.loss for p in points] + [b.loss for b in own])
+        low, high = loss_axis(axis, [p.loss for p in points + local] + [b.loss for b in own])
         draw_noise(
             chart, axis, [n for n in analysis.noise if n.model == model and low <= n.loss <= high], intervals=True
         )
-        draw_law(chart, axis, analysis, low, high)
-        draw_critical_batches(chart, axis, points, MODEL_COLOURS[0], "$B_{crit}$, from the scan")
+        axis.plot(
+            [p.loss for p in points],
+            [p.b_crit for p in points],
+            "-",
+            color=LAW_COLOUR,
+            lw=1.2,
+            label="$B_{crit}$ from the start to this loss",
+        )
+        draw_critical_batches(chart, axis, local, MODEL_COLOURS[0], "local $B_{crit}$, from the scan")
         _draw_branches(chart, axis, own)
         axis.set_title(plain(model), loc="left")
-    fitted = [p.b_crit for p in analysis.fit.points if p.shown and p.model in models]
+    fitted = [p.b_crit for p in (*analysis.fit.points, *_local_points(analysis)) if p.shown and p.model in models]
     noise = [n.b_simple for n in analysis.noise if n.resolved and n.model in models]
     values = fitted + noise + [b.b_crit for b in analysis.branches if b.model in models and np.isfinite(b.b_crit)]
     if values:
@@ -84,6 +95,11 @@ def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
         list(entries.values()), list(entries), loc="outside lower center", fontsize=8.5, ncols=min(2, len(models))
     )
     return chart
+
+
+def _local_points(analysis: Analysis) -> list[CriticalBatch]:
+    local = analysis.fit.local
+    return [] if local is None else [point for point in local.points if point.shown]
 
 
 def draw_critical_batches(chart: Chart, axis: Axes, points: list[CriticalBatch], colour, label: str, marker="o"):

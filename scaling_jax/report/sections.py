@@ -23,6 +23,7 @@ from scaling_jax.report.scan_charts import (
     residuals_chart,
     tradeoffs_chart,
 )
+from scaling_jax.report.spread_chart import law_spread_chart
 from scaling_jax.report.words import ending, law_in_words, law_lines
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, Results
@@ -66,7 +67,8 @@ def sections(analysis: Analysis) -> list[Section]:
                 f"minimum number of tokens. Brackets are {100 * analysis.fit.confidence:.0f} % intervals."
             )
             + bullets(law_in_words(analysis))
-            + drawn(critical_batch_chart(analysis), pareto_chart(analysis)),
+            + drawn(critical_batch_chart(analysis), pareto_chart(analysis))
+            + _spread(analysis),
         ),
         Section("Notes", bullets(analysis.notes) if analysis.notes else paragraph("None.")),
         Section(
@@ -183,11 +185,13 @@ def three_table(analysis: Analysis) -> Markup:
         branch = ("", "")
         if not math.isnan(c.branches):
             branch = tokens(c.branches), _interval(c.branches_low, c.branches_high)
-        scan = tokens(c.scan), _interval(c.scan_low, c.scan_high)
-        rows.append((c.model, f"{c.loss:.3f}", *noise, *scan, *branch))
-    header = ("model", "loss", "noise scale, tokens", "middle half", "B_crit by scan, tokens", "95 % interval")
+        local = ("", "") if math.isnan(c.local) else (tokens(c.local), _interval(c.local_low, c.local_high))
+        scan = ("", "") if math.isnan(c.scan) else (tokens(c.scan), _interval(c.scan_low, c.scan_high))
+        rows.append((c.model, f"{c.loss:.3f}", *noise, *local, *scan, *branch))
+    local_header = ("local B_crit, tokens", "95 % interval", "B_crit from the start, tokens", "95 % interval")
+    header = ("model", "loss", "noise scale, tokens", "middle half", *local_header)
     if not analysis.branches:
-        return table(header, [row[:6] for row in rows])
+        return table(header, [row[:8] for row in rows])
     return table((*header, "B_crit by branches, tokens", "interval"), rows)
 
 
@@ -256,11 +260,23 @@ def _single_runs_table(results: Results) -> Markup:
 
 def _three_intro(analysis: Analysis) -> str:
     said = (
-        "The noise scale, which one run measures by itself, beside B_crit of the scan at the same losses. A dot is the "
-        "noise scale of one run, with its 95 % interval; in the table, ∞ stands for unresolved."
+        "The noise scale, which one run measures by itself, beside the local B_crit of the scan: that of the steps "
+        "from one loss to the next. Both ask which batch is worthwhile for the next bit of loss. A dot is the noise "
+        "scale of one run, with its 95 % interval; in the table, ∞ stands for unresolved. B_crit from the start is "
+        "an average over the whole way, so it lags behind."
     )
     branches = "Squares are B_crit from branches of one run." if analysis.branches else "No branches were measured."
     return f"{said} {branches}"
+
+
+def _spread(analysis: Analysis) -> Markup:
+    chart = law_spread_chart(analysis)
+    if chart is None:
+        return Markup()
+    return paragraph(
+        "How far does the exponent move if a part of the data is left out, or if B_crit diverges at a loss L_inf above "
+        "0? A law to trust stays inside its interval, which is shaded."
+    ) + charts([draw(chart, chart.name)])
 
 
 def _by_layer_intro(runs: Sequence[CellRuns]) -> Markup:

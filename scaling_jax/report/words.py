@@ -5,6 +5,8 @@ import math
 import numpy as np
 
 from scaling_jax.fitting import CriticalBatch, FormFit, JointFit, LossLaw, ScanFit
+from scaling_jax.fitting.forms import MEANS_LITTLE, MEANS_LITTLE_HELD_OUT
+from scaling_jax.fitting.scan_fit import REJECTED
 from scaling_jax.results import Analysis
 from scaling_jax.training import Run, RunResult
 
@@ -53,25 +55,48 @@ def law_lines(fit: ScanFit, joint: JointFit | None, forms: tuple[FormFit, ...]) 
     """The fitted laws, one line each; one line that says what is missing if there is no law."""
     law = fit.law
     if law is None:
-        return [f"No law: {fit.notes[-1].removeprefix('no law: ')}."]
+        return [f"No law: {_why(fit)}.", *_local_lines(fit)]
     high, low = max(law.loss_range), min(law.loss_range)
     lines = [f"{_law(law)}, for losses {high:.4g} to {low:.4g} nats per token; untested at other losses"]
     if law.shapes is not None:
         lines.append(
-            f"steps as 1 + (B_crit/B)^a, a = {law.shapes[0]:.2f} at {high:.4g} and {law.shapes[1]:.2f} at {low:.4g}; "
-            "other forms of the law take hyperbolas, so they weren't fitted"
+            f"steps as 1 + (B_crit/B)^a, a = {law.shapes[0]:.2f} at {high:.4g} and {law.shapes[1]:.2f} at {low:.4g}"
         )
     if joint is not None and joint.law is not None:
         lines.append(f"the same law, fitted to all runs at once: {_law(joint.law)}")
-    lines += [f"{_proportional(form)} — held-out error {_percent(form.held_out_error)}" for form in forms]
-    if len(forms) > 1:  # the best comes first
-        error, second = _percent(forms[0].held_out_error), _percent(forms[1].held_out_error)
-        other = f"the law in {_LAW_IN[forms[1].form]}"
-        how = f"fits best: held-out error {error} against {second} for {other}"
-        if error == second:
-            how = f"fits as well as {other}: held-out error {error}"
-        lines[-len(forms)] = f"{_proportional(forms[0])} — {how}"
+    if fit.table_of_law is not None:
+        return lines + _form_lines(forms) + _local_lines(fit)
+    return lines + _local_lines(fit) + [f"local: {line}" for line in _form_lines(forms)]
+
+
+def _form_lines(forms: tuple[FormFit, ...]) -> list[str]:
+    """Other forms of the law, the best first, and whether it is better than the second."""
+    lines = [f"{_proportional(form)} — held-out error {_percent(form.held_out_error)}" for form in forms]
+    if len(forms) > 1:
+        first, second = forms[:2]
+        errors = f"held-out error {_percent(first.held_out_error)} against {_percent(second.held_out_error)}"
+        how = f"fits best: {errors} for the law in {_LAW_IN[second.form]}"
+        alike = second.held_out_error < (1 + MEANS_LITTLE_HELD_OUT) * first.held_out_error
+        if alike or second.criterion - first.criterion < MEANS_LITTLE:
+            how = f"can't be told from the law in {_LAW_IN[second.form]}: {errors}"
+        lines[0] = f"{_proportional(first)} — {how}"
     return lines
+
+
+def _local_lines(fit: ScanFit) -> list[str]:
+    """The law of the local B_crit, in a line; nothing without one."""
+    if fit.local is None or fit.local.law is None:
+        return []
+    law, p = fit.local.law, fit.local.shape_p
+    shape = "" if math.isnan(p) else f", hyperbolas {'' if p < REJECTED else 'not '}rejected (p = {p:.2g})"
+    return [
+        f"local, for the next bit of loss: {_law(law)}, {max(law.loss_range):.4g} to {min(law.loss_range):.4g}{shape}"
+    ]
+
+
+def _why(fit: ScanFit) -> str:
+    """Why there is no law."""
+    return next(note for note in fit.notes[::-1] if note.startswith("no law: ")).removeprefix("no law: ")
 
 
 def law_in_words(analysis: Analysis) -> list[str]:
@@ -79,7 +104,7 @@ def law_in_words(analysis: Analysis) -> list[str]:
     law = analysis.fit.law
     if law is None:
         return [
-            f"No law could be fitted: {analysis.fit.notes[-1].removeprefix('no law: ')}.",
+            f"No law could be fitted: {_why(analysis.fit)}.",
             *(_point(p) for p in analysis.fit.points if p.shown and not p.tradeoff.one_sided),
         ]
     high, low = max(law.loss_range), min(law.loss_range)
@@ -105,8 +130,8 @@ def law_in_words(analysis: Analysis) -> list[str]:
     sentences.append(_cost(lowest))
     if math.isfinite(analysis.noise_ratio):
         sentences.append(
-            f"The noise scale is {analysis.noise_ratio:.2f} times B_crit (median over these losses). Any single run "
-            "can measure it during training."
+            f"The noise scale is {analysis.noise_ratio:.2f} times the local B_crit (median). Any single run can "
+            "measure it during training."
         )
     return sentences
 
@@ -155,7 +180,15 @@ def _proportional(form: FormFit) -> str:
     symbol = {"loss": "L", "above floor": above, "data": "D_min", "size": "N"}[form.form]
     of, unit = form.variable.split(" in ")
     low, high = form.valid_range
-    return f"B_crit ∝ {symbol}^{form.exponent:.2f} ({form.form}), for {of} {short(low)}–{short(high)} {unit}"
+    interval = "" if form.exponent_interval is None else " [{:.2f}, {:.2f}]".format(*form.exponent_interval)
+    floors = ""
+    if len(form.floors) > 1:
+        (first, steep), (last, flat) = form.floors[0], form.floors[-1]
+        floors = f"; floors of {first:.2f} to {last:.2f} fit about as well, with exponents {steep:.2f} to {flat:.2f}"
+    return (
+        f"B_crit ∝ {symbol}^{form.exponent:.2f}{interval} ({form.form}), for {of} {short(low)}–{short(high)} "
+        f"{unit}{floors}"
+    )
 
 
 def _percent(value: float) -> str:

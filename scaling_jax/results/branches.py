@@ -96,13 +96,19 @@ def read_branches(workdir: Path) -> list[BranchMeasurement]:
 
 
 class Comparison(NamedTuple):
-    """Three measurements of one model at one loss, in tokens: B_crit of the scan, noise scale, B_crit of branches."""
+    """Measurements of one model at one loss, in tokens: local B_crit of the scan, noise scale, B_crit of branches.
+
+    These three are local: they belong to the next bit of loss. The scan's B_crit from the start stands beside them.
+    """
 
     model: str
     loss: float  # nats per token
-    scan: float
+    scan: float  # from the start to the loss; NaN if not shown
     scan_low: float  # 95 % interval
     scan_high: float
+    local: float  # NaN if not measured
+    local_low: float  # 95 % interval
+    local_high: float
     noise_scale: float  # median over runs; NaN if not measured, infinite if most are unresolved
     noise_scale_low: float  # the middle half of the runs
     noise_scale_high: float
@@ -112,10 +118,10 @@ class Comparison(NamedTuple):
 
 
 def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[BranchMeasurement]) -> list[Comparison]:
-    """A row for each model and loss at which the scan's B_crit is shown."""
+    """A row for each model and loss at which the scan's B_crit, from the start or the local one, is shown."""
     rows = []
     for point in fit.points:
-        if not point.shown:
+        if not point.shown and math.isnan(point.local_b_crit):
             continue
 
         def near(measured, point=point):
@@ -129,8 +135,9 @@ def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[
             Comparison(
                 point.model,
                 point.loss,
-                point.b_crit,
-                *point.b_crit_interval,
+                *((point.b_crit, *point.b_crit_interval) if point.shown else (math.nan,) * 3),
+                point.local_b_crit,
+                *point.local_b_crit_interval,
                 float(middle),
                 float(low),
                 float(high),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_jax.fitting import FormFit, JointFit, LossLaw, ScanFit, Tradeoff, compare_forms, fit_joint, fit_scan
+from scaling_jax.fitting import FormFit, JointFit, LossLaw, ScanFit, Tradeoff, fit_scan, further_fits
 from scaling_jax.io import UserError
 from scaling_jax.io.files import write_json, write_rows
 from scaling_jax.io.stores import publish, working_copy
@@ -165,7 +165,7 @@ class Analysis:
 
     @property
     def noise_ratio(self) -> float:
-        """Median of (noise scale)/B_crit at the same model and loss, over the fitted range; NaN if there is none."""
+        """Median of (noise scale)/(local B_crit) at the same model and loss; NaN if there is none."""
         ratios = [ratio for _, ratio in noise_ratios(self.noise, self.fit)]
         return float(np.median(ratios)) if ratios else math.nan
 
@@ -180,15 +180,15 @@ def analyse(results: str | Path | Results) -> Analysis:
       UserError: if the folder holds no scan, or the scan isn't finished.
     """
     found = results if isinstance(results, Results) else read_results(results)
-    table, fit = columns(found.measurements), found.fit()
-    used = fit.rows_of_law(table)
+    fit = found.fit()
     sizes = {subject.model.name: subject.model.num_params for subject in found.scan.subjects}
+    joint, forms = further_fits(fit, sizes)
     analysis = Analysis(
         results=found,
         fit=fit,
         notes=fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds),
-        joint=fit_joint(**used) if used else None,
-        forms=compare_forms(**used, num_params=sizes) if used else (),
+        joint=joint,
+        forms=forms,
         comparison=tuple(compare(fit, found.noise_scale, found.branches)),
     )
     workdir = found.folder
@@ -198,28 +198,22 @@ def analyse(results: str | Path | Results) -> Analysis:
         write_rows(workdir / "three_measurements.csv", Comparison, analysis.comparison)
     if found.seeds:
         write_rows(workdir / "seeds.csv", SeedSpread, found.seeds)
-    extra = {"noise_scale_over_b_crit": finite(analysis.noise_ratio), "corpus": found.runs[0].corpus}
+    extra = {"noise_scale_over_local_b_crit": finite(analysis.noise_ratio), "corpus": found.runs[0].corpus}
     write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, analysis.notes) | extra)
     publish(workdir)
     return analysis
 
 
 def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[NoiseMeasurement, float]]:
-    """(measurement, (noise scale)/B_crit) for each measurement in its model's fitted range.
+    """(measurement, (noise scale)/(local B_crit)) for each measurement between windows of its model.
 
-    B_crit is interpolated in log loss. Unresolved noise scales count as infinite; without them, the median would be too
-    small.
+    Both are local. Unresolved noise scales count as infinite; without them, the median would be too small.
     """
     ratios = []
-    for model in dict.fromkeys(point.model for point in fit.points):
-        points = sorted((p.loss, p.b_crit) for p in fit.points if p.model == model and p.shown)
-        if len(points) < 2:
-            continue
-        loss, b_crit = np.log(np.array(points)).T
-        for m in noise:
-            if m.model == model and loss[0] <= math.log(m.loss) <= loss[-1]:
-                at_loss = math.exp(np.interp(math.log(m.loss), loss, b_crit))
-                ratios.append((m, (m.b_simple if m.resolved else math.inf) / at_loss))
+    for m in noise:
+        b_crit, _, _ = fit.local_b_crit(m.model, m.loss)
+        if np.isfinite(b_crit):
+            ratios.append((m, float((m.b_simple if m.resolved else math.inf) / b_crit)))
     return ratios
 
 
@@ -238,6 +232,8 @@ def fit_as_json(
                 "loss": p.loss,
                 "b_crit": finite(p.b_crit),
                 "b_crit_interval": [finite(x) for x in p.b_crit_interval],
+                "local_b_crit": finite(p.local_b_crit),
+                "local_b_crit_interval": [finite(x) for x in p.local_b_crit_interval],
                 **_tradeoff_as_json(p.tradeoff),
                 "in_law": p.in_law,
                 "not_reached": p.not_reached,
@@ -245,7 +241,27 @@ def fit_as_json(
             }
             for p in fit.points
         ],
+        "local": fit.local and _local_as_json(fit.local),
         "notes": list(notes),
+    }
+
+
+def _local_as_json(local: ScanFit) -> dict[str, Any]:
+    return {
+        "law": local.law and _law_as_json(local.law),
+        "hyperbolas_p": finite(local.shape_p),
+        "points": [
+            {
+                "model": p.model,
+                "loss": p.loss,
+                "b_crit": finite(p.b_crit),
+                "b_crit_interval": [finite(x) for x in p.b_crit_interval],
+                "a": finite(p.tradeoff.shape.a),
+                "a_interval": [finite(x) for x in p.tradeoff.shape.a_interval],
+                "in_law": p.in_law,
+            }
+            for p in local.points
+        ],
     }
 
 
@@ -276,6 +292,8 @@ def _form_as_json(form: FormFit) -> dict[str, Any]:
         "variable": form.variable,
         "constant": form.constant,
         "exponent": form.exponent,
+        "exponent_interval": form.exponent_interval,
+        "floors": form.floors,
         "floor": form.floor,
         "valid_range": form.valid_range,
         "held_out_error": finite(form.held_out_error),

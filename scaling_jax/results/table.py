@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scaling_jax.fitting import FormFit, JointFit, ScanFit, compare_forms, fit_joint, fit_scan
+from scaling_jax.fitting import FormFit, JointFit, ScanFit, fit_scan, further_fits
 from scaling_jax.io import UserError
 from scaling_jax.io.files import write_json
 from scaling_jax.results.results import fit_as_json
@@ -95,9 +95,7 @@ def fit_table(path: Path, *, laws: bool = True) -> TableFit:
     table = read_table(path)
     try:
         fit = fit_scan(**table.columns)
-        used = fit.rows_of_law(table.columns) if laws else {}
-        joint = fit_joint(**used) if used else None
-        forms = compare_forms(**used, num_params=table.num_params) if used else ()
+        joint, forms = further_fits(fit, table.num_params) if laws else (None, ())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     return TableFit(table, fit, joint, forms, table.notes + fit.notes)
