@@ -21,6 +21,9 @@ Most of what a ramp saves, a constant batch that is merely less small saves, too
 what the ramp adds is that its tokens come cheaper. Merrill et al. 2025 (arXiv 2505.23971) report 43 % fewer steps for a
 1B model, arXiv 2602.03001 up to 67 % for ℓ1. Ours pays for the latter with measurements that aren't trained on: as many
 sequences again as the steps of 128 tokens take.
+
+The ramp by tr(Σ)/|G|² took a 95 % interval at every look. A live ramp now takes a wider one, so it grows a little later
+(docs/noise_scale.md).
 """
 
 import dataclasses

@@ -120,7 +120,7 @@ def train_on_console(
     folder = run_folder(results, run)
     for line in (
         f"{done}{ending(run, result)}; {result.steps:,} steps, {short(result.tokens)} tokens, test loss {loss}",
-        _noise_scale_line(folder),
+        *_noise_scale_lines(folder),
         f"records: {folder}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -272,18 +272,15 @@ def _note_of_others(run: Run, results: Path) -> str | None:
     return f"note: {results} holds {what}; these arguments start a new one beside {beside}"
 
 
-def _noise_scale_line(folder: Path) -> str:
+def _noise_scale_lines(folder: Path) -> list[str]:
     found = last_noise_scale(course(read_metrics(folder)))
     if found is None:
-        return "noise scale: too few steps for an interval"
-    if not found.resolved:
-        return (
-            f"noise scale over the last {found.steps:,} steps: unresolved, at least {short(max(found.low, 0.0))} tokens"
-        )
-    return (
-        f"noise scale over the last {found.steps:,} steps: {short(found.value)} tokens "
-        f"[{short(found.low)}, {short(found.high)}] (95 % interval)"
-    )
+        return ["noise scale: too few steps for an interval"]
+    said = f"unresolved, at least {short(found.low)} tokens"
+    if found.resolved:
+        said = f"{short(found.value)} tokens [{short(found.low)}, {short(found.high)}] (95 % interval)"
+    notes = [f"note: {found.warning}"] if found.warning else []
+    return [f"noise scale over the last {found.steps:,} steps: {said}", *notes]
 
 
 def _branch_plans(results: Results, models: Sequence[str], batch_tokens: int, **options: Any) -> list[BranchPlan]:

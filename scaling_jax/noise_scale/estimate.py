@@ -1,7 +1,8 @@
 """The noise scale of a series of steps, with a confidence interval.
 
 The interval is Fieller's (1954). The covariance of the two means comes from the lowest frequencies of the series, so
-neighbouring steps may be correlated.
+neighbouring steps may be correlated. A short correlated series and a skewed one make it too narrow; then the estimate
+has a warning.
 """
 
 import dataclasses
@@ -10,6 +11,11 @@ import math
 import numpy as np
 
 MAX_RELATIVE_BIAS = 0.03  # of the long-run variance, for an AR(1) as persistent as the series
+
+# About where the 95 % interval began to hold the truth in less than 90 % of simulated series (docs/noise_scale.md):
+HIGH_AUTOCORRELATION = 0.5  # between neighbouring steps; it matters if the steps are few
+FEW_STEPS, FEW_EFFECTIVE_STEPS = 50, 6
+MAX_SQ_SKEWNESS = 0.1  # per step: the mean of T steps has skewness²/T, and 0.1 is too far from normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Estimate:
     steps: int  # steps that were averaged
     effective_steps: float  # number of independent steps with the same information
     flagged_steps: int  # steps left out because a moment was NaN or infinite
+    warning: str | None = None  # why the interval may be too narrow; None if the series gives no reason
 
     def scaled(self, factor: float) -> "Estimate":
         """The same estimate in other units; in tokens if `factor` is the tokens per example."""
@@ -57,7 +64,8 @@ def estimate(g2_series, tr_series, confidence: float = 0.95) -> Estimate:
 
     Returns:
       An `Estimate` in examples; `.scaled(tokens per example)` gives tokens. It is unresolved if the interval has no
-      upper end, or if |G|² is significantly negative.
+      upper end, or if |G|² or tr(Σ) is significantly negative. It has a warning if the series is short and correlated,
+      or skewed by a few extreme steps.
 
     Raises:
       ValueError: if the series differ in shape, or confidence isn't between 0 and 1.
@@ -73,15 +81,16 @@ def estimate(g2_series, tr_series, confidence: float = 0.95) -> Estimate:
     num_steps = int(finite.sum())
     tr_g2_Tx2 = np.stack([tr[finite], g2[finite]], axis=1)
     trace_cov, grad_sq_norm = map(float, tr_g2_Tx2.mean(0)) if num_steps else (math.nan, math.nan)
-    low, high, resolved, effective_steps = 0.0, math.inf, False, float(num_steps)
+    low, high, resolved, effective_steps, warning = 0.0, math.inf, False, float(num_steps), None
     if num_steps >= 3:
         long_run_cov, dof = long_run_covariance(tr_g2_Tx2)
         t = float(stdtrit(dof, 0.5 + confidence / 2))
         low, high, resolved = fieller(trace_cov, grad_sq_norm, long_run_cov / num_steps, t)
-        if resolved and grad_sq_norm < 0:
+        if resolved and (grad_sq_norm < 0 or high < 0):
             low, high, resolved = 0.0, math.inf, False
         low = max(low, 0.0)  # a noise scale is never negative
         effective_steps = _effective_steps(tr_g2_Tx2, long_run_cov)
+        warning = _warning(tr_g2_Tx2)
     return Estimate(
         value=trace_cov / grad_sq_norm if resolved else math.nan,
         low=low,
@@ -93,6 +102,7 @@ def estimate(g2_series, tr_series, confidence: float = 0.95) -> Estimate:
         steps=num_steps,
         effective_steps=effective_steps,
         flagged_steps=len(g2) - num_steps,
+        warning=warning,
     )
 
 
@@ -115,7 +125,8 @@ def fieller(numerator: float, denominator: float, cov: np.ndarray, t: float) -> 
     if a > 0:
         return (half_b - root) / a, (half_b + root) / a, True
     # The parabola opens downwards and its roots have both signs: the set is [positive root, ∞) and a part below zero.
-    return (c / (half_b + root) if c > 0 else 0.0), math.inf, False
+    # half_b + root is zero only where Q and its variance are; then nothing is known.
+    return (c / (half_b + root) if c > 0 and half_b + root > 0 else 0.0), math.inf, False
 
 
 def long_run_covariance(series_TxC: np.ndarray) -> tuple[np.ndarray, int]:
@@ -150,12 +161,39 @@ def autocorrelation_time(series: np.ndarray) -> float:
 
 
 def _effective_steps(tr_g2_Tx2, long_run_cov):
-    # The effective number of steps of the linearised ratio, which is Q̄·S − S̄·Q up to a factor.
-    trace_cov, grad_sq_norm = tr_g2_Tx2.mean(0)
-    direction = np.array([grad_sq_norm, -trace_cov])
+    direction = _linearised_ratio(tr_g2_Tx2)
     one_step = direction @ np.cov(tr_g2_Tx2.T) @ direction
     long_run = direction @ long_run_cov @ direction
     return float(len(tr_g2_Tx2) * one_step / long_run) if long_run > 0 else float(len(tr_g2_Tx2))
+
+
+def _linearised_ratio(tr_g2_Tx2):
+    # Near its mean, the ratio of means S/Q moves as Q̄·S − S̄·Q, up to a factor.
+    trace_cov, grad_sq_norm = tr_g2_Tx2.mean(0)
+    return np.array([grad_sq_norm, -trace_cov])
+
+
+def _warning(tr_g2_Tx2) -> str | None:
+    num_steps = len(tr_g2_Tx2)
+    series = (tr_g2_Tx2 - tr_g2_Tx2.mean(0)) @ _linearised_ratio(tr_g2_Tx2)
+    spread = series.std()
+    if not spread > 1e-12 * np.abs(tr_g2_Tx2).max(0).prod():  # constant but for rounding
+        return None
+    series = series / spread
+    correlation = float(series[1:] @ series[:-1]) / num_steps
+    # In a short series the sample's correlation is too small, by (1 + 4ρ)/T (Kendall 1954).
+    unbiased = min(correlation + (1 + 4 * correlation) / num_steps, 1.0)
+    effective = num_steps * (1 - unbiased) / (1 + unbiased)
+    reasons = []
+    if unbiased > HIGH_AUTOCORRELATION and (num_steps < FEW_STEPS or effective < FEW_EFFECTIVE_STEPS):
+        reasons.append(f"{num_steps:,} steps with an autocorrelation of {unbiased:.2f} are few")
+    # Skewness of what is new in each step: correlation hides it in the series, but not in the mean.
+    new = series[1:] - max(correlation, 0.0) * series[:-1]
+    new = (new - new.mean()) / (new.std() or 1.0)
+    skewness = float(np.mean(new**3))
+    if skewness**2 > max(MAX_SQ_SKEWNESS * num_steps, 2.0):  # below 2, chance alone does it in 20 steps
+        reasons.append(f"few of the {num_steps:,} steps dominate (skewness {abs(skewness):.1f})")
+    return "the interval may be too narrow: " + "; ".join(reasons) if reasons else None
 
 
 def _degrees_of_freedom(series_TxC):

@@ -140,7 +140,7 @@ def run_sections(results: Results) -> list[Section]:
             "The noise scale over training",
             paragraph(_NOISE_INTRO) + drawn(*(noise_chart(runs, [model]) for model in models)),
         ),
-        Section("Every run", _single_runs_table(results)),
+        Section("Every run", _single_runs_table(results) + _narrow_intervals(results)),
         Section("Versions with which this report was made", facts(versions())),
     ]
 
@@ -256,6 +256,13 @@ def _single_runs_table(results: Results) -> Markup:
         "ended",
     )
     return table(header, rows)
+
+
+def _narrow_intervals(results: Results) -> Markup:
+    """One paragraph on the noise scales in the table whose interval may be too narrow."""
+    ends = [(record.run_id, last_noise_scale(record.course)) for record in results.runs]
+    warned = [f"{run_id}: {noise.warning}" for run_id, noise in ends if noise is not None and noise.warning]
+    return paragraph(f"Noise scales at the end. {'. '.join(warned)}.") if warned else Markup()
 
 
 def _three_intro(analysis: Analysis) -> str:

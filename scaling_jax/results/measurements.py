@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_jax.noise_scale import estimate
+from scaling_jax.noise_scale import Estimate, estimate
 from scaling_jax.results.runs import CellRuns, moments_by_step
 from scaling_jax.scanning.search import best_at, is_tuned
 
 MEANINGLESS = 0.25  # standard deviation of log steps between seeds, above which a crossing means little
+WARNED_BY_CHANCE = 0.1  # of noise-scale windows: white noise in 4 to 20 steps warns up to this often
 
 
 class Measurement(NamedTuple):
@@ -108,7 +109,33 @@ def measurement_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
 
 def measure_noise(cells: Sequence[CellRuns]) -> list[NoiseMeasurement]:
     """The noise scale of each cell's best run, between each two neighbouring target losses that it passed."""
-    return [row for cell in cells for row in _between_targets(cell)]
+    return [
+        NoiseMeasurement(
+            model=cell.model,
+            batch_tokens=cell.batch_tokens,
+            seed=cell.cell.seed,
+            loss=loss,
+            b_simple=found.value,
+            low=found.low,
+            high=found.high,
+            resolved=found.resolved,
+            steps=found.steps,
+        )
+        for cell in cells
+        for loss, found in _between_targets(cell)
+    ]
+
+
+def noise_notes(cells: Sequence[CellRuns]) -> tuple[str, ...]:
+    """A note if more intervals of the noise scale than by chance may be too narrow."""
+    found = [noise for cell in cells for _, noise in _between_targets(cell)]
+    narrow = sum(noise.warning is not None for noise in found)
+    if narrow <= WARNED_BY_CHANCE * len(found):
+        return ()
+    return (
+        f"the interval of the noise scale may be too narrow in {narrow} of {len(found)} windows: few steps dominate "
+        "there, or correlated steps are few",
+    )
 
 
 def measure_spread(cells: Sequence[CellRuns]) -> list[SeedSpread]:
@@ -167,26 +194,14 @@ def _measure_cell(cell: CellRuns) -> list[Measurement]:
     return rows
 
 
-def _between_targets(cell: CellRuns) -> list[NoiseMeasurement]:
+def _between_targets(cell: CellRuns) -> list[tuple[float, Estimate]]:
+    """(geometric middle of two target losses, noise scale while the loss fell from one to the other)."""
     targets, crossings = cell.subject.target_losses, cell.best.steps_to_target
     grad_sq_norm, trace_cov = moments_by_step(cell.record.course)
-    rows = []
+    found = []
     for k in range(len(targets) - 1):
         if not np.all(np.isfinite(crossings[k : k + 2])):
             continue
         window = slice(int(crossings[k]), max(int(crossings[k + 1]), int(crossings[k]) + 2))
-        found = estimate(grad_sq_norm[window], trace_cov[window])
-        rows.append(
-            NoiseMeasurement(
-                model=cell.model,
-                batch_tokens=cell.batch_tokens,
-                seed=cell.cell.seed,
-                loss=math.sqrt(targets[k] * targets[k + 1]),
-                b_simple=found.value,
-                low=found.low,
-                high=found.high,
-                resolved=found.resolved,
-                steps=found.steps,
-            )
-        )
-    return rows
+        found.append((math.sqrt(targets[k] * targets[k + 1]), estimate(grad_sq_norm[window], trace_cov[window])))
+    return found

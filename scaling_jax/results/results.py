@@ -22,6 +22,7 @@ from scaling_jax.results.measurements import (
     measure_noise,
     measure_spread,
     measurement_notes,
+    noise_notes,
     seed_notes,
 )
 from scaling_jax.results.runs import CellRuns, RunRecord, cell_runs, read_runs
@@ -142,7 +143,7 @@ class Analysis:
 
     results: Results
     fit: ScanFit
-    notes: tuple[str, ...]  # for the reader: losses left out or not reached, learning rates not tuned
+    notes: tuple[str, ...]  # for the reader: losses left out or not reached, rates not tuned, intervals too narrow
     joint: JointFit | None = None
     forms: tuple[FormFit, ...] = ()
     comparison: tuple[Comparison, ...] = ()
@@ -183,10 +184,11 @@ def analyse(results: str | Path | Results) -> Analysis:
     fit = found.fit()
     sizes = {subject.model.name: subject.model.num_params for subject in found.scan.subjects}
     joint, forms = further_fits(fit, sizes)
+    notes = fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds)
     analysis = Analysis(
         results=found,
         fit=fit,
-        notes=fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds),
+        notes=notes + noise_notes(found.cells),
         joint=joint,
         forms=forms,
         comparison=tuple(compare(fit, found.noise_scale, found.branches)),
@@ -199,7 +201,7 @@ def analyse(results: str | Path | Results) -> Analysis:
     if found.seeds:
         write_rows(workdir / "seeds.csv", SeedSpread, found.seeds)
     extra = {"noise_scale_over_local_b_crit": finite(analysis.noise_ratio), "corpus": found.runs[0].corpus}
-    write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, analysis.notes) | extra)
+    write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, notes) | extra)
     publish(workdir)
     return analysis
 

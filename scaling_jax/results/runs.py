@@ -216,7 +216,7 @@ def ratio_of_means(
     dof = len(num_steps) - 1
     cov = (weights[:, None] * residuals_Lx2).T @ residuals_Lx2 / dof
     low, high, bounded = fieller(trace, sq_norm, cov, float(stdtrit(dof, 0.5 + confidence / 2)))
-    return (trace / sq_norm, low, high) if bounded and sq_norm > 0 else None
+    return (trace / sq_norm, max(low, 0.0), high) if bounded and sq_norm > 0 else None
 
 
 def _read_run(folder: Path) -> RunRecord:

@@ -24,6 +24,7 @@ class LearningRates:
     most: int = 8  # largest number of rates to try for one batch size
     together: int = 1  # rates to try at a time; more than one fills an accelerator that one run doesn't fill
     give_up_factor: float | None = 2.0  # give up a rate that needs this many times the best rate's steps to some loss
+    catch_up: float | None = None  # give up a rate too far behind to be the best: see `search.too_late`
 
     def __post_init__(self):
         for field in ("peak", "reference_batch_tokens", "places", "most", "together"):
@@ -33,6 +34,9 @@ class LearningRates:
             value = getattr(self, field)
             if value is not None and not value > 1:
                 raise UserError(f"learning_rates.{field} = {value} must be above 1")
+
+        if self.catch_up is not None and not 0 <= self.catch_up < 1:
+            raise UserError(f"learning_rates.catch_up = {self.catch_up} must be from 0 to 1, or None")
 
     def rate(self, batch_tokens: int, index: int) -> float:
         """The rate `index` grid places above the rule, to three digits."""

@@ -24,7 +24,8 @@ PARTS = 8  # gradients that a measurement compares
 Measured = geometries.NormBounds | Moments
 
 _BOUNDS_IN_A_NORM = ("l1", "spectral")  # measured as `NormBounds`; the others are measured as `Moments`
-_FEWEST_LOOKS = 3
+_FEWEST_MEASURED = 3
+_DOUBT = 0.02  # 1 − confidence at the first look
 
 
 def next_stage(
@@ -36,6 +37,8 @@ def next_stage(
 ) -> Stage:
     """The stage of a run's next step. It depends only on the metrics so far, so a resumed run gets the same stage.
 
+    The lines hold the batch sizes that earlier looks decided. They stand: only the look at the last line decides.
+
     Args:
       batch_tokens: of the first step.
       lines: metrics so far; at a look, `live` holds what `measure` returned.
@@ -45,10 +48,26 @@ def next_stage(
     if live is None:
         return stage_at(batch_tokens, stages, tokens)
     batch = lines[-1].batch_tokens if lines else batch_tokens
-    looks = bool(lines) and lines[-1].step % live.every_steps == 0 and lines[-1].step > warmup_steps
-    if looks and 2 * batch <= live.max_batch_tokens and _at_least(live.metric, lines) > live.threshold * 2 * batch:
-        batch *= 2
+
+    def looks(line: MetricsLine) -> bool:
+        return line.step % live.every_steps == 0 and line.step > warmup_steps
+
+    if lines and looks(lines[-1]) and 2 * batch <= live.max_batch_tokens:
+        since = [line for line in lines if line.batch_tokens == batch]
+        confidence = confidence_at(sum(map(looks, since)))
+        if _at_least(live.metric, since, confidence) > live.threshold * 2 * batch:
+            batch *= 2
     return Stage(tokens, batch, math.sqrt(batch / batch_tokens))
+
+
+def confidence_at(look: int) -> float:
+    """Confidence of the noise scale's interval at the k-th look at one batch size; rises from 98 %.
+
+    Many looks are many chances to be wrong. Looks between the k-th and the 2k-th share most of their steps, because
+    each takes the later half. So the chance to be wrong counts by doublings of k, and 0.02/(1 + log2 k)² has a finite
+    sum over them. In simulation all looks together, up to 10,000, were wrong in less than 5 % of runs.
+    """
+    return 1 - _DOUBT / (1 + math.log2(look)) ** 2
 
 
 def measure(model: ModelConfig, metric: Metric, state: TrainState, tokens_BxT1) -> list[float]:
@@ -70,19 +89,18 @@ def measure(model: ModelConfig, metric: Metric, state: TrainState, tokens_BxT1) 
     return [small_sq_norm, big_sq_norm, small_batch * context, big_batch * context]
 
 
-def _at_least(metric: Metric, lines: Sequence[MetricsLine]) -> float:
+def _at_least(metric: Metric, since: Sequence[MetricsLine], confidence: float) -> float:
     """Lower end of the noise scale's interval in tokens, from the lines with the present batch size."""
-    since = [line for line in lines if line.batch_tokens == lines[-1].batch_tokens]
     if metric == "simple":
-        return estimate(*_of_training_steps(since)).low
+        return estimate(*_of_training_steps(since), confidence).low
     measured = [line.live for line in since if line.live is not None]
     measured = measured[len(measured) // 2 :]
-    if len(measured) < _FEWEST_LOOKS:
+    if len(measured) < _FEWEST_MEASURED:
         return 0.0
     columns = np.array(measured).T
     if metric in _BOUNDS_IN_A_NORM:
         return geometries.bounds(geometries.NormBounds(*columns))[0]
-    return estimate(*unbiased(Moments(*columns))).low
+    return estimate(*unbiased(Moments(*columns)), confidence).low
 
 
 def _of_training_steps(lines: Sequence[MetricsLine]) -> tuple[np.ndarray, np.ndarray]:

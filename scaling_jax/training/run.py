@@ -35,12 +35,14 @@ class Stage:
 class LiveRamp:
     """A ramp that follows the noise scale: the batch doubles once the noise scale exceeds a threshold.
 
-    It doubles when the lower end of the noise scale's 95 % interval exceeds `threshold` times the doubled batch. So
-    noise alone doesn't double it. The interval is over the later half of what was measured since the last change. For
-    "l1" and "spectral", the lower of the two bounds counts instead. The batch never shrinks.
+    It doubles when the lower end of the noise scale's interval exceeds `threshold` times the doubled batch. The
+    interval is over the later half of what was measured since the last change. Its confidence rises with the number of
+    looks, from 98 %. So noise alone seldom doubles the batch: at each batch size, in less than 5 % of runs whose noise
+    scale stays exactly at the threshold, if |G|² isn't strongly skewed (docs/noise_scale.md). The batch never shrinks.
 
     The metric "simple", tr(Σ)/|G|², comes from every training step. The other metrics (`training/live_ramp.py`) are
-    measured at each look; they need at least three looks.
+    measured at each look; they need at least five looks. For "l1" and "spectral", the lower of their two bounds counts;
+    it has no interval.
     """
 
     threshold: float

@@ -154,6 +154,22 @@ def test_training_ends_with_how_it_ended_and_its_noise_scale(
     assert third.endswith(str(run_folder(tmp_path, run)))
 
 
+def test_an_interval_that_may_be_too_narrow_gets_one_more_line(tmp_path, monkeypatch, capsys):
+    (line,) = lines_of(100, 1.0, 300.0)
+    line.small_sq_norm[90] *= 100
+
+    def train(run, results, **_):
+        write_metrics(run_folder(results, run), [line])
+        return RunResult(run.run_id, "exhausted", 100, 12_800, 2.5, "")
+
+    monkeypatch.setattr(commands, "train", train)
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    commands.train_on_console(RUN, tmp_path, None)
+    _, noise, note, _ = capsys.readouterr().out.splitlines()
+    assert "25 steps" in noise
+    assert re.search(r"too narrow.*25 steps.*skewness 4", note)
+
+
 def scans(workdir):
     commands.scan_on_console(EXPERIMENT, workdir)
 

@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.signal import lfilter
 from scipy.stats import t as student_t
 
@@ -76,6 +78,84 @@ def test_nothing_is_claimed_when_both_moments_are_noise_or_the_gradient_is_negat
     assert (estimate(*noise).low, estimate(*noise).high) == (0, math.inf)
     negative = estimate(noise[0] - 5, noise[1] + 5)
     assert (negative.resolved, negative.low, negative.high) == (False, 0, math.inf)
+
+
+@given(
+    st.lists(st.tuples(*[st.just(0.0) | st.floats(1e-20, 1e20) | st.floats(-1e20, -1e-20)] * 2), max_size=30),
+    st.sampled_from([0.5, 0.95, 0.9999]),
+)
+def test_no_series_has_an_interval_below_zero_or_upside_down(steps, confidence):
+    g2, tr = np.array(steps).reshape(-1, 2).T
+    e = estimate(g2, tr, confidence)
+    assert 0 <= e.low <= e.high
+    assert e.resolved == (e.high < math.inf)
+
+
+def test_a_gradient_of_exactly_zero_says_nothing():
+    e = estimate(np.zeros(20), np.random.default_rng(0).normal(5, 0.1, 20))
+    assert (e.resolved, e.low, e.high) == (False, 0, math.inf)
+
+
+def test_a_trace_that_is_significantly_negative_is_unresolved():
+    rng = np.random.default_rng(0)
+    e = estimate(rng.normal(1, 0.1, 100), rng.normal(-5, 0.1, 100))
+    assert (e.resolved, e.low, e.high) == (False, 0, math.inf)
+
+
+def shocks(rng, tail, shape):
+    """Draws of mean 0 and variance 1: normal, Student's t, or lognormal."""
+    name, _, value = tail.partition(" ")
+    if name == "normal":
+        return rng.standard_normal(shape)
+    if name == "t":
+        return rng.standard_t(float(value), shape) * math.sqrt(1 - 2 / float(value))
+    log_variance = float(value) ** 2
+    x = np.exp(rng.normal(0, math.sqrt(log_variance), shape) - log_variance / 2)
+    return (x - 1) / math.sqrt(math.expm1(log_variance))
+
+
+def coverage_and_warnings(tail, rho, steps, count=800):
+    """Share of 95 % intervals that hold the truth, and share that warn; tr(Σ) is an AR(1) with such shocks."""
+    rng = np.random.default_rng(0)
+    x = lfilter([1], [1, -rho], shocks(rng, tail, (count, steps + 100)))[:, 100:] * math.sqrt(1 - rho**2)
+    tr, g2 = NOISE_SCALE * (1 + 0.5 * x), 1 + 0.02 * rng.standard_normal((count, steps))
+    estimates = [estimate(*s) for s in zip(g2, tr, strict=True)]
+    covered = np.mean([e.low <= NOISE_SCALE <= e.high for e in estimates])
+    return covered, np.mean([e.warning is not None for e in estimates])
+
+
+@pytest.mark.parametrize(
+    ("tail", "rho", "steps"),
+    [("normal", 0.8, 20), ("normal", 0.9, 30), ("lognormal 1.5", 0.0, 50), ("lognormal 2", 0.5, 200)],
+)
+def test_most_series_warn_where_the_interval_holds_the_truth_in_less_than_90_percent(tail, rho, steps):
+    """A series that has missed the rare steps can't know of them, so not all warn."""
+    covered, warned = coverage_and_warnings(tail, rho, steps)
+    assert covered < 0.91, f"{covered:.3f}"
+    assert warned > 0.75, f"{warned:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("tail", "rho", "steps"),
+    [("normal", 0.0, 20), ("normal", 0.8, 100), ("t 3", 0.0, 100), ("lognormal 1", 0.0, 500), ("t 5", 0.5, 100)],
+)
+def test_few_series_warn_where_the_interval_holds_the_truth(tail, rho, steps):
+    """Symmetric tails do no harm, however heavy."""
+    covered, warned = coverage_and_warnings(tail, rho, steps)
+    assert covered > 0.92, f"{covered:.3f}"
+    assert warned < 0.12, f"{warned:.3f}"
+
+
+def test_a_warning_names_the_steps_and_the_reason_in_any_unit():
+    g2, tr = np.ones(40), 50 + np.cumsum(np.random.default_rng(0).normal(0, 1, 40))
+    e = estimate(g2, tr)
+    assert "40 steps" in e.warning
+    assert "autocorrelation" in e.warning
+    assert e.scaled(64).warning == estimate(1e-9 * g2, tr).warning == e.warning
+    spike = np.random.default_rng(0).normal(50, 1, 100)
+    assert estimate(np.ones(100), spike).warning is None
+    spike[70] = 500
+    assert "100 steps dominate (skewness 9" in estimate(np.ones(100), spike).warning
 
 
 def test_negative_moments_enter_the_average_unclamped():

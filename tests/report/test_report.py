@@ -5,6 +5,7 @@ import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scaling_jax.io import UserError
@@ -18,7 +19,10 @@ from scaling_jax.results import analyse, read_results
 from scaling_jax.results.branches import read_branches
 from scaling_jax.results.runs import last_noise_scale
 from scaling_jax.scanning.experiment import DEMO, QUICK
-from scaling_jax.training import run_folder
+from scaling_jax.tasks import ModelConfig
+from scaling_jax.training import Run, run_folder
+from scaling_jax.training.records import course
+from tests.made_up_scan import evaluated_lines, write_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 CHARTS = 2 + 7 * 2  # two of all models, seven of each of two models
@@ -144,6 +148,16 @@ def test_every_single_run_is_in_the_table_with_its_noise_scale_and_how_it_ended(
         assert f"{record.course.eval_losses[-1]:.4f}" in cells
         noise = last_noise_scale(record.course)
         assert f"{short(noise.value)} [{short(noise.low)}, {short(noise.high)}]" in cells
+
+
+def test_a_single_run_whose_noise_scale_may_have_too_narrow_an_interval_is_named(tmp_path):
+    run = Run(ModelConfig(1, 16, 1), batch_tokens=128, learning_rate=1e-2, max_steps=400)
+    skewed = np.random.default_rng(0).lognormal(0, 2, 400)
+    (line,) = evaluated_lines(run, [(400, 2.5)])
+    line = dataclasses.replace(line, small_sq_norm=1 + skewed, big_sq_norm=1 + skewed / 2)
+    write_run(tmp_path, run, [line], "exhausted")
+    warning = last_noise_scale(course([line])).warning
+    assert [x for x in read(write_runs_report(read_results(tmp_path))).text("p") if f"{run.run_id}: {warning}" in x]
 
 
 def test_the_law_is_said_in_words(document, analysis):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import re
 
@@ -33,6 +34,32 @@ def scan_with(workdir, slower: float, experiment: Experiment = EXPERIMENT) -> Re
 
     write_scan(workdir, experiment, train)
     return read_results(workdir)
+
+
+@pytest.mark.parametrize("log_std", [2.0, 0.1])
+def test_one_note_says_how_many_noise_scales_have_a_warning_and_files_stay(tmp_path, log_std):
+    """Of lognormal moments: wide ones are skewed."""
+    subject = Subject(ModelConfig(1, 16, 1), (2.6, 2.5, 2.4, 2.3), LearningRates(1e-2, 1_000, most=1))
+    experiment = dataclasses.replace(EXPERIMENT, subjects=(subject,), seeds=(0,))
+    draws = np.random.default_rng(0)
+
+    def train(run):
+        lines = evaluated_lines(run, ((step, 4 * step**-0.1) for step in range(10, 400, 10)))
+        for k, line in enumerate(lines):
+            noise = 300 * draws.lognormal(0, log_std, line.num_steps)
+            lines[k] = dataclasses.replace(
+                line, small_sq_norm=1 + noise / line.small_batch_tokens, big_sq_norm=1 + noise / line.batch_tokens
+            )
+        return write_run(tmp_path, run, lines, "reached")
+
+    write_scan(tmp_path, experiment, train)
+    analysis = analyse(tmp_path)
+    said = [note for note in analysis.notes if "noise scale" in note]
+    if log_std == 2.0:
+        assert re.search(r"too narrow in [6-9] of 9 windows", *said)
+    else:
+        assert said == []
+    assert not set(said) & set(json.loads((tmp_path / "fit.json").read_text())["notes"])
 
 
 def test_the_spread_between_seeds_is_that_of_their_steps_and_of_their_losses_at_one_step(tmp_path):

@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from scaling_jax.io import UserError
 from scaling_jax.noise_scale import Moments, geometries, unbiased, value_and_grad
 from scaling_jax.tasks import ModelConfig, batch_loss
 from scaling_jax.training import Interrupted, LiveRamp, OptimizerConfig, Run, read_metrics, run_folder, train
-from scaling_jax.training.live_ramp import _MEASURES, measure, next_stage
+from scaling_jax.training.live_ramp import _MEASURES, confidence_at, measure, next_stage
 from scaling_jax.training.program import Program
 from scaling_jax.training.records import MetricsLine, course
 from scaling_jax.training.run import METRICS
@@ -94,6 +95,60 @@ def test_lines_of_a_run_that_goes_on_on_other_devices_say_their_own_small_batch(
     np.testing.assert_array_equal(
         steps.small_batch_tokens, np.concatenate([[line.small_batch_tokens] * line.num_steps for line in lines])
     )
+
+
+def first_doublings(noise_scale_tokens, runs=150, looks=20, every_steps=50, spread=0.3):
+    """Steps at which runs of a constant noise scale doubled a batch of 64, inf if never; the threshold is 256 tokens.
+
+    |G|² of a step has about the standard deviation 0.4 times its mean.
+    """
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=every_steps)
+    draws, found = np.random.default_rng(0), []
+    small, big = (1 + noise_scale_tokens / tokens for tokens in (16, 64))
+    for _ in range(runs):
+        lines = []
+        for look in range(1, looks + 1):
+            norms = draws.normal([[small], [big]], spread, (2, every_steps))
+            line = made_up_line(noise_scale_tokens, look * every_steps, every_steps)
+            lines.append(dataclasses.replace(line, small_sq_norm=norms[0], big_sq_norm=norms[1]))
+            if next_stage(64, (), live, lines).batch_tokens > 64:
+                break
+        else:
+            look = math.inf
+        found.append(look * every_steps)
+    return np.array(found)
+
+
+def test_at_the_threshold_fewer_than_5_percent_of_runs_ever_double():
+    """With 95 % intervals at each of these looks it would be a fifth."""
+    assert np.isfinite(first_doublings(256.0)).mean() < 0.05
+
+
+def test_half_above_the_threshold_every_run_doubles_soon():
+    steps = first_doublings(1.5 * 256)
+    assert np.median(steps) <= 100
+    assert steps.max() <= 250
+
+
+@pytest.mark.parametrize("looks", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_however_many_looks_a_run_takes_they_are_seldom_wrong(looks):
+    """The mean of the later half of a random walk's steps, against the normal quantile of each look's confidence."""
+    draws, every, runs = np.random.default_rng(0), 5, 400
+    stops = every * np.arange(1, looks + 1)
+    quantiles = np.array([norm.ppf(0.5 + confidence_at(k + 1) / 2) for k in range(looks)])
+    wrong = 0
+    for _ in range(runs):
+        walk = np.concatenate([[0.0], np.cumsum(draws.standard_normal(stops[-1]))])
+        wrong += np.any(walk[stops] - walk[stops // 2] > quantiles * np.sqrt(stops - stops // 2))
+    assert wrong / runs < 0.05
+
+
+def test_batches_that_earlier_looks_decided_stand():
+    """As in a run that an earlier version began, whose looks asked for less."""
+    live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50)
+    stage = next_stage(64, (), live, made_up_lines(1.0, 200, batch_tokens=128))
+    assert stage.batch_tokens == 128
+    assert stage.learning_rate_factor == pytest.approx(math.sqrt(2))
 
 
 def test_noise_alone_makes_no_live_ramp_grow():
