@@ -24,6 +24,8 @@ SEEDS = (0,)
 EXPERIMENT = dataclasses.replace(DEMO, name="three-measurements", seeds=SEEDS)
 BRANCHED_BATCH_TOKENS = 128
 FACTORS = (2, 4, 8, 16, 32)
+REPLICATES = 4  # of each branch, and of the run itself from each point on
+BETAS = "run"  # Adam's β stay those of the run; "half-life" would make β1 = 0.03 at 32 times the batch
 TOLERANCE = 0.02  # nats per token that a branch may fall behind
 
 
@@ -31,7 +33,14 @@ def main(results: Path) -> None:
     commands.scan_on_console(EXPERIMENT, results)
     models = [subject.model.name for subject in EXPERIMENT.subjects]
     commands.branch_on_console(
-        read_results(results), models, BRANCHED_BATCH_TOKENS, TOLERANCE, factors=FACTORS, branch_steps=8
+        read_results(results),
+        models,
+        BRANCHED_BATCH_TOKENS,
+        TOLERANCE,
+        factors=FACTORS,
+        branch_steps=8,
+        replicates=REPLICATES,
+        betas=BETAS,
     )
     show(results)
 

@@ -12,7 +12,7 @@ from scaling_jax.fitting import FormFit, JointFit, LossLaw, ScanFit, Tradeoff, c
 from scaling_jax.io import UserError
 from scaling_jax.io.files import write_json, write_rows
 from scaling_jax.io.stores import publish, working_copy
-from scaling_jax.results.branches import BranchMeasurement, Comparison, compare, read_branches
+from scaling_jax.results.branches import BranchMeasurement, Comparison, compare, find_branches
 from scaling_jax.results.measurements import (
     Measurement,
     NoiseMeasurement,
@@ -47,6 +47,7 @@ class Results:
     experiment: Experiment | None  # None if the folder holds single runs, not a scan
     runs: tuple[RunRecord, ...]
     branches: tuple[BranchMeasurement, ...] = ()
+    notes: tuple[str, ...] = ()  # for the reader: files that weren't used as they are
 
     @functools.cached_property
     def curves(self) -> dict[str, Curve]:
@@ -127,7 +128,8 @@ def read_results(folder: str | Path) -> Results:
     runs = read_runs(workdir)
     if experiment is None and not runs:
         raise UserError(f"{folder} holds no results: give a folder that `scan`, `demo` or `train` wrote")
-    return Results(workdir, experiment, runs, tuple(read_branches(workdir)))
+    branches, notes = find_branches(workdir, runs)
+    return Results(workdir, experiment, runs, tuple(branches), notes)
 
 
 def missing_cells(results: Results) -> list[Cell]:
@@ -186,7 +188,7 @@ def analyse(results: str | Path | Results) -> Analysis:
     analysis = Analysis(
         results=found,
         fit=fit,
-        notes=fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds),
+        notes=fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds) + found.notes,
         joint=fit_joint(**used) if used else None,
         forms=compare_forms(**used, num_params=sizes) if used else (),
         comparison=tuple(compare(fit, found.noise_scale, found.branches)),
