@@ -150,7 +150,7 @@ def branch_on_console(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     num_runs, tokens = sum(plan.num_runs for plan in plans), sum(plan.num_tokens for plan in plans)
-    say(f"{num_runs:,} runs of {short(tokens)} tokens in all, on top of the scan; those that are done are kept")
+    say(f"{num_runs:,} runs of {short(tokens)} tokens in all; those that are done aren't trained again")
     begun: dict[str, None] = {}
 
     def report(p: Progress) -> None:

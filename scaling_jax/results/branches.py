@@ -45,6 +45,9 @@ class BranchMeasurement(NamedTuple):
     betas: str = "half-life"  # see `BranchPlan`
 
 
+_REQUIRED = [name for name in BranchMeasurement._fields if name not in BranchMeasurement._field_defaults]
+
+
 class Branched(NamedTuple):
     """The runs from one state of a run. Replicates are named by the tokens of text that they skip."""
 
@@ -121,18 +124,18 @@ def branched_in(records: Iterable[RunRecord]) -> list[Branched]:
 def find_branches(workdir: Path, records: Sequence[RunRecord]) -> tuple[list[BranchMeasurement], tuple[str, ...]]:
     """The measurements in branches.csv, and notes for the reader.
 
-    If the file is damaged, they are measured again from the folder's runs.
+    If the file is damaged, they are measured again from the folder's runs. Without these, damaged lines are left out.
     """
-    try:
-        return read_branches(workdir), ()
-    except UserError as error:
-        rows = measure_branches(branched_in(records), TOLERANCE)
-        now = (
-            f"its branches were measured again from their runs, with a tolerance of {TOLERANCE} nats per token"
-            if rows
-            else "the folder holds no runs to measure its branches again, so they are left out"
-        )
-        return rows, (f"{error}; {now}",)
+    kept, problems = _read(workdir / "branches.csv")
+    if not problems:
+        return kept, ()
+    rows = measure_branches(branched_in(records), TOLERANCE)
+    now = (
+        f"the branches were measured again from their runs, with a tolerance of {TOLERANCE} nats per token"
+        if rows
+        else f"such lines are left out ({len(problems)}), because the folder holds no runs of branches"
+    )
+    return rows or kept, (f"{problems[0]}; {now}",)
 
 
 def write_branches(workdir: Path, rows: Sequence[BranchMeasurement]) -> None:
@@ -145,15 +148,10 @@ def read_branches(workdir: Path) -> list[BranchMeasurement]:
     Raises:
       UserError: if a line is damaged. Names the line.
     """
-    path = workdir / "branches.csv"
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            return [_read_row(row, f"{path} line {rows.line_num}") for row in rows]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} isn't a table ({error}): run the same branch command again") from None
+    rows, problems = _read(workdir / "branches.csv")
+    if problems:
+        raise UserError(problems[0])
+    return rows
 
 
 class Comparison(NamedTuple):
@@ -258,13 +256,35 @@ def _without_parts(run: Run) -> Run:
     return dataclasses.replace(run, ramp=(), skip=None, betas="half-life", snapshot_tokens=(), max_tokens=1)
 
 
-def _read_row(row: dict[str, str], where: str) -> BranchMeasurement:
+def _read(path: Path) -> tuple[list[BranchMeasurement], list[str]]:
+    """The rows that can be read, and what is wrong with the others."""
+    found: list[BranchMeasurement] = []
+    problems: list[str] = []
+    if not path.exists():
+        return found, problems
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
+            if missing := set(_REQUIRED) - set(rows.fieldnames or ()):
+                problems.append(f"{path} lacks {', '.join(sorted(missing))}: run the same branch command again")
+                return found, problems
+            for row in rows:
+                try:
+                    found.append(_read_row(row))
+                except (TypeError, ValueError) as error:
+                    where = f"{path} line {rows.line_num}"
+                    problems.append(f"{where} isn't a branch measurement ({error}): run the same branch command again")
+        except (csv.Error, UnicodeDecodeError) as error:
+            problems.append(f"{path} isn't a table ({error}): run the same branch command again")
+    return found, problems
+
+
+def _read_row(row: dict[str, str]) -> BranchMeasurement:
     kinds = typing.get_type_hints(BranchMeasurement)
-    given = [name for name in kinds if name in row or name not in BranchMeasurement._field_defaults]
-    try:
-        values: dict[str, Any] = {name: kinds[name](row[name]) for name in given}
-        if any(math.isnan(values[name]) for name in ("loss", *_ENDS)):
-            raise ValueError("a value is nan")
-        return BranchMeasurement(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} isn't a branch measurement ({error}): run the same branch command again") from None
+    values: dict[str, Any] = {name: kind(row[name]) for name, kind in kinds.items() if name in row}
+    found = BranchMeasurement(**values)
+    if any(math.isnan(value) for value in (found.loss, found.b_crit, found.low, found.high)):
+        raise ValueError("a value is nan")
+    if "replicates" not in row and found.low == found.high == found.batch_tokens:
+        raise ValueError("version 0.1 measured nothing here")  # it evaluated the run at other tokens than its branches
+    return found

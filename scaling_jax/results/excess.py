@@ -62,26 +62,25 @@ def largest_within(batch_tokens: int, branches: Sequence[Excess], tolerance: flo
             break
         known.append(branch)
     largest = float(known[-1].batch_tokens)
-    log_batch = np.log([branch.batch_tokens for branch in known])
+    sizes = np.array([branch.batch_tokens for branch in known], float)
     middle, lower, upper = (
         np.array([getattr(branch, end) for branch in known]) - tolerance for end in ("mean", "low", "high")
     )
-    low = _first_above(log_batch, upper, otherwise=largest)
-    b_crit = _first_above(log_batch, middle, otherwise=largest if most < math.inf else math.inf)
+    low = _first_above(sizes, upper, otherwise=largest)
+    b_crit = _first_above(sizes, middle, otherwise=largest if most < math.inf else math.inf)
     last = int(np.flatnonzero(lower <= 0)[-1])
-    high = most if last == len(known) - 1 else _crossing(log_batch, lower, last)
+    high = most if last == len(known) - 1 else _crossing(sizes, lower, last)
     return b_crit, low, high
 
 
-def _first_above(log_batch: np.ndarray, values: np.ndarray, otherwise: float) -> float:
+def _first_above(sizes: np.ndarray, values: np.ndarray, otherwise: float) -> float:
     """Batch size at which the values, which start below 0, first exceed 0."""
     above = np.flatnonzero(values > 0)
-    return _crossing(log_batch, values, int(above[0]) - 1) if len(above) else otherwise
+    return _crossing(sizes, values, int(above[0]) - 1) if len(above) else otherwise
 
 
-def _crossing(log_batch: np.ndarray, values: np.ndarray, before: int) -> float:
-    """Batch size of value 0 between an entry at or below 0 and the next one, which is above."""
-    if math.isinf(values[before]):  # the lower end of an excess from one replicate
-        return math.exp(log_batch[before + 1])
-    share = 0.0 if math.isinf(values[before + 1]) else -values[before] / (values[before + 1] - values[before])
-    return float(math.exp(log_batch[before] + share * (log_batch[before + 1] - log_batch[before])))
+def _crossing(sizes: np.ndarray, values: np.ndarray, before: int) -> float:
+    """Batch size of value 0 between an entry at or below 0 and the next one, which is above; linear in its log."""
+    here, after = values[before], values[before + 1]
+    share = float(np.isinf(here)) if np.isinf(here) or np.isinf(after) else -here / (after - here)
+    return float(sizes[before] * (sizes[before + 1] / sizes[before]) ** share)
