@@ -10,7 +10,6 @@ import pytest
 from scaling_jax.io import UserError
 from scaling_jax.results import analyse, read_results
 from scaling_jax.results.branches import (
-    BranchMeasurement,
     branched_in,
     find_branches,
     measure_branches,
@@ -156,30 +155,6 @@ def test_without_runs_damaged_lines_are_left_out_with_one_note(damage, kept, mad
     assert "left out (1)" in note
 
 
-def test_a_run_and_branches_of_version_0_1_that_share_no_planned_evaluations_are_measured(tmp_path):
-    """It started branches between the run's evaluations, and compared at tokens that neither had."""
-    plan = dataclasses.replace(PLAN, betas="half-life")
-    records = [record for record in made_up(tmp_path, plan, lambda _: 128.0) if record.run.skip is None]
-    every = plan.eval_tokens
-
-    def moved(record):
-        course = record.course._replace(eval_tokens=record.course.eval_tokens + every // 2)
-        ramp = tuple(dataclasses.replace(stage, tokens=stage.tokens + every // 2) for stage in record.run.ramp)
-        snapshots = tuple(tokens + every // 2 for tokens in record.run.snapshot_tokens)
-        run = dataclasses.replace(
-            record.run, ramp=ramp, snapshot_tokens=snapshots, max_tokens=record.run.max_tokens + every // 2
-        )
-        kept = record.course._replace(eval_tokens=(course.eval_tokens // every) * every)
-        return dataclasses.replace(record, run=run, course=kept)
-
-    found = measure_branches(branched_in([moved(record) for record in records]), TOLERANCE)
-    assert [row.tokens for row in found] == [point + every // 2 for point in plan.points]
-    for row in found:
-        assert row.b_crit == pytest.approx(256.0)
-        assert (row.low, row.high, row.replicates) == (64.0, math.inf, 1)  # one replicate has no interval
-
-
 def test_the_tolerance_must_be_positive():
     with pytest.raises(UserError, match=r"tolerance = 0\.0"):
         measure_branches([], 0.0)
-    assert BranchMeasurement._field_defaults.keys() == {"replicates", "tolerance", "betas"}
