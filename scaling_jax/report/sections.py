@@ -265,7 +265,7 @@ def _three_intro(analysis: Analysis) -> str:
     how = f"Squares are B_crit from branches of one run, with 95 % intervals over {fewest} or more replicates."
     if fewest < 2:  # version 0.1 took evaluations of one branch as independent
         how = (
-            "Squares are B_crit from branches of one run. Some have a single replicate, so their interval is too narrow "
+            "Squares are B_crit from branches of one run. Some have one replicate, so their interval is too narrow "
             "or not bounded; the branch command trains more replicates."
         )
     return f"{said} {how}"

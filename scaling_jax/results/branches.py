@@ -150,7 +150,7 @@ def read_branches(workdir: Path) -> list[BranchMeasurement]:
     """
     rows, problems = _read(workdir / "branches.csv")
     if problems:
-        raise UserError(problems[0])
+        raise UserError(f"{workdir}/{problems[0]}")
     return rows
 
 
@@ -266,16 +266,16 @@ def _read(path: Path) -> tuple[list[BranchMeasurement], list[str]]:
         rows = csv.DictReader(file)
         try:
             if missing := set(_REQUIRED) - set(rows.fieldnames or ()):
-                problems.append(f"{path} lacks {', '.join(sorted(missing))}: run the same branch command again")
+                problems.append(f"{path.name} lacks {', '.join(sorted(missing))}: run the same branch command again")
                 return found, problems
             for row in rows:
                 try:
                     found.append(_read_row(row))
                 except (TypeError, ValueError) as error:
-                    where = f"{path} line {rows.line_num}"
+                    where = f"{path.name} line {rows.line_num}"
                     problems.append(f"{where} isn't a branch measurement ({error}): run the same branch command again")
         except (csv.Error, UnicodeDecodeError) as error:
-            problems.append(f"{path} isn't a table ({error}): run the same branch command again")
+            problems.append(f"{path.name} isn't a table ({error}): run the same branch command again")
     return found, problems
 
 
