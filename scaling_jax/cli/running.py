@@ -197,10 +197,13 @@ def branch(
     model: str | None = None,
     tolerance: float = 0.01,
     points: int = 8,
+    replicates: int = 4,
+    betas: Literal["run", "half-life"] = "run",
 ) -> None:
     """Measure the critical batch size along runs of a scan, by branches with larger batches (Merrill et al. 2025).
 
-    Writes branches.csv. The report then shows it beside the scan and the noise scale.
+    Writes branches.csv. The report then shows it beside the scan and the noise scale. Training takes about as many runs
+    as points times replicates times 5; the first line says how many tokens they need.
 
     Example: scaling-jax branch results/demo --batch-tokens 512
 
@@ -210,13 +213,19 @@ def branch(
       model: branch only this model; by default all models of the scan.
       tolerance: a branch keeps up if its loss is at most this much (nats per token) above the loss of the run.
       points: largest number of points per run at which branches start.
+      replicates: times that each branch, and the run itself, is trained from a point on, each time on other text; at
+        least 2. Intervals come from the spread between replicates.
+      betas: Adam's β in a branch with k times the batch. run keeps those of the run; half-life takes β^k, which keeps
+        half-lives in tokens (Marek et al. 2025).
     """
     from scaling_jax.console import commands
     from scaling_jax.results import read_results
 
     found = read_results(results)
     models = [model] if model else [subject.model.name for subject in found.scan.subjects]
-    commands.branch_on_console(found, models, batch_tokens, tolerance, most_points=points)
+    commands.branch_on_console(
+        found, models, batch_tokens, tolerance, most_points=points, replicates=replicates, betas=betas
+    )
     show(found.folder)
 
 

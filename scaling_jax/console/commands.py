@@ -22,9 +22,9 @@ from scaling_jax.io import UserError
 from scaling_jax.parallel import Sharding, is_first, together
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import stop_on_signals
-from scaling_jax.report.words import clock, ending, short
+from scaling_jax.report.words import branch_line, clock, ending, short
 from scaling_jax.results import Results, read_results
-from scaling_jax.results.branches import check_tolerance, measure_branches, write_branches
+from scaling_jax.results.branches import check_tolerance, measure_branches, planned, write_branches
 from scaling_jax.results.runs import last_noise_scale
 from scaling_jax.results.status import part_done
 from scaling_jax.scanning import Cell, Event, Experiment, relative_cost, scan
@@ -129,7 +129,7 @@ def train_on_console(
 def branch_on_console(
     results: Results, models: Sequence[str], batch_tokens: int, tolerance: float, **options: Any
 ) -> None:
-    """Trains branches of a scan's best runs, prints a line per evaluation, and writes branches.csv.
+    """Trains branches of a scan's best runs, prints a line per run and measurement, and writes branches.csv.
 
     Args:
       batch_tokens: batch size of the runs to branch; well below B_crit.
@@ -142,17 +142,22 @@ def branch_on_console(
       KeyboardInterrupt: after Ctrl-C, once the run is saved.
       SystemExit: with code 0 after SIGTERM, once the run is saved.
     """
-    console = Console()
-
-    def report(p: Progress) -> None:
-        console.print(
-            f"{p.run_id}  step {p.step:,} of {p.last_step:,}  test loss {p.test_loss:.4f}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
     check_tolerance(tolerance)
     plans = _branch_plans(results, models, batch_tokens, **options)
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    num_runs, tokens = sum(plan.num_runs for plan in plans), sum(plan.num_tokens for plan in plans)
+    say(f"{num_runs:,} runs of {short(tokens)} tokens in all; those that are done aren't trained again")
+    begun: dict[str, None] = {}
+
+    def report(p: Progress) -> None:
+        if p.step == p.last_step or p.run_id not in begun:
+            begun[p.run_id] = None
+            say(f"{len(begun):,}: {p.run_id}  step {p.step:,} of {p.last_step:,}  test loss {p.test_loss:.4f}")
+
     keep_compiled_programs()
     with stop_on_signals() as asked:
         try:
@@ -160,7 +165,12 @@ def branch_on_console(
         except Interrupted:
             _leave(console, asked.by_hand)
     trained = {record.run: record for record in read_results(results.folder).runs}
-    write_branches(results.folder, measure_branches(plans, trained, tolerance))
+    measured = measure_branches(planned(plans, trained), tolerance)
+    for m in measured:
+        say(branch_line(m))
+    if left_out := sum(len(plan.points) for plan in plans) - len(measured):
+        say(f"note: {left_out} points are left out, because the run or its branches diverged there")
+    write_branches(results.folder, measured)
 
 
 class ScanDisplay:

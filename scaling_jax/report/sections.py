@@ -272,8 +272,16 @@ def _three_intro(analysis: Analysis) -> str:
         "scale of one run, with its 95 % interval; in the table, ∞ stands for unresolved. B_crit from the start is "
         "an average over the whole way, so it lags behind."
     )
-    branches = "Squares are B_crit from branches of one run." if analysis.branches else "No branches were measured."
-    return f"{said} {branches}"
+    if not analysis.branches:
+        return f"{said} No branches were measured."
+    fewest = min(branch.replicates for branch in analysis.branches)
+    how = f"Squares are B_crit from branches of one run, with 95 % intervals over {fewest} or more replicates."
+    if fewest < 2:  # version 0.1 took evaluations of one branch as independent
+        how = (
+            "Squares are B_crit from branches of one run. Some have one replicate, so their interval is too narrow "
+            "or not bounded; the branch command trains more replicates."
+        )
+    return f"{said} {how}"
 
 
 def _spread(analysis: Analysis) -> Markup:

@@ -8,6 +8,7 @@ from scaling_jax.fitting import CriticalBatch, FormFit, JointFit, LossLaw, ScanF
 from scaling_jax.fitting.forms import MEANS_LITTLE, MEANS_LITTLE_HELD_OUT
 from scaling_jax.fitting.scan_fit import REJECTED
 from scaling_jax.results import Analysis
+from scaling_jax.results.branches import BranchMeasurement
 from scaling_jax.training import Run, RunResult
 
 _LAW_IN = {"loss": "L", "above floor": "L above a floor", "data": "D_min", "size": "N"}
@@ -49,6 +50,14 @@ def ending(run: Run, result: RunResult) -> str:
             else f"reached max_steps ({run.max_steps:,})"
         )
     return "given up: missed a deadline" if result.status == "given up" else result.status
+
+
+def branch_line(m: BranchMeasurement) -> str:
+    """B_crit at one point of a run, with its interval, or as a bound."""
+    where = f"{m.model} at {short(m.tokens)} tokens, loss {m.loss:.3f}"
+    if math.isinf(m.b_crit):
+        return f"{where}: B_crit at least {short(m.low)} tokens"
+    return f"{where}: B_crit {short(m.b_crit)} [{short(m.low)}, {short(m.high)}] tokens"
 
 
 def law_lines(fit: ScanFit, joint: JointFit | None, forms: tuple[FormFit, ...]) -> list[str]:

@@ -12,7 +12,7 @@ from scaling_jax.fitting import FormFit, JointFit, LossLaw, ScanFit, Tradeoff, f
 from scaling_jax.io import UserError
 from scaling_jax.io.files import write_json, write_rows
 from scaling_jax.io.stores import publish, working_copy
-from scaling_jax.results.branches import BranchMeasurement, Comparison, compare, read_branches
+from scaling_jax.results.branches import BranchMeasurement, Comparison, compare, find_branches
 from scaling_jax.results.measurements import (
     Measurement,
     NoiseMeasurement,
@@ -48,6 +48,7 @@ class Results:
     experiment: Experiment | None  # None if the folder holds single runs, not a scan
     runs: tuple[RunRecord, ...]
     branches: tuple[BranchMeasurement, ...] = ()
+    notes: tuple[str, ...] = ()  # for the reader: files that weren't used as they are
 
     @functools.cached_property
     def curves(self) -> dict[str, Curve]:
@@ -128,7 +129,8 @@ def read_results(folder: str | Path) -> Results:
     runs = read_runs(workdir)
     if experiment is None and not runs:
         raise UserError(f"{folder} holds no results: give a folder that `scan`, `demo` or `train` wrote")
-    return Results(workdir, experiment, runs, tuple(read_branches(workdir)))
+    branches, notes = find_branches(workdir, runs)
+    return Results(workdir, experiment, runs, tuple(branches), notes)
 
 
 def missing_cells(results: Results) -> list[Cell]:
@@ -184,7 +186,7 @@ def analyse(results: str | Path | Results) -> Analysis:
     fit = found.fit()
     sizes = {subject.model.name: subject.model.num_params for subject in found.scan.subjects}
     joint, forms = further_fits(fit, sizes)
-    notes = fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds)
+    notes = fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds) + found.notes
     analysis = Analysis(
         results=found,
         fit=fit,

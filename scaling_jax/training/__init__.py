@@ -6,7 +6,7 @@ from scaling_jax.training.loop import train
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.population import train_many
 from scaling_jax.training.records import RunResult, read_metrics, read_result, run_folder
-from scaling_jax.training.run import Deadline, LiveRamp, Recipe, Run, Stage, next_evaluation
+from scaling_jax.training.run import Deadline, LiveRamp, Recipe, Run, Skip, Stage, next_evaluation
 
 __all__ = [
     "Deadline",
@@ -17,6 +17,7 @@ __all__ = [
     "Recipe",
     "Run",
     "RunResult",
+    "Skip",
     "Stage",
     "next_evaluation",
     "read_metrics",

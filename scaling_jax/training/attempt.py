@@ -217,8 +217,8 @@ class Checkpoints:
 
 
 def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainState:
-    """The last snapshot of `parent` before the run's first ramp stage; copies the metrics up to it."""
-    branch_tokens = run.ramp[0].tokens if run.ramp else 0
+    """The last snapshot of `parent` before the run's first ramp stage or skip; copies the metrics up to it."""
+    branch_tokens = run.parted_at
     lines = [line for line in read_metrics(parent) if line.tokens <= branch_tokens]
     there = address(parent / "snapshots")
     kept = from_first([line.step for line in lines if (there / str(line.step)).exists()])

@@ -55,8 +55,8 @@ def position(run: Run, lines: Sequence[MetricsLine]) -> Position:
 def next_call(run: Run, here: Position) -> Call:
     """The next call of the compiled program.
 
-    It ends at whichever comes first: an evaluation, a snapshot, the end of a stage, a look of the live ramp, the end of
-    the run, or `steps_per_call` steps.
+    It ends at whichever comes first: an evaluation, a snapshot, a skip, the end of a stage, a look of the live ramp,
+    the end of the run, or `steps_per_call` steps.
     """
 
     def until(tokens: int | None) -> float:
@@ -73,6 +73,8 @@ def next_call(run: Run, here: Position) -> Call:
         snapshot,
         until(next_boundary(run.ramp, here.tokens)),
     ]
+    if run.skip is not None and here.tokens < run.skip.at_tokens:
+        ends.append(until(run.skip.at_tokens))
     if run.live_ramp is not None:
         ends.append(run.live_ramp.every_steps - here.step % run.live_ramp.every_steps)
     num_steps = int(min(ends))
@@ -81,7 +83,7 @@ def next_call(run: Run, here: Position) -> Call:
 
 def span(here: Position, call: Call) -> Span:
     """The call's steps as a span of training examples."""
-    return Span(here.tokens // here.now.model.context, call.num_steps, here.now.batch_sequences)
+    return Span(here.now.text_read(here.tokens) // here.now.model.context, call.num_steps, here.now.batch_sequences)
 
 
 def steps_left(run: Run, here: Position) -> int:

@@ -50,8 +50,8 @@ def train(
         run is: a run may be continued with another sharding, and then differs by rounding only.
       keep_checkpoint: keep the last state on disk when the run is done.
       checkpoint_seconds: time between checkpoints.
-      branch_of: a finished run in `workdir` that is the same up to the first stage of this run's ramp. Training starts
-        from the state that it kept there (`Run.snapshot_tokens`).
+      branch_of: a finished run in `workdir` that is the same up to the first stage of this run's ramp, or its skip.
+        Training starts from the state that it kept there (`Run.snapshot_tokens`).
       should_stop: called after every call of the compiled program. If it returns True in any process, all processes
         save the state and raise `Interrupted`.
       on_progress: called after each evaluation, in the first process only.

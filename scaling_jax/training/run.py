@@ -1,7 +1,7 @@
 """The configuration of a training run: every value that its results depend on, and batch ramps.
 
-When the batch grows by a factor k, the learning rate grows by √k (Malladi et al. 2022, arXiv 2205.10287). Adam's β
-become β^k, so their half-lives in tokens stay the same (Marek et al. 2025, arXiv 2507.07101).
+When the batch grows by a factor k, the learning rate grows by √k (Malladi et al. 2022, arXiv 2205.10287). By default,
+Adam's β become β^k, so their half-lives in tokens stay the same (Marek et al. 2025, arXiv 2507.07101); see `Run.betas`.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ from scaling_jax.training.optimizers import OptimizerConfig
 
 Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+Betas = Literal["half-life", "run"]
+BETAS: tuple[Betas, ...] = get_args(Betas)
 
 _MOST_BATCH_TOKENS = 2**31  # ten times the largest batches in use; a typing error shouldn't fill the memory
 
@@ -29,6 +31,20 @@ class Stage:
     tokens: int  # the stage starts at the first step that has processed this many tokens
     batch_tokens: int
     learning_rate_factor: float = 1.0  # times the run's learning rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """A jump in the order of the training text. So runs that start from one state read other text."""
+
+    at_tokens: int  # the jump is at the first step that has processed this many tokens
+    tokens: int  # length of the text that is left out
+
+    def __post_init__(self):
+        if self.at_tokens < 0 or self.tokens < 1:
+            raise UserError(
+                f"skip.at_tokens = {self.at_tokens} must be 0 or more, skip.tokens = {self.tokens} 1 or more"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +142,8 @@ class Run(Recipe):
     max_tokens: int | None = None
     deadlines: tuple[Deadline, ...] = ()
     snapshot_tokens: tuple[int, ...] = ()  # keep the state at the first step that has processed this many tokens
+    betas: Betas = "half-life"  # when the batch grows by k: Adam's β become β^k ("half-life"), or stay ("run")
+    skip: Skip | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,6 +158,12 @@ class Run(Recipe):
             raise UserError("give exactly one of max_steps and max_tokens")
         if self.ramp and self.live_ramp:
             raise UserError("give a ramp or a live_ramp, not both")
+        if self.betas not in BETAS:
+            raise UserError(f"betas = {self.betas!r}: choose from {', '.join(BETAS)}")
+        if self.skip is not None and self.skip.tokens % self.model.context:
+            raise UserError(
+                f"skip.tokens = {self.skip.tokens:,} must be whole sequences of {self.model.context} tokens"
+            )
         check_stages(self.batch_tokens, self.ramp)
         for batch_tokens in (self.batch_tokens, *(stage.batch_tokens for stage in self.ramp)):
             _check_whole_sequences(batch_tokens, self.model.context)
@@ -169,9 +193,19 @@ class Run(Recipe):
         assert self.max_tokens is not None
         return max((self.max_tokens - tokens) // batch_tokens, 1 - step)
 
+    def text_read(self, tokens: int) -> int:
+        """Where the next step reads in the order of the text, after `tokens` processed tokens; in tokens."""
+        return tokens + (self.skip.tokens if self.skip is not None and tokens >= self.skip.at_tokens else 0)
+
+    @property
+    def parted_at(self) -> int:
+        """Tokens up to which the run is the same without its ramp and skip; 0 if it has neither."""
+        starts = [self.ramp[0].tokens] if self.ramp else []
+        return min([*starts, *([self.skip.at_tokens] if self.skip is not None else [])], default=0)
+
     def at(self, stage: Stage) -> "Run":
-        """The run with the batch size and learning rate of a stage, and with β's for that batch size."""
-        growth = stage.batch_tokens / self.batch_tokens
+        """The run with the batch size and learning rate of a stage, and with the β's there."""
+        growth = stage.batch_tokens / self.batch_tokens if self.betas == "half-life" else 1.0
         return dataclasses.replace(
             self,
             batch_tokens=stage.batch_tokens,

@@ -98,7 +98,7 @@ def test_what_is_no_hyperbola_is_said_and_its_law_has_a_shape():
     assert any("no hyperbola (p < 0.05) at" in note for note in fit.notes)
     assert fit.law.exponent_interval[0] < -4.8 < fit.law.exponent_interval[1]
     np.testing.assert_allclose(fit.law.shapes, (0.5, 1.0), atol=0.15)
-    assert fit.rows_of_law(columns) == {}
+    assert fit.table_of_law is None
     for point in fit.points:
         shape = point.tradeoff.shape
         assert (point.b_crit, point.b_crit_interval) == (shape.b_half, shape.b_half_interval)
@@ -107,12 +107,12 @@ def test_what_is_no_hyperbola_is_said_and_its_law_has_a_shape():
 
 
 def test_hyperbolas_keep_their_own_numbers_and_law():
-    fit = fit_scan(**(columns := Planted().columns(np.random.default_rng(1))), resamples=50)
+    fit = fit_scan(**Planted().columns(np.random.default_rng(1)), resamples=50)
     assert fit.shape_p >= 0.05
     assert fit.law.shapes is None
     assert all(point.b_crit == point.tradeoff.b_crit for point in fit.points)
-    kept = fit.rows_of_law(columns)
-    assert set(zip(kept["model"], kept["target_loss"], strict=True)) == {
+    kept = fit.table_of_law
+    assert set(zip(kept.models, kept.losses.tolist(), strict=True)) == {
         (point.model, point.loss) for point in fit.points if point.in_law
     }
 
@@ -121,7 +121,7 @@ def test_u_shaped_tokens_are_said_first_and_have_no_law():
     fit = fit_scan(**bent(Planted(noise=0.03).columns(np.random.default_rng(0)), 1.5, 1.5), resamples=50)
     assert "tokens are U-shaped at 1" in fit.notes[0]
     assert fit.law is None
-    assert fit.rows_of_law({"model": [], "target_loss": []}) == {}
+    assert fit.table_of_law is None
 
 
 @pytest.mark.parametrize("seed", range(3))

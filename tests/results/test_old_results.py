@@ -4,6 +4,7 @@ import ast
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,10 +19,8 @@ import scaling_jax
 from scaling_jax.data import Corpus
 from scaling_jax.io import UserError
 from scaling_jax.results import analyse, read_results
-from scaling_jax.results.branches import measure_branches, write_branches
 from scaling_jax.results.status import read_status
 from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, scan
-from scaling_jax.scanning.branches import plan_branches
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.plan import plan_scan
 from scaling_jax.scanning.records import read_search
@@ -61,7 +60,7 @@ def taken_away(folder, names=DERIVED):
 
 
 def check_as_before(folder, before):
-    """The same bytes. But noise scales have no lower end below 0 any more, and fit.json says more."""
+    """The same bytes. But noise scales have no lower end below 0 any more, and fit.json says more, also on branches."""
     now = {name: (folder / name).read_bytes() for name in before}
     assert now.keys() == before.keys()
     for name in now:
@@ -71,7 +70,18 @@ def check_as_before(folder, before):
                 row["low"] = "0" if float(row["low"]) < 0 else row["low"]
             assert rows == old_rows
         elif name == "fit.json":
-            check_holds(json.loads(now[name]), json.loads(before[name]))
+            values = json.loads(now[name])
+            old_values = json.loads(before[name])
+            del old_values["noise_scale_over_b_crit"]  # now compared with the local B_crit
+            values["notes"] = [
+                note for note in values["notes"] if "branches.csv" not in note and "local B_crit" not in note
+            ]
+            check_holds(values, old_values)
+        elif name == "three_measurements.csv":
+            rows, old_rows = (list(csv.DictReader(x[name].decode().splitlines())) for x in (now, before))
+            known = {(row["model"], row["loss"]): row for row in rows}
+            for old in old_rows:  # in new ones, each has a local B_crit too, and rows that have nothing else
+                assert known[old["model"], old["loss"]].items() >= old.items()
         else:
             assert now[name] == before[name]
 
@@ -142,12 +152,22 @@ def test_a_larger_scan_lacks_its_new_cells_alone(old):
     assert lacking == set(larger.cells) - set(EXPERIMENT.cells)
 
 
-def test_its_branches_are_measured_to_the_same_bytes(old):
-    before = taken_away(old / "small", ["branches.csv"])
+def test_its_branches_are_measured_again_where_it_measured_nothing(old):
+    """It started some branches between evaluations of the run, and wrote the run's batch size as B_crit there."""
+    with (old / "small" / "branches.csv").open() as file:
+        before = [{name: float(row[name]) for name in row if name != "model"} for row in csv.DictReader(file)]
     results = read_results(old / "small")
-    plans = [plan_branches(cell.best, most_points=3) for cell in results.cells if cell.batch_tokens == 256]
-    write_branches(old / "small", measure_branches(plans, {record.run: record for record in results.runs}, 0.01))
-    assert (old / "small" / "branches.csv").read_bytes() == before["branches.csv"]
+    (note,) = results.notes
+    assert "branches.csv line 3 " in note
+    nothing = [row["b_crit"] == row["low"] == row["high"] == row["batch_tokens"] for row in before]
+    assert sum(nothing) == 2
+    for found, row, new in zip(results.branches, before, nothing, strict=True):
+        assert (found.seed, found.tokens, found.replicates) == (row["seed"], row["tokens"], 1)
+        assert (found.low, found.high) == (256.0, math.inf)  # one replicate has no interval
+        if new:
+            assert 400 < found.b_crit < 600
+        else:
+            assert (found.b_crit, found.loss) == pytest.approx((row["b_crit"], row["loss"]))
 
 
 def text(manifest):

@@ -5,9 +5,20 @@ import jax
 import numpy as np
 import pytest
 
+from scaling_jax.data.feeding import Feeder
 from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig
-from scaling_jax.training import Interrupted, OptimizerConfig, Run, Stage, read_metrics, read_result, run_folder, train
+from scaling_jax.training import (
+    Interrupted,
+    OptimizerConfig,
+    Run,
+    Skip,
+    Stage,
+    read_metrics,
+    read_result,
+    run_folder,
+    train,
+)
 from scaling_jax.training.records import read_run_config
 
 RUN = Run(
@@ -143,6 +154,8 @@ def test_evaluations_lie_in_the_given_ratio_and_calls_are_no_longer_than_asked(t
         ({"max_tokens": 1}, "one of max_steps and max_tokens"),
         ({"learning_rate": 0.0}, "learning_rate = 0.0 .*positive"),
         ({"eval_growth": 1.0}, "eval_growth = 1.0"),
+        ({"betas": "fixed"}, "betas = 'fixed'.*half-life, run"),
+        ({"skip": Skip(0, 20)}, "skip.tokens = 20 .*sequences of 16 tokens"),
     ],
 )
 def test_impossible_runs_are_refused_with_what_to_change(changes, message):
@@ -166,6 +179,62 @@ def test_a_branch_continues_its_parent_bit_for_bit(tmp_path, corpus):
         of_branched, of_whole = (np.concatenate([getattr(x, key) for x in lines]) for lines in (branched, whole))
         np.testing.assert_array_equal(of_branched, of_whole, err_msg=key)
     assert branched[-1].json() == whole[-1].json()
+
+
+@pytest.mark.parametrize("ramp", [(), (Stage(1_024, 256, 2.0),)])
+def test_a_replicate_starts_from_the_same_state_and_reads_other_text(ramp, tmp_path, corpus, monkeypatch):
+    """From a kept state, and interrupted, it is the run that would have come out with its skip from the first step."""
+    parent = dataclasses.replace(RUN, snapshot_tokens=(1_024,))
+    replicate = dataclasses.replace(RUN, max_steps=40, ramp=ramp, skip=Skip(1_024, 512))
+    train(parent, tmp_path / "branched", corpus=corpus, num_devices=1)
+    answers = iter([False, True])
+    with pytest.raises(Interrupted):
+        train(
+            replicate,
+            tmp_path / "branched",
+            corpus=corpus,
+            num_devices=1,
+            branch_of=parent,
+            should_stop=lambda: next(answers),
+        )
+    train(replicate, tmp_path / "branched", corpus=corpus, num_devices=1, branch_of=parent)
+    read = []
+    batches = Feeder.batches
+    monkeypatch.setattr(Feeder, "batches", lambda self, span: read.append(span) or batches(self, span))
+    train(replicate, tmp_path / "whole", corpus=corpus, num_devices=1)
+    branched, whole = (read_metrics(folder_of(tmp_path / w, replicate)) for w in ("branched", "whole"))
+    for key in ("train_loss", "big_sq_norm"):
+        of_branched, of_whole = (np.concatenate([getattr(x, key) for x in lines]) for lines in (branched, whole))
+        np.testing.assert_array_equal(of_branched, of_whole, err_msg=key)
+    assert branched[-1].json() == whole[-1].json()
+    gaps = [
+        after.examples_seen - before.examples_seen - before.num_steps * before.batch_sequences
+        for before, after in itertools.pairwise(read)
+    ]
+    assert sum(gaps) == max(gaps) == 512 // RUN.model.context  # one jump
+    (jump,) = [span.examples_seen for gap, span in zip(gaps, read[1:], strict=True) if gap]
+    assert jump == (1_024 + 512) // RUN.model.context
+    straight = dataclasses.replace(replicate, skip=None)
+    train(straight, tmp_path / "whole", corpus=corpus, num_devices=1)
+    ours, theirs = (
+        np.concatenate([line.train_loss for line in lines])
+        for lines in (whole, read_metrics(folder_of(tmp_path / "whole", straight)))
+    )
+    np.testing.assert_array_equal(ours[:16], theirs[:16])
+    assert not np.any(ours[16:] == theirs[16:])
+
+
+def test_betas_of_a_stage_are_half_lives_or_those_of_the_run():
+    ramped = dataclasses.replace(RUN, ramp=(Stage(2_000, 256, 2.0),))
+    assert ramped.at(ramped.ramp[0]).optimizer.beta2 == pytest.approx(0.98**4)
+    kept = dataclasses.replace(ramped, betas="run")
+    assert kept.at(kept.ramp[0]).optimizer == RUN.optimizer
+    assert kept.run_id != ramped.run_id
+
+
+def test_ids_are_those_of_before_skips_and_choices_of_betas():
+    assert dataclasses.replace(RUN, ramp=(Stage(2_000, 256, 2.0),)).run_id == "1x16-b64-lr1.00e-2-s0-8da1845ea66f"
+    assert RUN.run_id == "1x16-b64-lr1.00e-2-s0-b5faf85212b5"
 
 
 def test_a_branch_of_a_run_that_kept_no_state_is_refused(tmp_path, corpus):
