@@ -189,7 +189,9 @@ def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[
         scales = [m.b_simple if m.resolved else math.inf for m in near(noise)]
         low, middle, high = np.quantile(scales, (0.25, 0.5, 0.75), method="nearest") if scales else (math.nan,) * 3
         here = near(branches)
-        from_branches = [float(np.median([getattr(m, name) for m in here])) if here else math.nan for name in _ENDS]
+        branches_b_crit, branches_low, branches_high = (
+            float(np.median([getattr(m, name) for m in here])) if here else math.nan for name in _ENDS
+        )
         rows.append(
             Comparison(
                 point.model,
@@ -198,7 +200,9 @@ def compare(fit: ScanFit, noise: Sequence[NoiseMeasurement], branches: Sequence[
                 float(middle),
                 float(low),
                 float(high),
-                *from_branches,
+                branches_b_crit,
+                branches_low,
+                branches_high,
                 point.local_b_crit,
                 *point.local_b_crit_interval,
             )

@@ -25,7 +25,7 @@ from scaling_jax.training.records import course
 from tests.made_up_scan import evaluated_lines, write_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-CHARTS = 2 + 7 * 2  # two of all models, seven of each of two models
+CHARTS = 3 + 7 * 2  # three of all models, seven of each of two models
 HOSTILE = '"/><script>alert(1)</script>&$x$'
 
 
