@@ -32,13 +32,14 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 
 @app.command
-def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
+def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: bool = False) -> None:
     """Fit critical batch sizes and their law to a finished scan, or to your own table. Writes fit.json.
 
     Example: scaling-jax fit mine.csv
 
     Args:
       results: the folder of a finished scan, or a CSV with columns model, batch_tokens, target_loss, steps.
+      above_minimum: where a table's tokens are U-shaped over batch sizes, fit the batches above the minimum.
       json: print fit.json instead of a table.
     """
     from rich.console import Console
@@ -52,10 +53,12 @@ def fit(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     if results.suffix == ".csv" and not results.exists():
         raise UserError(f"there is no table {results}: give the path of a CSV file")
     if results.is_file():
-        found = fit_table(results)
+        found = fit_table(results, above_minimum=above_minimum)
         written = write_fit(found)
         table = print_fit(found, written)
     else:
+        if above_minimum:
+            raise UserError(f"--above-minimum is for tables: give {results / 'measurements.csv'}")
         analysis = analyse(results)
         written = results / "fit.json"
         table = summary(analysis)

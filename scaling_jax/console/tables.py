@@ -36,10 +36,12 @@ def print_fit(found: TableFit, written: Path) -> Rows:
     for point in found.fit.points:
         t = point.tradeoff
         s_min, e_min, b_crit, cbs20 = (
-            "–" if t.one_sided else short(value) for value in (t.s_min, t.e_min, point.b_crit, t.cbs20)
+            "–" if t.one_sided or t.shape.u_shaped else short(value)
+            for value in (t.s_min, t.e_min, point.b_crit, t.cbs20)
         )
-        flags = ["one-sided"] * t.one_sided + [f"{point.not_reached} not reached"] * bool(point.not_reached)
-        interval = "–".join(short(end) for end in point.b_crit_interval)
+        flags = [f"B_opt {short(t.shape.b_opt)}"] * t.shape.u_shaped
+        flags += ["one-sided"] * t.one_sided + [f"{point.not_reached} not reached"] * bool(point.not_reached)
+        interval = "–" if t.shape.u_shaped else "–".join(short(end) for end in point.b_crit_interval)
         table.add_row(point.model, f"{point.loss:.4g}", s_min, e_min, b_crit, interval, cbs20, ", ".join(flags))
     lines = [
         *law_lines(found.fit, found.joint, found.forms),

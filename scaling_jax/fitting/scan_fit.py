@@ -111,6 +111,7 @@ def fit_scan(
     run=None,
     steps_tried=None,
     offset_steps=None,
+    above_minimum: bool = False,
     confidence: float = 0.95,
     resamples: int | None = None,
     seed: int = 0,
@@ -127,6 +128,7 @@ def fit_scan(
         more steps. Used only where `steps` is NaN; None or NaN if unknown.
       offset_steps: `[rows]`, S_0: steps that a run lost before the trade-off, as by a warm-up. They are taken out of
         `steps` and `steps_tried`, so B_crit is E_min/S_min and not E_min/(S_min + S_0). None: 0.
+      above_minimum: where tokens are U-shaped, fit the batches above the minimum, B_opt, instead of none.
       confidence: of all intervals.
       resamples: number of resamples for the law's intervals; None takes 4,000, and down to 1,000 for large tables.
       seed: of the resamples; the same seed gives the same result.
@@ -136,6 +138,10 @@ def fit_scan(
     """
     table = scan_table(model, batch_tokens, target_loss, steps, run, steps_tried, offset_steps)
     fit = _fit(table, confidence, resamples, seed)
+    if above_minimum and (upper := _above_minimum(fit)) is not None:
+        of_all = tuple(note for note in fit.notes if "U-shaped" in note)
+        table, fit = upper, _fit(upper, confidence, resamples, seed)
+        fit = dataclasses.replace(fit, notes=(*of_all, "fitted to the batches above that minimum", *fit.notes))
     windows = local_table(table)
     if not (windows.num_batches >= 3).any():
         return fit
@@ -250,6 +256,16 @@ def _interpolated(x, known_x, known_y) -> np.ndarray:
     return np.where((share >= 0) & (share <= 1), between, np.nan)
 
 
+def _above_minimum(fit: ScanFit) -> ScanTable | None:
+    """The table without the batches below B_opt where tokens are U-shaped; None if they nowhere are."""
+    bent = _bent(fit.table.models, [point.tradeoff.shape for point in fit.points])
+    if not bent.any():
+        return None
+    b_opt = np.where(bent, [point.tradeoff.shape.b_opt for point in fit.points], 0.0)
+    above = np.exp(fit.table.log_batch) >= b_opt[:, None]
+    return fit.table._replace(mask=fit.table.mask & above, bound=fit.table.bound & above)
+
+
 def _bent(models: tuple[str, ...], shapes: list[Shape]) -> np.ndarray:
     """True for the losses with U-shaped tokens, where there are many of them: one alone may be chance."""
     bent = np.array([shape.u_shaped for shape in shapes], bool)
@@ -271,7 +287,8 @@ def _of_shapes(points: list[CriticalBatch], bent: np.ndarray) -> list[str]:
             b_opt = sorted(point.tradeoff.shape.b_opt for point in curved)
             notes.append(
                 f"model {model}: tokens are U-shaped at {_losses(curved, own)}: fewest at {b_opt[0]:.3g} to "
-                f"{b_opt[-1]:.3g} tokens a batch, more with smaller ones. So there is no B_crit; left out of the law"
+                f"{b_opt[-1]:.3g} tokens a batch, more with smaller ones. So there is B_opt and no B_crit; left out of "
+                "the law"
             )
         rejected = [point for point in own if point.tradeoff.shape_p < REJECTED and point not in curved]
         if rejected and rejected[0].free_shape:

@@ -45,6 +45,7 @@ class Shape(NamedTuple):
     end_slopes: tuple[float, float]  # at the smallest and the largest batch
     end_slope_errors: tuple[float, float]  # standard errors
     b_opt: float  # with the fewest tokens; 0 if tokens fall towards the smallest batches
+    b_opt_interval: tuple[float, float]  # by the delta method in logs; 0 and infinity where a may be 1
     u_shaped: bool  # True if the smallest batch takes significantly more tokens than one inside
 
     def steps_at(self, batch_tokens):
@@ -73,6 +74,7 @@ def fit_shapes(log_batch, log_steps, mask, confidence: float = 0.95) -> list[Sha
     lowest, highest = rows.smallest - REACH, rows.largest + REACH
     low, high = rows.ends(best.log_b_half, (lowest, highest), lambda x: rows.deviance(rows.loss_at(x)), allowed)
     slopes, errors = rows.end_slopes(log_a, best)
+    reach = rows.error_of_b_opt(log_a, best) * special.stdtrit(rows.freedom, 0.5 + confidence / 2)
     u_shaped = (slopes[0] + special.stdtrit(rows.freedom, 0.5 + confidence / 2) * errors[0] < -1) & (
         rows.freedom_left > 0
     )
@@ -94,6 +96,7 @@ def fit_shapes(log_batch, log_steps, mask, confidence: float = 0.95) -> list[Sha
             end_slopes=(float(slopes[0][g]), float(slopes[1][g])),
             end_slope_errors=(float(errors[0][g]), float(errors[1][g])),
             b_opt=float(b_opt[g]),
+            b_opt_interval=_around(float(b_opt[g]), float(reach[g])),
             u_shaped=bool(u_shaped[g] and b_opt[g] > 0),
         )
         for g in range(len(mask))
@@ -216,6 +219,15 @@ class _Rows:
         _, share = log_overhead(a * fits.log_b_half[..., None], a * self.log_batch)
         return np.stack([np.ones_like(share), a * share, a * share * distance], -1) * self.points[..., None]
 
+    def error_of_b_opt(self, log_a, fits: _Fits) -> np.ndarray:
+        """Standard error `[G]` of log B_opt = log B_half + log(a - 1)/a; infinite for a up to 1."""
+        a = np.exp(log_a)
+        above = np.maximum(a - 1, 1e-12)
+        gradient = np.stack([0 * a, 1 + 0 * a, 1 / above - np.log(above) / a], -1)
+        covariance = _inverse(self.columns(log_a, fits)) * self.variance[:, None, None]
+        error = np.sqrt(np.maximum(np.einsum("gi,gij,gj->g", gradient, covariance, gradient), 0.0))
+        return np.where(a > 1, error, np.inf)
+
     def end_slopes(self, log_a, fits: _Fits) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """d log S/d log B at the smallest and the largest batch, and standard errors by the delta method."""
         covariance = _inverse(self.columns(log_a, fits)) * self.variance[:, None, None]
@@ -229,6 +241,12 @@ class _Rows:
             slopes.append(-a_flat * share)
             errors.append(np.sqrt(np.einsum("gi,gij,gj->g", gradient, covariance, gradient)))
         return slopes, errors
+
+
+def _around(value: float, reach: float) -> tuple[float, float]:
+    if not value > 0 or not reach < 50:
+        return 0.0, np.inf
+    return float(value * np.exp(-reach)), float(value * np.exp(reach))
 
 
 def p_of_hyperbolas(table: ScanTable) -> float:

@@ -151,7 +151,8 @@ def fits_table(analysis: Analysis) -> Markup:
     for p in analysis.fit.points:
         t = p.tradeoff
         flags = ["one-sided"] * t.one_sided + ["not in the law"] * (not p.in_law)
-        flags += ["U-shaped"] * t.shape.u_shaped
+        b_opt, b_opt_interval = tokens(t.shape.b_opt), _interval(*t.shape.b_opt_interval)
+        flags += [f"U-shaped: B_opt {b_opt}, {b_opt_interval} tokens"] * t.shape.u_shaped
         flags += [f"{p.not_reached} runs ended above the loss"] * bool(p.not_reached)
         values = (t.s_min, t.e_min, p.b_crit)
         interval = _interval(*p.b_crit_interval)

@@ -86,15 +86,17 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} line {rows.line_num} isn't CSV ({error}): correct this line") from None
 
 
-def fit_table(path: Path, *, laws: bool = True) -> TableFit:
+def fit_table(path: Path, *, laws: bool = True, above_minimum: bool = False) -> TableFit:
     """Reads and fits a CSV table (see `read_table`). Without `laws`, leaves out the joint fit and the other forms.
+
+    `above_minimum` is that of `fit_scan`.
 
     Raises:
       UserError: if the table has a mistake. Names the line and the column.
     """
     table = read_table(path)
     try:
-        fit = fit_scan(**table.columns)
+        fit = fit_scan(**table.columns, above_minimum=above_minimum)
         joint, forms = further_fits(fit, table.num_params) if laws else (None, ())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

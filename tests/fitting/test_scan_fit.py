@@ -230,3 +230,25 @@ def test_variants_of_the_planted_scan_share_their_law():
         errors = dataclasses.replace(planted, kind=kind).errors(np.random.default_rng(0), (2, 7, 400, 14))
         np.testing.assert_allclose(errors.std(), 0.05, rtol=0.15)
     np.testing.assert_allclose(planted.b_crit(np.sqrt(np.prod(planted.loss_range))), planted.b_crit_middle)
+
+
+def test_a_known_offset_is_taken_out():
+    """15 steps that every run lost before the trade-off. Not taken out, they would make B_crit too small."""
+    columns = Planted(noise=0.0).columns(np.random.default_rng(0))
+    late = columns | {"steps": columns["steps"] + 15.0}
+    offset = np.full(len(columns["steps"]), 15.0)
+    fit, known, unknown = (
+        fit_scan(**values, resamples=20) for values in (columns, late | {"offset_steps": offset}, late)
+    )
+    for a, b, c in zip(fit.points, known.points, unknown.points, strict=True):
+        np.testing.assert_allclose((b.s_min, b.b_crit), (a.s_min, a.b_crit), rtol=1e-6)
+        np.testing.assert_allclose(c.b_crit, a.b_crit / (1 + 15 / a.s_min), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("offset", "said"), [(-1.0, "at least 0"), (1e9, "below the steps"), (np.nan, "at least 0")])
+def test_an_impossible_offset_names_its_row(offset, said):
+    columns = Planted().columns(np.random.default_rng(0))
+    offsets = np.zeros(len(columns["steps"]))
+    offsets[3] = offset
+    with pytest.raises(ValueError, match=f"row 3: offset_steps .*{said}"):
+        fit_scan(**columns, offset_steps=offsets)

@@ -157,3 +157,26 @@ def test_runs_far_from_any_trade_off_give_numbers_without_a_warning(steps):
     fit = fit_scan(**columns | {"steps": steps(columns["batch_tokens"])}, resamples=20)
     assert len(fit.points) == 14
     assert fit.law is None or np.isfinite(fit.law.exponent)
+
+
+def test_b_opt_is_covered():
+    found = shapes(1.5, noise=0.05, count=400)
+    truth = 2_000 * 0.5 ** (1 / 1.5)
+    covered = np.mean([low <= truth <= high for low, high in (x.b_opt_interval for x in found)])
+    assert 0.91 < covered < 0.985
+    assert shapes(0.9)[0].b_opt_interval == (0.0, np.inf)
+
+
+def test_above_the_minimum_a_hyperbola_is_fitted_on_request():
+    """The batches below B_opt need twice the tokens; the others are a hyperbola."""
+    columns = Planted(noise=0.01, batches=tuple(256 * 2**i for i in range(9))).columns(np.random.default_rng(0))
+    small = columns["batch_tokens"] < 1_024
+    bad = columns | {"steps": columns["steps"] * np.where(small, (1_024 / columns["batch_tokens"]) ** 1.5, 1.0)}
+    assert fit_scan(**bad, resamples=20).law is None
+    fit = fit_scan(**bad, above_minimum=True, resamples=200)
+    assert "U-shaped" in fit.notes[0]
+    assert "fitted to the batches above that minimum" in fit.notes
+    for point in fit.points:
+        assert point.tradeoff.batch_tokens.min() >= 512
+    low, high = fit.law.exponent_interval
+    assert low - 0.5 < -4.8 < high + 0.5
