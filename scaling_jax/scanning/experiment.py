@@ -71,7 +71,7 @@ class Cell(NamedTuple):
 class Experiment(Recipe):
     """A scan: every model at every batch size and seed, each at its best learning rate. A run serves all target losses.
 
-    `Recipe` has the settings that all runs share.
+    `Recipe` has the settings that all runs share. Unlike a `Run`, a scan has no warm-up unless it asks for one.
     """
 
     name: str
@@ -79,6 +79,8 @@ class Experiment(Recipe):
     batch_tokens: tuple[int, ...]
     max_tokens: int  # a run ends here if it hasn't reached the lowest target
     seeds: tuple[int, ...] = (0,)
+    # Steps of a warm-up come before the trade-off and make B_crit too small.
+    warmup_steps: int | None = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
