@@ -18,6 +18,7 @@ from scaling_jax.results.measurements import (
     NoiseMeasurement,
     SeedSpread,
     columns,
+    few_steps_notes,
     measure,
     measure_noise,
     measure_spread,
@@ -186,7 +187,12 @@ def analyse(results: str | Path | Results) -> Analysis:
     analysis = Analysis(
         results=found,
         fit=fit,
-        notes=fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds),
+        notes=(
+            *fit.notes,
+            *few_steps_notes(fit.points),
+            *measurement_notes(found.measurements),
+            *seed_notes(found.seeds),
+        ),
         joint=fit_joint(**used) if used else None,
         forms=compare_forms(**used, num_params=sizes) if used else (),
         comparison=tuple(compare(fit, found.noise_scale, found.branches)),

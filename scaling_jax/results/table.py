@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, compare_forms, fit_joint, fit_scan
 from scaling_jax.io import UserError
 from scaling_jax.io.files import write_json
+from scaling_jax.results.measurements import few_steps_notes
 from scaling_jax.results.results import fit_as_json
 
 NAMES = {
@@ -100,7 +101,7 @@ def fit_table(path: Path, *, laws: bool = True) -> TableFit:
         forms = compare_forms(**used, num_params=table.num_params) if used else ()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    return TableFit(table, fit, joint, forms, table.notes + fit.notes)
+    return TableFit(table, fit, joint, forms, table.notes + fit.notes + few_steps_notes(fit.points))
 
 
 def write_fit(found: TableFit) -> Path:

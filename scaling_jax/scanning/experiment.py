@@ -8,6 +8,8 @@ from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig, model_config
 from scaling_jax.training import Deadline, Recipe, Run
 
+FEWEST_STEPS = 100  # to a target with very large batches; below, warm-up, first evaluations and rounding weigh
+
 
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
@@ -168,9 +170,9 @@ DEMO = Experiment(
 QUICK = Experiment(
     name="quick-demo",
     subjects=(
-        Subject(model_config("1x16"), log_spaced(2.9, 2.6, 6), LearningRates(1.6e-2, 2_048, most=3)),
-        Subject(model_config("1x32"), log_spaced(2.9, 2.5, 7), LearningRates(8e-3, 2_048, most=3)),
+        Subject(model_config("1x16"), log_spaced(2.8, 2.5, 6), LearningRates(1.6e-2, 2_048, most=3)),
+        Subject(model_config("1x32"), log_spaced(2.7, 2.4, 7), LearningRates(8e-3, 2_048, most=3)),
     ),
-    batch_tokens=powers_of_two(128, 2_048),
-    max_tokens=1_000_000,
+    batch_tokens=powers_of_two(128, 8_192),
+    max_tokens=1_500_000,
 )

@@ -78,7 +78,7 @@ def check_as_before(folder, before):
 
 
 def check_holds(values, old_values):
-    """All old values are there, at the same place."""
+    """All old values are there, at the same place; sentences are there among new ones."""
     if isinstance(old_values, dict):
         for name, old in old_values.items():
             check_holds(values[name], old)
@@ -86,6 +86,8 @@ def check_holds(values, old_values):
         assert len(values) == len(old_values)
         for value, old in zip(values, old_values, strict=True):
             check_holds(value, old)
+    elif isinstance(old_values, list) and old_values and isinstance(old_values[0], str):
+        assert [value for value in values if value in old_values] == old_values
     else:
         assert values == old_values
 
