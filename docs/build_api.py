@@ -9,6 +9,7 @@ A test fails while api.md is older than the docstrings.
 import ast
 import importlib
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator
@@ -79,18 +80,18 @@ def _entry(name: str, thing: Any) -> str:
 
 def _class_parts(cls: type) -> Iterator[str]:
     """Its fields as they stand in the source, comments and all; then its public methods. Both with those inherited."""
-    fields: list[str] = []
+    fields: dict[str, list[str]] = {}  # a class may give an inherited field another default
     methods: list[str] = []
     for base in (x for x in reversed(cls.__mro__) if x.__module__.startswith("scaling_jax")):
         node, source = _parse(base)
         assert isinstance(node, ast.ClassDef)
         for part in node.body:
             if isinstance(part, ast.AnnAssign):
-                fields += source.splitlines()[part.lineno - 1 : part.end_lineno]
+                fields[ast.unparse(part.target)] = source.splitlines()[part.lineno - 1 : part.end_lineno]
             elif isinstance(part, ast.FunctionDef):
                 methods += _method(part, source)
     if fields:
-        yield "```python\n" + textwrap.dedent("\n".join(fields)) + "\n```\n"
+        yield "```python\n" + textwrap.dedent("\n".join(itertools.chain(*fields.values()))) + "\n```\n"
     yield from methods
 
 

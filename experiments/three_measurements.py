@@ -23,7 +23,7 @@ from scaling_jax.results import read_results
 from scaling_jax.scanning.experiment import DEMO
 
 SEEDS = (0,)
-EXPERIMENT = dataclasses.replace(DEMO, name="three-measurements", seeds=SEEDS)
+EXPERIMENT = dataclasses.replace(DEMO, name="three-measurements", seeds=SEEDS, warmup_steps=10)  # as what came out
 BRANCHED_BATCH_TOKENS = 128
 FACTORS = (2, 4, 8, 16, 32)
 REPLICATES = 4  # of each branch, and of the run itself from each point on

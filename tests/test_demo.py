@@ -64,7 +64,7 @@ def test_measurements_are_steps_that_its_runs_took(undisturbed):
     results, _ = undisturbed
     with (results / "measurements.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 * (6 + 7)
+    assert len(rows) == 7 * (6 + 7)
     for row in rows:
         assert 1 <= float(row["steps"]) <= int(row["steps_tried"])
         assert math.isclose(float(row["tokens"]), float(row["steps"]) * int(row["batch_tokens"]), rel_tol=1e-8)

@@ -17,8 +17,10 @@ from scaling_jax.compile.ahead_of_time import CompiledBatch, Executable
 from scaling_jax.compile.topologies import Topology
 from scaling_jax.report.words import clock, duration, law_lines, short
 from scaling_jax.results import Analysis
+from scaling_jax.results.measurements import some_losses
 from scaling_jax.results.status import Status
 from scaling_jax.results.table import TableFit
+from scaling_jax.scanning.experiment import FEWEST_STEPS
 from scaling_jax.scanning.plan import EFFICIENCY, ScanPlan
 from scaling_jax.training import Stage
 
@@ -102,7 +104,15 @@ def plan_table(plan: ScanPlan) -> Rows:
         "at most: if every learning rate is tried and trains to max_tokens; most runs end earlier, at their targets: "
         "the demo needs 1/30 of its upper limit",
         f"memory for one batch size at a time: {plan.bytes_available / 2**30:.1f} GiB",
+        f"target losses: give ones to which even very large batches need {FEWEST_STEPS} steps or more; below that, "
+        "warm-up, first evaluations and rounding weigh",
     ]
+    if plan.easy:
+        reached = (
+            f"model {easy.model} at {easy.batch_tokens:,} tokens, {some_losses(easy.losses, easy.num_targets)}"
+            for easy in plan.easy
+        )
+        lines.append(f"reached in fewer than {FEWEST_STEPS} steps: {'; '.join(reached)}; give lower targets")
     return Rows(table, *(Text(line) for line in lines))
 
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scaling_jax.fitting import CriticalBatch
 from scaling_jax.noise_scale import Estimate, estimate
 from scaling_jax.results.runs import CellRuns, moments_by_step
+from scaling_jax.scanning.experiment import FEWEST_STEPS
 from scaling_jax.scanning.search import best_at, is_tuned
 
 MEANINGLESS = 0.25  # standard deviation of log steps between seeds, above which a crossing means little
@@ -105,6 +107,33 @@ def measurement_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
             highest = max(m.target_loss for m in missed)
             notes.append(f"{where}: loss {highest:g} and below not reached in {missed[0].steps_tried:,} steps")
     return tuple(notes)
+
+
+def few_steps_notes(points: Sequence[CriticalBatch]) -> tuple[str, ...]:
+    """One note for each model on its losses whose S_min is below `FEWEST_STEPS`."""
+    notes = []
+    for model in dict.fromkeys(point.model for point in points):
+        own = [point for point in points if point.model == model]
+        # Unless batches lie on both sides of B_crit, S_min may be anything below the fewest steps that were measured.
+        few = [
+            point.loss
+            for point in own
+            if min(point.tradeoff.steps) < FEWEST_STEPS
+            or (point.shown and not point.tradeoff.one_sided and point.s_min < FEWEST_STEPS)
+        ]
+        if few:
+            notes.append(
+                f"model {model}: S_min is below {FEWEST_STEPS} steps at {some_losses(few, len(own))}: warm-up, first "
+                "evaluations and rounding weigh there; give lower targets"
+            )
+    return tuple(notes)
+
+
+def some_losses(losses: Sequence[float], of: int) -> str:
+    """Some of a model's losses, in words."""
+    if len(losses) == 1:
+        return f"loss {losses[0]:.4g}"
+    return f"{len(losses)} of {of} losses, {max(losses):.4g} to {min(losses):.4g}"
 
 
 def measure_noise(cells: Sequence[CellRuns]) -> list[NoiseMeasurement]:

@@ -18,6 +18,7 @@ from scaling_jax.results.measurements import (
     NoiseMeasurement,
     SeedSpread,
     columns,
+    few_steps_notes,
     measure,
     measure_noise,
     measure_spread,
@@ -186,7 +187,13 @@ def analyse(results: str | Path | Results) -> Analysis:
     fit = found.fit()
     sizes = {subject.model.name: subject.model.num_params for subject in found.scan.subjects}
     joint, forms = further_fits(fit, sizes)
-    notes = fit.notes + measurement_notes(found.measurements) + seed_notes(found.seeds) + found.notes
+    notes = (
+        *fit.notes,
+        *few_steps_notes(fit.points),
+        *measurement_notes(found.measurements),
+        *seed_notes(found.seeds),
+        *found.notes,
+    )
     analysis = Analysis(
         results=found,
         fit=fit,

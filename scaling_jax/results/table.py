@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, fit_scan, further_fits
 from scaling_jax.io import UserError
 from scaling_jax.io.files import write_json
+from scaling_jax.results.measurements import few_steps_notes
 from scaling_jax.results.results import fit_as_json
 
 NAMES = {
@@ -19,7 +20,9 @@ NAMES = {
     "target_loss": ("target_loss", "loss"),
     "steps": ("steps",),
 }
-OPTIONAL = {name: (name,) for name in ("steps_tried", "params", "passed_early")} | {"run": ("seed", "run")}
+OPTIONAL = {name: (name,) for name in ("steps_tried", "params", "passed_early", "offset_steps")} | {
+    "run": ("seed", "run")
+}
 IN_SEQUENCES = {"batch_sequences", "batch_seqs", "sequences", "batch_size", "batch_examples", "examples"}
 FEWEST_TOKENS = 64  # if all batches are smaller, they are probably in sequences
 LARGEST_GAP = 64  # between neighbouring batch sizes; a larger ratio is probably a change of unit
@@ -38,6 +41,7 @@ class Table(NamedTuple):
     run: list[str]
     steps_tried: list[float]  # total steps of a run that didn't reach its target; NaN if unknown
     params: list[float]  # of the model; NaN if unknown
+    offset_steps: list[float]  # steps of a run that come before the trade-off, such as a warm-up's
     notes: tuple[str, ...]
 
     @property
@@ -69,8 +73,8 @@ def read_table(path: Path) -> Table:
 
     Columns: model, batch_tokens (tokens per step), target_loss or loss (nats per token), and steps (empty if the run
     didn't reach the target). Optional columns: seed or run, steps_tried (total steps of a run that didn't reach the
-    target), params, and passed_early. If any run of a model passed a loss early, the table leaves out this loss,
-    because the steps to it are unknown.
+    target), params, passed_early, and offset_steps (steps that come before the trade-off; empty if none). If any run of
+    a model passed a loss early, the table leaves out this loss, because the steps to it are unknown.
 
     Raises:
       UserError: at the first mistake. Names the file, the line, the column and what to do.
@@ -96,11 +100,12 @@ def fit_table(path: Path, *, laws: bool = True, above_minimum: bool = False) -> 
     """
     table = read_table(path)
     try:
-        fit = fit_scan(**table.columns, above_minimum=above_minimum)
+        offset = table.offset_steps if any(table.offset_steps) else None
+        fit = fit_scan(**table.columns, offset_steps=offset, above_minimum=above_minimum)
         joint, forms = further_fits(fit, table.num_params) if laws else (None, ())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    return TableFit(table, fit, joint, forms, table.notes + fit.notes)
+    return TableFit(table, fit, joint, forms, table.notes + fit.notes + few_steps_notes(fit.points))
 
 
 def write_fit(found: TableFit) -> Path:
@@ -149,6 +154,7 @@ def _checked_table(path: Path, rows: Any) -> Table:
     if not lines:
         raise UserError(f"{path}, column passed_early: every loss was passed early; give lower target losses")
     table = Table(path, lines, **columns, notes=notes)
+    _check_offsets(table)
     _check_duplicates(table)
     _check_batches(table)
     return table._replace(notes=notes + _never_reached(table))
@@ -212,11 +218,15 @@ def _value(where: str, name: str, cell: str):
     if not cell or cell.lower() == "nan":
         if name in ("steps", "steps_tried", "params"):
             return math.nan
+        if name == "offset_steps":
+            return 0.0
         raise UserError(f"{where} is {cell or 'empty'}: it must be a number")
     try:
         value = float(cell.replace("_", ""))
     except ValueError:
         raise UserError(f"{where} is {cell!r}: it must be a number") from None
+    if name == "offset_steps" and value == 0:
+        return value
     if not (math.isfinite(value) and value > 0):
         hint = "; leave it empty if the run didn't reach the target" if name == "steps" else ""
         raise UserError(f"{where} is {cell}: it must be positive and finite{hint}")
@@ -225,6 +235,17 @@ def _value(where: str, name: str, cell: str):
             f"{where} is {cell}, too large for nats per token: if it is a perplexity, give its natural logarithm"
         )
     return value
+
+
+def _check_offsets(table: Table) -> None:
+    rows = zip(table.lines, table.offset_steps, table.steps, table.steps_tried, strict=True)
+    for line, offset, reached, tried in rows:
+        steps = tried if math.isnan(reached) else reached
+        if offset >= steps:
+            raise UserError(
+                f"{table.path} line {line}, column offset_steps is {offset:g}, but this row has only {steps:g} steps: "
+                "give the steps before the trade-off only, or remove the row"
+            )
 
 
 def _check_duplicates(table: Table) -> None:

@@ -178,6 +178,16 @@ def finished_runs(
         return None
 
 
+def searched(experiment: Experiment, cell: Cell, workdir: Path) -> list[Tried]:
+    """The runs of a cell's search that has ended, also if the experiment now asks for more; [] if none has ended."""
+    record = read_search(workdir, cell)
+    names = record.runs if record is not None else finished_runs(experiment, cell, workdir) or ()
+    folders = [workdir / "runs" / name for name in names]
+    targets = experiment.subject(cell.model).target_losses
+    results = [(folder, result) for folder in folders if (result := read_result(folder)) is not None]
+    return [look_at(targets, _outcome(folder, read_run_config(folder).run, result)) for folder, result in results]
+
+
 def find_outcome(run: Run, workdir: Path) -> Outcome | None:
     """The outcome of a run, or of one that differs only in where it ends and trained at least as far; else None."""
     own = run_folder(workdir, run)

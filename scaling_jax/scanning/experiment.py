@@ -8,6 +8,8 @@ from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig, model_config
 from scaling_jax.training import Deadline, Recipe, Run
 
+FEWEST_STEPS = 100  # to a target with very large batches; below, warm-up, first evaluations and rounding weigh
+
 
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
@@ -75,7 +77,7 @@ class Cell(NamedTuple):
 class Experiment(Recipe):
     """A scan: every model at every batch size and seed, each at its best learning rate. A run serves all target losses.
 
-    `Recipe` has the settings that all runs share.
+    `Recipe` has the settings that all runs share. Unlike a `Run`, a scan has no warm-up unless it asks for one.
     """
 
     name: str
@@ -83,6 +85,8 @@ class Experiment(Recipe):
     batch_tokens: tuple[int, ...]
     max_tokens: int  # a run ends here if it hasn't reached the lowest target
     seeds: tuple[int, ...] = (0,)
+    # Steps of a warm-up come before the trade-off and make B_crit too small.
+    warmup_steps: int | None = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -170,9 +174,9 @@ DEMO = Experiment(
 QUICK = Experiment(
     name="quick-demo",
     subjects=(
-        Subject(model_config("1x16"), log_spaced(2.9, 2.6, 6), LearningRates(1.6e-2, 2_048, most=3)),
-        Subject(model_config("1x32"), log_spaced(2.9, 2.5, 7), LearningRates(8e-3, 2_048, most=3)),
+        Subject(model_config("1x16"), log_spaced(2.8, 2.5, 6), LearningRates(1.6e-2, 2_048, most=3)),
+        Subject(model_config("1x32"), log_spaced(2.7, 2.4, 7), LearningRates(8e-3, 2_048, most=3)),
     ),
-    batch_tokens=powers_of_two(128, 2_048),
-    max_tokens=1_000_000,
+    batch_tokens=powers_of_two(128, 8_192),
+    max_tokens=1_500_000,
 )

@@ -14,8 +14,8 @@ from scaling_jax.data import prepare
 from scaling_jax.data.feeding import is_resident
 from scaling_jax.io import UserError
 from scaling_jax.io.workers import available_cores
-from scaling_jax.scanning.cells import finished_runs
-from scaling_jax.scanning.experiment import Cell, Experiment
+from scaling_jax.scanning.cells import finished_runs, searched
+from scaling_jax.scanning.experiment import FEWEST_STEPS, Cell, Experiment
 from scaling_jax.scanning.records import check_same_recipe
 from scaling_jax.training.program import Program, program_for
 
@@ -36,6 +36,15 @@ class CellPlan(NamedTuple):
     bytes_needed: int  # on one device during training
 
 
+class EasyTargets(NamedTuple):
+    """Target losses that a model's largest finished batch reached in fewer than `FEWEST_STEPS` steps."""
+
+    model: str
+    batch_tokens: int
+    losses: tuple[float, ...]  # nats per token
+    num_targets: int
+
+
 class ScanPlan(NamedTuple):
     """What a scan needs at most, and what this machine has."""
 
@@ -44,6 +53,7 @@ class ScanPlan(NamedTuple):
     workers: int  # number of processes that train cells
     bytes_available: int  # memory for one cell
     flops_per_second: float  # of this machine, in a large matrix product
+    easy: tuple[EasyTargets, ...] = ()  # of models that have finished batches
 
     @property
     def most_seconds(self) -> float:
@@ -73,7 +83,27 @@ def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
     if plans:
         refuse_what_cannot_fit(plans, available)
     done = len(experiment.cells) - len(waiting)
-    return ScanPlan(tuple(plans), done, workers, available, matmul_flops_per_second())
+    return ScanPlan(
+        tuple(plans), done, workers, available, matmul_flops_per_second(), easy_targets(experiment, workdir)
+    )
+
+
+def easy_targets(experiment: Experiment, workdir: Path) -> tuple[EasyTargets, ...]:
+    """The targets whose S_min is surely below `FEWEST_STEPS`, by the runs that a folder has."""
+    found = []
+    for subject in experiment.subjects:
+        cells = [cell for cell in experiment.cells if cell.model == subject.model.name]
+        ended = {cell: tried for cell in cells if (tried := searched(experiment, cell, workdir))}
+        largest = max((cell.batch_tokens for cell in ended), default=0)
+        runs = [t for cell, tried in ended.items() if cell.batch_tokens == largest for t in tried]
+        easy = [
+            loss
+            for k, loss in enumerate(subject.target_losses)
+            if any(t.passed_early[k] or t.steps_to_target[k] < FEWEST_STEPS for t in runs)
+        ]
+        if easy:
+            found.append(EasyTargets(subject.model.name, largest, tuple(easy), len(subject.target_losses)))
+    return tuple(found)
 
 
 def plan_cell(experiment: Experiment, cell: Cell, corpus_bytes: int, together: int) -> CellPlan:

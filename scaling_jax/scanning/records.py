@@ -1,7 +1,11 @@
 """The files of experiments: a user's Python file, and a scan's experiment.json and search records in cells/.
 
 A file in cells/ records a search that has ended, and names its runs. So a finished scan stays finished, even if a later
-version searches differently.
+version searches differently. All older schemas of experiment.json stay readable:
+
+1: experiment.json has no schema, and there is no cells/.
+2: the default warm-up of an experiment is that of a `Run`, 10 steps.
+3: an experiment has no warm-up by default.
 """
 
 import dataclasses
@@ -19,7 +23,8 @@ from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
 from scaling_jax.training import Recipe, Run
 from scaling_jax.training.records import read_run_config
 
-SCHEMA = 2  # in schema 1, experiment.json has no schema, and there is no cells/
+SCHEMA = 3
+_WARMUP_BEFORE = 10  # steps; the default up to schema 2
 _REMEDY = "give the folder of a scan, or scan again in another one"
 
 
@@ -94,6 +99,8 @@ def parse_experiment(path: Path, remedy: str) -> Experiment:
         schema = values.pop("schema", 1) if isinstance(values, dict) else 1
         if not isinstance(schema, int) or schema > SCHEMA:
             raise UserError(f"its schema {schema} is from a later version; this version reads up to {SCHEMA}")
+        if schema < 3 and isinstance(values, dict):
+            values.setdefault("warmup_steps", _WARMUP_BEFORE)
         return from_dict(Experiment, values)
     except UserError as error:
         raise UserError(f"{path} is from another version, or damaged ({error}): {remedy}") from None
@@ -132,7 +139,10 @@ def check_same_recipe(workdir: Path, experiment: Experiment) -> None:
     if before.name != experiment.name:
         changes.append(f"name = {before.name!r}, not {experiment.name!r}")
     if changes:
-        raise UserError(f"{workdir} holds another experiment ({changes[0]}): choose another folder with --results")
+        remedy = "choose another folder with --results"
+        if len(changes) == 1 and (before.warmup_steps, experiment.warmup_steps) == (_WARMUP_BEFORE, 0):
+            remedy += f", or set warmup_steps = {_WARMUP_BEFORE}, the former default, to add to this one"
+        raise UserError(f"{workdir} holds another experiment ({changes[0]}): {remedy}")
 
 
 def load_experiment(path: Path) -> Experiment:

@@ -12,7 +12,7 @@ def test_the_table_shows_three_losses_a_model_and_the_law(made_up):
     analysis = analyse(made_up[1])
     console.print(summary(analysis, [Path("results/x/figures") / name for name in ("a.png", "b.png")]))
     text = console.export_text()
-    assert text.count("1x16") == text.count("1x32") == 3
+    assert text.count("│ 1x16") == text.count("│ 1x32") == 3
     for law in (analysis.fit.law, analysis.joint.law):
         assert f"{law.b_star:.3g} tokens · L^{law.exponent:.2f}" in text
     for form in analysis.forms:

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
+from scaling_jax.fitting import fit_scan
 from scaling_jax.io import UserError
 from scaling_jax.results import Results, analyse, read_results
-from scaling_jax.results.measurements import SeedSpread, seed_notes
+from scaling_jax.results.measurements import SeedSpread, few_steps_notes, seed_notes
 from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.tasks import ModelConfig
 from tests.made_up_scan import evaluated_lines, write_run, write_scan
@@ -94,3 +95,33 @@ def test_a_scan_whose_targets_were_all_passed_early_asks_for_lower_ones(tmp_path
     assert all(m.passed_early for m in easy.measurements)
     with pytest.raises(UserError, match=f"{tmp_path}.* lower target"):
         analyse(easy)
+
+
+def points_of(s_min, batch_tokens=(128, 256, 512, 1_024, 2_048, 4_096), b_crit=700):
+    """Fitted points of one model: {loss: S_min}, on a hyperbola."""
+    rows = [(x, b, s * (1 + b_crit / b)) for x, s in s_min.items() for b in batch_tokens]
+    losses, batches, steps = zip(*rows, strict=True)
+    return fit_scan(["a"] * len(rows), batches, losses, steps).points
+
+
+def test_losses_whose_s_min_is_below_100_steps_are_named_in_one_note():
+    (note,) = few_steps_notes(points_of({3.0: 40, 2.8: 60, 2.6: 95, 2.4: 105, 2.2: 300}))
+    for words in ("model a", "100 steps", "3 of 5", "3 to 2.6", "lower targets"):
+        assert words in note
+    (one,) = few_steps_notes(points_of({3.0: 95, 2.8: 110, 2.6: 120}))  # 111 steps were the fewest measured
+    assert "loss 3:" in one
+    assert few_steps_notes(points_of({3.0: 105, 2.8: 110, 2.6: 120})) == ()
+
+
+def test_an_s_min_that_the_batches_do_not_show_is_judged_by_the_steps_measured():
+    """All batches far below B_crit: S_min may be anything, but a run of 40 steps is surely short."""
+    far = points_of({3.0: 20, 2.8: 40, 2.6: 50}, b_crit=1e5)
+    assert all(point.tradeoff.one_sided for point in far)
+    assert few_steps_notes(far) == ()
+    short = points_of({3.0: 1, 2.8: 40, 2.6: 50}, b_crit=1e5)
+    assert "loss 3:" in few_steps_notes(short)[0]
+
+
+def test_a_scans_notes_name_its_losses_of_few_steps(made_up):
+    notes = [note for note in analyse(made_up[1]).notes if "below 100 steps" in note]
+    assert [note.split(":")[0] for note in notes] == ["model 1x16", "model 1x32"]

@@ -23,7 +23,7 @@ from scaling_jax.results.status import read_status
 from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, scan
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.plan import plan_scan
-from scaling_jax.scanning.records import read_search
+from scaling_jax.scanning.records import SCHEMA, read_experiment, read_search, write_experiment
 from scaling_jax.tasks import ModelConfig, model_config
 from scaling_jax.training import OptimizerConfig, Run, read_metrics, read_result, run_folder, train
 from scaling_jax.training.records import read_run_config
@@ -35,6 +35,7 @@ EXPERIMENT = Experiment(
     batch_tokens=(128, 256, 512, 1024, 2048),
     max_tokens=400_000,
     seeds=(0, 1),
+    warmup_steps=10,  # the default then
 )
 TRAINED = Run(model=MODEL, batch_tokens=256, learning_rate=4e-3, max_steps=200)
 DERIVED = ("measurements.csv", "noise_scale.csv", "seeds.csv", "three_measurements.csv", "fit.json")
@@ -87,7 +88,7 @@ def check_as_before(folder, before):
 
 
 def check_holds(values, old_values):
-    """All old values are there, at the same place."""
+    """All old values are there, at the same place; sentences are there among new ones."""
     if isinstance(old_values, dict):
         for name, old in old_values.items():
             check_holds(values[name], old)
@@ -95,6 +96,8 @@ def check_holds(values, old_values):
         assert len(values) == len(old_values)
         for value, old in zip(values, old_values, strict=True):
             check_holds(value, old)
+    elif isinstance(old_values, list) and old_values and isinstance(old_values[0], str):
+        assert [value for value in values if value in old_values] == old_values
     else:
         assert values == old_values
 
@@ -129,7 +132,7 @@ def test_the_same_scan_trains_nothing_and_writes_down_that_its_searches_have_end
     assert events == []
     for cell in EXPERIMENT.cells:
         assert read_search(old / "small", cell).runs == finished_runs(EXPERIMENT, cell, old / "small")
-    assert json.loads((old / "small" / "experiment.json").read_text())["schema"] == 2
+    assert json.loads((old / "small" / "experiment.json").read_text())["schema"] == SCHEMA
     assert contents(old / "small", "runs/**/*") == runs
     analyse(old / "small")
     check_as_before(old / "small", before)
@@ -268,3 +271,28 @@ def test_a_version_whose_configs_have_a_field_more_finds_all_of_it_done(old, mad
     check_as_before(old / "small", before)
     assert said.measured == [[str(value) for value in row] for row in read_results(made_up[1]).measurements]
     assert contents(tmp_path, "*/runs/**/*") == runs
+
+
+@pytest.mark.usefixtures("_untrained")
+@pytest.mark.parametrize("schema", [1, 2])
+def test_an_experiment_that_leaves_out_its_warm_up_means_the_default_of_its_schema(schema, old):
+    """10 steps, not this version's 0: so its runs are those of the experiment, and none is trained again."""
+    path = old / "small" / "experiment.json"
+    if schema == 2:
+        scan(EXPERIMENT, old / "small")
+    written = json.loads(path.read_text())
+    assert written.pop("warmup_steps") == 10
+    path.write_text(json.dumps(written | ({"schema": 2} if schema == 2 else {})))
+    assert read_experiment(old / "small") == EXPERIMENT
+    assert {part.state for part in read_status(old / "small").parts} == {"done"}
+    scan(EXPERIMENT, old / "small")
+    said = json.loads(path.read_text())
+    assert (said["schema"], said["warmup_steps"]) == (SCHEMA, 10)
+
+
+def test_todays_experiment_without_a_warm_up_is_told_how_to_add_to_an_old_folder(old):
+    today = dataclasses.replace(EXPERIMENT, warmup_steps=0)
+    with pytest.raises(UserError, match=r"warmup_steps = 10, not 0.* --results.* warmup_steps = 10"):
+        scan(today, old / "small")
+    write_experiment(old / "new", today)
+    assert read_experiment(old / "new") == today

@@ -13,6 +13,9 @@ HEADER = "model,batch_tokens,target_loss,steps"
 ROWS = [f"m,{batch},{loss},{300 * (1 + 2000 / batch) / loss:.1f}" for batch in (256, 1024, 4096) for loss in (3.0, 2.5)]
 
 
+HEADER_OF_OFFSETS = f"{HEADER},steps_tried,offset_steps"
+
+
 def write(path, rows=ROWS, header=HEADER):
     path.write_text("\n".join([header, *rows]) + "\n")
     return path
@@ -21,6 +24,11 @@ def write(path, rows=ROWS, header=HEADER):
 def changed(line, row):
     """ROWS with one line of the file replaced; the header is line 1."""
     return [*ROWS[: line - 2], row, *ROWS[line - 1 :]]
+
+
+def offsets(line, offset):
+    """ROWS with no offset but on one line of the file."""
+    return [f"{row},,{offset if number == line else ''}" for number, row in enumerate(ROWS, 2)]
 
 
 def planted(path, **variant):
@@ -104,11 +112,17 @@ def test_a_target_that_nobody_reached_is_named_and_left_out(tmp_path):
         ),
         ([f"m,{b},3.0," for b in (256, 512, 1024)], "line 2, column steps: model m reached none of its targets"),
         ([], "has no rows"),
+        (offsets(3, "-1"), "line 3, column offset_steps is -1: "),
+        (offsets(3, "inf"), "line 3, column offset_steps is inf"),
+        (offsets(3, "some"), "line 3, column offset_steps is 'some': .*number"),
+        (offsets(3, "1057.5"), "line 3, column offset_steps is 1057.5, .* 1057.5 steps"),
+        (["m,256,1.5,,30,30", *offsets(3, "0")[1:]], "line 2, column offset_steps is 30, .* 30 steps"),
     ],
 )
 def test_mistakes_are_named_by_line_and_column(rows, message, tmp_path):
+    header = HEADER_OF_OFFSETS if rows and rows[0].count(",") == 5 else HEADER
     with pytest.raises(UserError, match=message) as caught:
-        fit_table(write(tmp_path / "a.csv", rows))
+        fit_table(write(tmp_path / "a.csv", rows, header))
     assert str(tmp_path / "a.csv") in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -140,3 +154,19 @@ def test_files_that_are_no_table_are_refused(tmp_path):
     (tmp_path / "image.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="can't read"):
         read_table(tmp_path / "image.csv")
+
+
+def test_steps_before_the_trade_off_are_taken_off_in_every_fit(tmp_path):
+    """The same runs, some 5 to 25 steps longer by an offset that the table knows."""
+    plain = planted(tmp_path / "plain.csv")
+    header, *rows = plain.read_text().splitlines()
+    longer = []
+    for k, row in enumerate(rows):
+        *first, steps = row.split(",")
+        longer.append(",".join([*first, repr(float(steps) + 5 + k % 20), str(5 + k % 20)]))
+    path = write(tmp_path / "longer.csv", longer, f"{header},offset_steps")
+    with_offset, without = fit_table(path), fit_table(plain)
+    for fit, other in ((with_offset.fit, without.fit), (with_offset.joint, without.joint)):
+        assert fit.law.exponent == pytest.approx(other.law.exponent, abs=1e-6)
+    forms = ({form.form: form.exponent for form in found.forms} for found in (with_offset, without))
+    assert next(forms) == pytest.approx(next(forms), abs=1e-4)

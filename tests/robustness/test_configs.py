@@ -12,7 +12,7 @@ from scaling_jax.io.config import to_dict, with_overrides
 from scaling_jax.results import read_results
 from scaling_jax.results.status import read_status
 from scaling_jax.scanning.experiment import QUICK
-from scaling_jax.scanning.records import load_experiment, parse_experiment, read_experiment
+from scaling_jax.scanning.records import SCHEMA, load_experiment, parse_experiment, read_experiment
 from tests.robustness.conftest import contents
 
 INTEGERS = ("max_tokens", "eval_tokens", "microbatch_tokens", "subjects.0.model.context", "subjects.0.model.n_layer")
@@ -192,6 +192,6 @@ def test_no_experiment_may_be_a_folder_or_in_another_encoding(experiment, tmp_pa
 
 
 def test_an_experiment_of_a_later_version_is_refused(experiment):
-    experiment.write_text(json.dumps({"schema": 3} | to_dict(QUICK)))
-    with pytest.raises(UserError, match=r"experiment\.json .*3.* later"):
+    experiment.write_text(json.dumps({"schema": SCHEMA + 1} | to_dict(QUICK)))
+    with pytest.raises(UserError, match=rf"experiment\.json .*{SCHEMA + 1}.* later"):
         read_experiment(experiment.parent)

@@ -9,6 +9,7 @@ from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced,
 from scaling_jax.scanning.experiment import DEMO, QUICK
 from scaling_jax.scanning.records import load_experiment
 from scaling_jax.tasks import model_config
+from scaling_jax.training import Run
 
 
 @pytest.mark.parametrize("experiment", [DEMO, QUICK])
@@ -88,3 +89,12 @@ def test_an_experiment_file_is_loaded(tmp_path):
 def test_subjects_need_targets():
     with pytest.raises(UserError, match="target_losses of 1x16"):
         dataclasses.replace(DEMO, subjects=(Subject(model_config("1x16"), (), LearningRates(1e-2, 1_000)),))
+
+
+def test_a_scan_has_no_warm_up_unless_it_asks_for_one_while_a_run_has_its_own():
+    cell = DEMO.cells[0]
+    assert DEMO.run(cell, 0).steps_of_warmup == QUICK.run(QUICK.cells[0], 0).steps_of_warmup == 0
+    assert dataclasses.replace(DEMO, warmup_steps=20).run(cell, 0).steps_of_warmup == 20
+    in_tokens = dataclasses.replace(DEMO, warmup_steps=None, warmup_tokens=1_000)
+    assert in_tokens.run(cell, 0).steps_of_warmup == 8  # of 128 tokens
+    assert Run(model=DEMO.subjects[0].model, batch_tokens=128, learning_rate=1e-3, max_steps=9).steps_of_warmup == 10

@@ -168,7 +168,7 @@ def test_more_tokens_leave_runs_that_reached_their_target_as_they_are(small, onc
     ("changes", "names"),
     [
         ({"optimizer": OptimizerConfig("sgd")}, ["optimizer", "'adam'", "'sgd'"]),
-        ({"warmup_steps": 5}, ["warmup_steps", "10", "5"]),
+        ({"warmup_steps": 5}, ["warmup_steps", "0", "5"]),
         ({"text": "files:/other/*.txt"}, ["text", "'python'", "'files:/other/*.txt'"]),
         ({"name": "other"}, ["name", "'tiny'", "'other'"]),
         (

@@ -1,13 +1,24 @@
 import dataclasses
+import io
 
 import jax
 import pytest
+from rich.console import Console
 
+from scaling_jax.console.tables import plan_table
 from scaling_jax.io import UserError
 from scaling_jax.scanning import Experiment, LearningRates, Subject
-from scaling_jax.scanning.plan import flops_per_token, plan_cell, refuse_what_cannot_fit
+from scaling_jax.scanning.plan import (
+    EasyTargets,
+    ScanPlan,
+    easy_targets,
+    flops_per_token,
+    plan_cell,
+    refuse_what_cannot_fit,
+)
 from scaling_jax.tasks import batch_loss, model_config
 from scaling_jax.training.program import program_for
+from tests.made_up_scan import b_crit, s_min
 
 MODEL = model_config("2x64")
 EXPERIMENT = Experiment(
@@ -43,3 +54,33 @@ def test_what_cannot_fit_is_refused_with_what_to_make_smaller():
     refuse_what_cannot_fit(plans, 16 << 30)
     with pytest.raises(UserError, match=r"12x768 · 8,192 tokens .* 2\.\d GiB .* 1\.0: .*microbatch_tokens"):
         refuse_what_cannot_fit(plans, 1 << 30)
+
+
+def test_a_plan_names_the_targets_that_a_folders_largest_batch_reached_in_few_steps(made_up, tmp_path):
+    """S at 8,192 tokens is S_min·(1 + B_crit/B): below 100 where the made-up scan's losses are high."""
+    experiment, folder = made_up
+    highest = [x for x in experiment.subjects[0].target_losses if s_min(x) * (1 + b_crit(x) / 8_192) < 100]
+    assert 0 < len(highest) < 8
+    easy = easy_targets(experiment, folder)
+    assert easy == tuple(EasyTargets(model, 8_192, tuple(highest), 8) for model in ("1x16", "1x32"))
+    assert easy_targets(experiment, tmp_path) == ()
+
+
+def test_an_earlier_stage_of_a_scan_tells_too_of_targets_that_it_did_not_have(made_up):
+    """A larger scan with lower targets, higher ones and a larger batch that has no run yet."""
+    experiment, folder = made_up
+    (subject, _), batches = experiment.subjects, (*experiment.batch_tokens, 16_384)
+    larger = dataclasses.replace(subject, target_losses=(3.2, *subject.target_losses, 1.95))
+    (easy,) = easy_targets(dataclasses.replace(experiment, subjects=(larger,), batch_tokens=batches), folder)
+    assert (easy.batch_tokens, easy.num_targets, easy.losses[0], min(easy.losses) > 2.2) == (8_192, 10, 3.2, True)
+
+
+def test_the_plan_says_the_rule_and_what_breaks_it(made_up):
+    easy = easy_targets(*made_up)
+    for found, lines in (((), 1), (easy, 2)):
+        console = Console(width=400, record=True, file=io.StringIO())
+        console.print(plan_table(ScanPlan((), 0, 1, 1 << 30, 1e9, found)))
+        said = [line for line in console.export_text().splitlines() if "100 steps" in line]
+        assert len(said) == lines
+    for words in ("1x16", "1x32", "8,192", f"{len(easy[0].losses)} of 8", f"{easy[0].losses[-1]:.4g}", "lower"):
+        assert words in said[-1]
