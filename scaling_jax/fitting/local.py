@@ -27,7 +27,11 @@ def local_table(table: ScanTable) -> ScanTable:
             for low in rows[k + 1 :]:
                 both = table.mask[high] & table.mask[low]
                 growth = table.log_steps[low] - table.log_steps[high]
-                if both.any() and np.median(growth[both]) >= np.log(GROWTH) and growth[both].min() > np.log(LEAST_GROWTH):
+                if (
+                    both.any()
+                    and np.median(growth[both]) >= np.log(GROWTH)
+                    and growth[both].min() > np.log(LEAST_GROWTH)
+                ):
                     windows.append((model, high, low, both))
                     break
     names = tuple(model for model, *_ in windows)
