@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from scaling_jax.advice.measured import models_of, neighbours_of, points_of, steps_interval
+from scaling_jax.advice.measured import exponent, models_of, neighbours_of, points_of, steps_interval
 from scaling_jax.fitting import CriticalBatch, LossLaw, ScanFit
 from scaling_jax.fitting.linear_scaling import OVERHEAD, largest_batch_of
 from scaling_jax.io import UserError
@@ -18,13 +18,18 @@ REACH = 0.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Goal:
-    """A target loss and the model's trade-off there: S_min in steps, E_min and B_crit in tokens."""
+    """A target loss and the model's trade-off there: S_min in steps, E_min and B_crit in tokens.
+
+    Steps are S_min·(1 + (B_crit/B)^a). Between measured losses, the logs of S_min and of what small batches need beyond
+    it, and a, are linear in log L.
+    """
 
     model: str
     loss: float  # nats per token
     s_min: float
     e_min: float  # s_min·b_crit; NaN if the trade-offs are no hyperbolas, as tokens then have no minimum
     b_crit: float  # with twice S_min
+    a: float  # 1 for hyperbolas
     b_crit_interval: tuple[float, float]  # if extrapolated, the hull of the law's band and of its refits
     law_b_crit: float | None  # by the law through all models and losses; None without a law
     law_interval: tuple[float, float] | None
@@ -33,15 +38,12 @@ class Goal:
     hyperbolas: bool  # False if the scan's trade-offs are no hyperbolas: then they have a free shape
     batch_range: tuple[float, float]  # smallest and largest batch of the runs, in tokens
     extrapolated: bool  # True if the loss is outside the measured range: S_min by straight lines, B_crit by the law
-    a: float = dataclasses.field(repr=False)  # shape of an extrapolated goal; NaN otherwise
     s_min_range: tuple[float, float] = dataclasses.field(repr=False)  # of an extrapolated goal; 0, infinity: unknown
     neighbours: tuple[tuple[float, CriticalBatch], ...] = dataclasses.field(repr=False)  # weights and points
 
     def steps(self, batch_tokens):
         """Steps to the loss at a batch size in tokens."""
-        if self.extrapolated:
-            return self.s_min * (1.0 + (self.b_crit / np.asarray(batch_tokens, float)) ** self.a)
-        return np.exp(sum(weight * np.log(point.steps_at(batch_tokens)) for weight, point in self.neighbours))
+        return self.s_min * (1.0 + (self.b_crit / np.asarray(batch_tokens, float)) ** self.a)
 
     def tokens(self, batch_tokens):
         """Tokens to the loss at a batch size in tokens."""
@@ -95,12 +97,14 @@ def goal(fit: ScanFit, loss: float, model: str | None = None, *, extrapolate: bo
             f"loss {loss:g} is outside {low:g} to {high:g}, where model {model} has batches on both sides of B_crit: "
             f"choose a loss inside, or scan with other target losses{way_out}"
         )
-    a, s_min_range, neighbours = math.nan, (0.0, math.inf), ()
+    s_min_range = (0.0, math.inf)
+    neighbours = neighbours_of(points, loss) if inside else ()
     if inside:
-        neighbours = neighbours_of(points, loss)
         s_min = _mean([(weight, point.s_min) for weight, point in neighbours])
-        b_crit = _mean([(weight, point.b_crit) for weight, point in neighbours])
-        interval = tuple(_mean([(w, point.b_crit_interval[end]) for w, point in neighbours]) for end in (0, 1))
+        shares = [(weight * exponent(point), point) for weight, point in neighbours]
+        a = sum(share for share, _ in shares)
+        b_crit = _mean([(share / a, point.b_crit) for share, point in shares])
+        interval = tuple(_mean([(share / a, point.b_crit_interval[end]) for share, point in shares]) for end in (0, 1))
     else:
         assert fit.law is not None
         s_min, *others = (_s_min_by_line(points, loss, count) for count in (NEAREST, len(points)))

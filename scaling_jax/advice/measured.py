@@ -61,6 +61,11 @@ def points_of(fit: ScanFit, model: str) -> list[CriticalBatch]:
     raise UserError(f"model {names}: {_what_is_missing(unusable)}" + (f", or {others}" if others else ""))
 
 
+def exponent(point: CriticalBatch) -> float:
+    """a of its steps, S_min·(1 + (B_crit/B)^a); 1 for hyperbolas."""
+    return point.tradeoff.shape.a if point.free_shape else 1.0
+
+
 def neighbours_of(points: list[CriticalBatch], loss: float) -> tuple[tuple[float, CriticalBatch], ...]:
     """(weight, point) of the point at a loss, or of both beside it, for means of logs linear in log loss."""
     for point in points:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import optimize
 
 from scaling_jax.advice.goal import goal
-from scaling_jax.advice.measured import models_of, points_of
+from scaling_jax.advice.measured import exponent, models_of, points_of
 from scaling_jax.fitting import ScanFit
 from scaling_jax.io import UserError
 from scaling_jax.training.run import Stage
@@ -49,8 +49,7 @@ class Cost(NamedTuple):
 def descent(fit: ScanFit, target_loss: float, model: str | None = None) -> Descent:
     """The way of a model from its highest measured loss to the target.
 
-    B_crit is the local one. Outside its windows it is that of the nearest window. If the model has no windows, it is that
-    of the law.
+    B_crit is the local one; beyond its windows, that of the nearest window. Without windows it is the law's.
 
     Raises:
       UserError: if the target is outside the measured range, or the model has no usable trade-off.
@@ -58,13 +57,16 @@ def descent(fit: ScanFit, target_loss: float, model: str | None = None) -> Desce
     model = model or next(iter(models_of(fit)), "")
     points = points_of(fit, model)[::-1]
     losses = np.geomspace(points[-1].loss, goal(fit, target_loss, model).loss, GRID)
-    log_losses = np.log([point.loss for point in points])
+    at_points = np.array([(math.log(p.loss), math.log(p.s_min), exponent(p), math.log(p.b_crit)) for p in points]).T
+    log_losses, log_s_min, a, log_b_crit = at_points
+    # As in `Goal`: linear in log L are a and the logs of S_min and of the overhead of small batches.
+    log_s_min, a, log_overhead = (
+        np.interp(np.log(losses), log_losses, values) for values in (log_s_min, a, log_s_min + a * log_b_crit)
+    )
 
     @functools.cache
     def steps_at(batch_tokens: float) -> np.ndarray:
-        steps = np.exp(
-            np.interp(np.log(losses), log_losses, np.log([point.steps_at(batch_tokens) for point in points]))
-        )
+        steps = np.exp(log_s_min) + np.exp(log_overhead - a * math.log(batch_tokens))
         # Steps can't fall as the loss falls, though neighbouring fits may show this. The last ones stay as fitted.
         return np.maximum.accumulate(np.minimum(steps, steps[-1]))
 

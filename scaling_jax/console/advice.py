@@ -105,8 +105,9 @@ def _about_rates(advice: Advice) -> list[str]:
         lines.append("; ".join([f"lr: the best learning rate of the runs{where}", *approximate]))
     return [
         *lines,
-        "Adam: at a constant batch, keep your runs' β's, or by β^(B/B_0) their half-lives in tokens (Marek et al. 2025), as "
-        "train does in a ramp; AdamW: weight decay as √B, with lr as √B, keeps its timescale (Bergsma et al. 2025)",
+        "Adam: at a constant batch, keep your runs' β's, or by β^(B/B_0) their half-lives in tokens (Marek et al. "
+        "2025), as train does in a ramp; AdamW: weight decay as √B, with lr as √B, keeps its timescale (Bergsma et al. "
+        "2025)",
     ]
 
 

@@ -34,15 +34,13 @@ def print_fit(found: TableFit, written: Path) -> Rows:
     if not free_shape:
         title += ", or over E_min"
     table = Table(title=title, title_justify="left", title_style="bold", collapse_padding=True)
-    of_hyperbolas = ("E_min", "CBS20\nE_min")
-    for column in (
-        *("model", "loss", "S_min", "E_min", "B_crit", "95 %\ninterval", "CBS20\nE_min", "CBS20\nB_min", "flags"),
-    ):
-        if free_shape and column in of_hyperbolas:
-            continue
-        left, wraps = column in ("model", "flags"), column in ("model", "flags")
+    columns = ["model", "loss", "S_min", "E_min", "B_crit", "95 %\ninterval", "CBS20\nE_min", "CBS20\nB_min", "flags"]
+    if free_shape:
+        columns = [column for column in columns if "E_min" not in column]
+    for column in columns:
+        wraps = column in ("model", "flags")
         least = {"model": 6, "flags": 9}.get(column)
-        table.add_column(column, justify="left" if left else "right", no_wrap=not wraps, min_width=least)
+        table.add_column(column, justify="left" if wraps else "right", no_wrap=not wraps, min_width=least)
     for point in found.fit.points:
         t = point.tradeoff
         hidden = not usable(point) if free_shape else t.one_sided
@@ -50,10 +48,7 @@ def print_fit(found: TableFit, written: Path) -> Rows:
         s_min, e_min, b_crit, *of_cbs20 = ["–" if hidden else short(value) for value in values]
         flags = ["one-sided"] * hidden + [f"{point.not_reached} not reached"] * bool(point.not_reached)
         interval = "–".join(short(end) for end in point.b_crit_interval)
-        if free_shape:
-            row = (s_min, b_crit, interval, of_cbs20[1])
-        else:
-            row = (s_min, e_min, b_crit, interval, *of_cbs20)
+        row = (s_min, b_crit, interval, of_cbs20[1]) if free_shape else (s_min, e_min, b_crit, interval, *of_cbs20)
         table.add_row(point.model, f"{point.loss:.4g}", *row, ", ".join(flags))
     lines = [
         *law_lines(found.fit, found.joint, found.forms),
