@@ -65,14 +65,14 @@ def expected_descent() -> Descent:
     losses = np.geomspace(6.0, TARGET_LOSS, 2_000)
     s_min = 2.1e3 * (losses - (6.5e13 / BASE.model.num_params) ** 0.077) ** (-1 / 0.76)
     b_crit = published["kaplan2020"](losses)
-    return Descent(losses, s_min, s_min * b_crit, b_crit)
+    return Descent(losses, lambda batch_tokens: s_min * (1 + b_crit / batch_tokens), b_crit)
 
 
 def stages_by_law() -> tuple[Stage, ...]:
     """The batch doubles when `FRACTION`·B_crit has passed the doubled one."""
     way, stages = expected_descent(), [Stage(0, BASE.batch_tokens)]
     while (k := int(np.searchsorted(FRACTION * way.b_crit, 2 * stages[-1].batch_tokens))) < len(way.losses):
-        tokens = cost(Descent(*(x[: k + 1] for x in way)), tuple(stages)).tokens
+        tokens = cost(way.until(k + 1), tuple(stages)).tokens
         batch = 2 * stages[-1].batch_tokens
         whole_steps = round((tokens - stages[-1].tokens) / stages[-1].batch_tokens)
         start = stages[-1].tokens + whole_steps * stages[-1].batch_tokens

@@ -1,21 +1,20 @@
 """Advice from fitted critical batch sizes: a batch size or a batch ramp, and their cost in steps, tokens and time."""
 
-from scaling_jax.advice.goal import (
+from scaling_jax.advice.choices import (
     Adjusted,
     Choice,
-    Goal,
     Hardware,
     choices,
     fastest,
     fewest_steps,
-    goal,
     largest_within,
     least_compute,
-    losses_of,
-    models_of,
     powers_around,
 )
+from scaling_jax.advice.goal import Goal, goal
+from scaling_jax.advice.measured import losses_of, models_of
 from scaling_jax.advice.ramp import Cost, Descent, Stage, cost, descent, ramp
+from scaling_jax.advice.rates import Rate, Rates, best_rates
 
 __all__ = [
     "Adjusted",
@@ -24,7 +23,10 @@ __all__ = [
     "Descent",
     "Goal",
     "Hardware",
+    "Rate",
+    "Rates",
     "Stage",
+    "best_rates",
     "choices",
     "cost",
     "descent",

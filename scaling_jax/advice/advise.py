@@ -4,8 +4,10 @@ import dataclasses
 import math
 from pathlib import Path
 
-from scaling_jax.advice.goal import Choice, Goal, Hardware, choices, fastest, goal, largest_within, powers_around
+from scaling_jax.advice.choices import Choice, Hardware, choices, fastest, largest_within, powers_around
+from scaling_jax.advice.goal import Goal, goal
 from scaling_jax.advice.ramp import Cost, Stage, cost, descent, ramp
+from scaling_jax.advice.rates import best_rates
 from scaling_jax.io import UserError
 from scaling_jax.io.files import write_json
 from scaling_jax.results.table import fit_table
@@ -23,6 +25,10 @@ class Advice:
     stages: tuple[Stage, ...]  # of the ramp; empty if the goal is extrapolated
     schedules: dict[str, Cost]  # cost of the ramp, and of its smallest and largest batch as constant batches
     notes: tuple[str, ...]
+    follows: str | None  # what the ramp follows: "local", "law" or "fit"; see `Descent`
+    reference_batch_tokens: float  # of CBS20, and of the excess if there is no E_min
+    cbs20: float  # from the reference batch, in tokens
+    cbs20_of_limit: float  # from the limit of small batches, in tokens; NaN if the trade-offs are no hyperbolas
 
 
 def advise(
@@ -35,6 +41,7 @@ def advise(
     start_batch_tokens: int | None = None,
     max_batch_tokens: int | None = None,
     fraction: float = 1.0,
+    reference_batch_tokens: float | None = None,
     extrapolate: bool = False,
 ) -> Advice:
     """Fits measurements.csv in a results folder, or another CSV table, and gives advice for one target loss.
@@ -46,7 +53,8 @@ def advise(
       budget_tokens: largest number of training tokens.
       hardware: for wall times.
       start_batch_tokens, max_batch_tokens: first and largest batch of the ramp.
-      fraction: the ramp follows this fraction of B_crit.
+      fraction: the ramp follows this fraction of the local B_crit.
+      reference_batch_tokens: CBS20 counts from it; None takes the smallest batch of the runs.
       extrapolate: allow a loss outside the measured range.
 
     Raises:
@@ -57,6 +65,7 @@ def advise(
         "start_batch_tokens": start_batch_tokens,
         "max_batch_tokens": max_batch_tokens,
         "ramp_fraction": fraction,
+        "reference_batch_tokens": reference_batch_tokens,
     }
     for name, value in asked.items():
         if value is not None and not 0 < value < math.inf:
@@ -67,11 +76,12 @@ def advise(
     found = fit_table(path, laws=False)
     budget = math.inf if budget_tokens is None else budget_tokens
     to = goal(found.fit, target_loss, model, extrapolate=extrapolate)
+    reference = to.batch_range[0] if reference_batch_tokens is None else reference_batch_tokens
     stages: tuple[Stage, ...] = ()
-    schedules = {}
+    schedules, follows = {}, None
     if not to.extrapolated:
         way = descent(found.fit, target_loss, to.model)
-        start = start_batch_tokens or _start(to, fraction * float(way.b_crit[0]))
+        start, follows = start_batch_tokens or _start(to, fraction * float(way.b_crit[0])), way.follows
         stages = ramp(
             found.fit,
             target_loss,
@@ -83,15 +93,20 @@ def advise(
         for batch in dict.fromkeys((start, stages[-1].batch_tokens)):
             schedules[f"constant {batch:,}"] = cost(way, (Stage(0, batch, 1.0),))
         schedules["ramp"] = cost(way, stages)
+    rates = best_rates(found.table, to.model, target_loss)
     return Advice(
         to=to,
-        rows=choices(to, powers_around(to), hardware, budget),
+        rows=choices(to, powers_around(to), hardware, budget, rates, reference),
         within_budget=None if budget_tokens is None else largest_within(to, budget),
         hardware=hardware,
         fastest=None if hardware is None else fastest(to, hardware, budget),
         stages=stages,
         schedules=schedules,
-        notes=_notes(to),
+        notes=_notes(to, stages),
+        follows=follows,
+        reference_batch_tokens=reference,
+        cbs20=to.cbs20(reference),
+        cbs20_of_limit=to.cbs20(),
     )
 
 
@@ -115,12 +130,14 @@ def _start(to: Goal, b_crit: float) -> int:
     return round(smallest * 2 ** max(0, math.floor(math.log2(b_crit / smallest))))
 
 
-def _notes(to: Goal) -> tuple[str, ...]:
+def _notes(to: Goal, stages: tuple[Stage, ...]) -> tuple[str, ...]:
     notes = []
     if to.extrapolated:
+        known = "Brackets hold what the law with parts of the data and two lines of S_min allow; they are no intervals"
+        far = "So far outside, steps and tokens are guesses"
         notes.append(
             f"EXTRAPOLATED: loss {to.loss:g} is outside the measured range. S_min continues along a straight line, "
-            "B_crit along the law. No interval covers the error of this"
+            f"B_crit along the law. {far if to.s_min_range[1] == math.inf else known}"
         )
     elif to.law_b_crit is not None and to.law_interval is not None:
         low, high = to.b_crit_interval
@@ -130,7 +147,12 @@ def _notes(to: Goal) -> tuple[str, ...]:
             )
     if not to.hyperbolas:
         notes.append(
-            "the scan's trade-offs are no hyperbolas, but these steps and tokens are a hyperbola's: inside the scanned "
-            "batches they are off by some percent, outside by more"
+            "the trade-offs are no hyperbolas, so tokens have no minimum. Steps go as 1 + (B_crit/B)^a, "
+            "fitted at each loss; outside the scanned batches they rest on this form"
+        )
+    if stages and stages[-1].batch_tokens > to.batch_range[1]:
+        notes.append(
+            f"the ramp goes beyond the largest batch of the runs, {to.batch_range[1]:,.0f} tokens: limit it with "
+            "--max-batch-tokens"
         )
     return tuple(notes)

@@ -101,11 +101,12 @@ def advise(
     start_batch_tokens: Size | None = None,
     max_batch_tokens: Size | None = None,
     ramp_fraction: float = 1.0,
+    reference_batch_tokens: Size | None = None,
     write_ramp: Path | None = None,
     extrapolate: bool = False,
     json: bool = False,
 ) -> None:
-    """Show steps, tokens, compute and wall time to one loss for each batch size; B_crit there; and a batch ramp.
+    """Show steps, tokens, compute, wall time and learning rate to one loss for each batch size; B_crit; a batch ramp.
 
     Example: scaling-jax advise results/demo --target-loss 2.2 --write-ramp ramp.json
 
@@ -119,8 +120,10 @@ def advise(
       device_batch_tokens: batch size (tokens per device) at which the device reaches full speed.
       start_batch_tokens: first batch size of the ramp.
       max_batch_tokens: largest batch size of the ramp.
-      ramp_fraction: the ramp's batch size stays below this fraction of B_crit; a smaller fraction needs more steps and
-        fewer tokens.
+      ramp_fraction: the ramp's batch size stays below this fraction of the local B_crit; a smaller fraction needs more
+        steps and fewer tokens.
+      reference_batch_tokens: CBS20 is 20 % over linear scaling from this batch size (Zhang et al. 2024 take 256
+        sequences); by default the smallest batch size of the runs.
       write_ramp: write the ramp's stages to this file, as JSON.
       extrapolate: allow a loss outside the measured range.
       json: print JSON.
@@ -128,8 +131,8 @@ def advise(
     from rich.console import Console
 
     from scaling_jax.advice import advise as advice_on
-    from scaling_jax.advice.goal import Hardware
-    from scaling_jax.console.tables import advice_table
+    from scaling_jax.advice.choices import Hardware
+    from scaling_jax.console.advice import advice_table
     from scaling_jax.io.files import as_json
     from scaling_jax.io.stores import working_copy
 
@@ -147,6 +150,7 @@ def advise(
         start_batch_tokens=start_batch_tokens,
         max_batch_tokens=max_batch_tokens,
         fraction=ramp_fraction,
+        reference_batch_tokens=reference_batch_tokens,
         extrapolate=extrapolate,
     )
     if write_ramp is not None:

@@ -1,4 +1,4 @@
-"""Tables and sentences for the terminal: fits, summaries of scans, plans, compiled programs, status, advice."""
+"""Tables and sentences for the terminal: fits, summaries of scans, plans, compiled programs, status."""
 
 import math
 import re
@@ -12,9 +12,10 @@ from rich.console import Group as Rows
 from rich.table import Table
 from rich.text import Text
 
-from scaling_jax.advice.advise import Advice
+from scaling_jax.advice.measured import usable
 from scaling_jax.compile.ahead_of_time import CompiledBatch, Executable
 from scaling_jax.compile.topologies import Topology
+from scaling_jax.fitting import cbs20
 from scaling_jax.report.words import clock, duration, law_lines, short
 from scaling_jax.results import Analysis
 from scaling_jax.results.measurements import some_losses
@@ -22,7 +23,6 @@ from scaling_jax.results.status import Status
 from scaling_jax.results.table import TableFit
 from scaling_jax.scanning.experiment import FEWEST_STEPS
 from scaling_jax.scanning.plan import EFFICIENCY, ScanPlan
-from scaling_jax.training import Stage
 
 _GIB = 2**30
 _POWER = re.compile(r"\^(-?\d+(?:\.\d+)?)")
@@ -31,20 +31,29 @@ _SUPERSCRIPTS = str.maketrans("-.0123456789", "⁻·⁰¹²³⁴⁵⁶⁷⁸⁹"
 
 def print_fit(found: TableFit, written: Path) -> Rows:
     """The fit of a table: every trade-off, the laws, and the notes."""
-    table = Table(title="S_min in steps; E_min, B_crit, CBS20 in tokens", title_justify="left", title_style="bold")
-    for column in ("model", "loss", "S_min", "E_min", "B_crit", "95 % interval", "CBS20", "flags"):
-        left, first = column in ("model", "flags"), column == "model"
-        table.add_column(column, justify="left" if left else "right", no_wrap=not first, min_width=6 if first else None)
+    free_shape = any(point.free_shape for point in found.fit.points)  # then tokens have no minimum
+    title = "S_min in steps, the others in tokens; CBS20: 20 % over the tokens of the smallest batch, B_min"
+    if not free_shape:
+        title += ", or over E_min"
+    table = Table(title=title, title_justify="left", title_style="bold", collapse_padding=True)
+    columns = ["model", "loss", "S_min", "E_min", "B_crit", "95 %\ninterval", "CBS20\nE_min", "CBS20\nB_min", "flags"]
+    if free_shape:
+        columns = [column for column in columns if "E_min" not in column]
+    for column in columns:
+        wraps = column in ("model", "flags")
+        least = {"model": 6, "flags": 9}.get(column)
+        table.add_column(column, justify="left" if wraps else "right", no_wrap=not wraps, min_width=least)
     for point in found.fit.points:
         t = point.tradeoff
-        s_min, e_min, b_crit, cbs20 = (
-            "–" if t.one_sided or t.shape.u_shaped else short(value)
-            for value in (t.s_min, t.e_min, point.b_crit, t.cbs20)
-        )
-        flags = [f"B_opt {short(t.shape.b_opt)}"] * t.shape.u_shaped
-        flags += ["one-sided"] * t.one_sided + [f"{point.not_reached} not reached"] * bool(point.not_reached)
-        interval = "–" if t.shape.u_shaped else "–".join(short(end) for end in point.b_crit_interval)
-        table.add_row(point.model, f"{point.loss:.4g}", s_min, e_min, b_crit, interval, cbs20, ", ".join(flags))
+        curved = t.shape.u_shaped and not point.in_law  # else the only one of many, by chance
+        hidden = curved or (not usable(point) if free_shape else t.one_sided)
+        values = [point.s_min, t.e_min, point.b_crit, t.cbs20, cbs20(point, t.batch_tokens.min())]
+        s_min, e_min, b_crit, *of_cbs20 = ["–" if hidden else short(value) for value in values]
+        flags = [f"B_opt {short(t.shape.b_opt)}"] * curved + ["one-sided"] * (hidden and not curved)
+        flags += [f"{point.not_reached} not reached"] * bool(point.not_reached)
+        interval = "–" if curved else "–".join(short(end) for end in point.b_crit_interval)
+        row = (s_min, b_crit, interval, of_cbs20[1]) if free_shape else (s_min, e_min, b_crit, interval, *of_cbs20)
+        table.add_row(point.model, f"{point.loss:.4g}", *row, ", ".join(flags))
     lines = [
         *law_lines(found.fit, found.joint, found.forms),
         *(f"note: {note}" for note in found.notes),
@@ -159,29 +168,6 @@ def status_table(status: Status) -> Rows:
     return Rows(Text(head), table)
 
 
-def advice_table(advice: Advice) -> Rows:
-    """The advice for a loss: a row for each batch size, B_crit, and the ramp."""
-    to = advice.to
-    shown = Table(title=f"model {to.model} to loss {to.loss:g}", title_justify="left", title_style="bold")
-    names = ["batch", "steps", "95 % interval", "tokens", "excess", "wall time", "flags"]
-    for column in names:
-        if column != "wall time" or advice.hardware is not None:
-            shown.add_column(column, justify="left" if column == "flags" else "right", no_wrap=column != "flags")
-    for row in advice.rows:
-        low, high = row.steps_interval
-        flags = ["untested"] * (not row.tested) + ["over budget"] * (not row.within_budget)
-        shown.add_row(
-            f"{row.batch_tokens:,.0f}",
-            short(row.steps),
-            f"{short(low)}–{short(high)}" if high < math.inf else "unknown",
-            short(row.tokens),
-            f"{row.excess_compute:.0%}",
-            *([duration(row.seconds)] if row.seconds is not None else []),
-            ", ".join(flags),
-        )
-    return Rows(shown, *(Text(line) for line in _advice_sentences(advice)))
-
-
 class _Line(NamedTuple):
     """A line of text; a terminal that can show them gets superscripts in place of `^`."""
 
@@ -270,43 +256,3 @@ def _gib(executable: Executable) -> str:
 
 def _bytes_sent(executable: Executable) -> int:
     return sum(collective.num_bytes for collective in executable.collectives)
-
-
-def _advice_sentences(advice: Advice) -> list[str]:
-    to = advice.to
-    low, high = to.b_crit_interval
-    lines = [
-        "batch and tokens are in tokens; excess: compute above the minimum that any batch size needs",
-        f"B_crit (the knee): {short(to.b_crit)} [{short(low)}, {short(high)}] tokens; there a run needs twice the "
-        f"minimum of {short(to.s_min)} steps and twice the minimum of {short(to.e_min)} tokens",
-    ]
-    if to.law_b_crit is not None and to.law_interval is not None:
-        low, high = to.law_interval
-        lines.append(
-            f"B_crit by the law through all losses: {short(to.law_b_crit)} [{short(low)}, {short(high)}] tokens"
-        )
-    if advice.within_budget is not None:
-        lines.append(f"largest batch within the budget: {short(advice.within_budget)} tokens")
-    if advice.hardware is not None:
-        lines.append(_about_time(advice))
-    if advice.stages:
-        lines.append("ramp: " + ", then ".join(_stage(stage) for stage in advice.stages))
-        lines += [f"  {name}: {short(r.steps)} steps, {short(r.tokens)} tokens" for name, r in advice.schedules.items()]
-    return lines + [f"note: {note}" for note in advice.notes]
-
-
-def _about_time(advice: Advice) -> str:
-    hardware = advice.hardware
-    assert hardware is not None
-    if advice.fastest is None:
-        return (
-            "wall time assumes that a device has full speed at any batch size, so the smallest batch is the fastest; "
-            "give --device-batch-tokens, the batch size (tokens per device) at which the device reaches full speed"
-        )
-    seconds = hardware.seconds(advice.fastest, float(advice.to.steps(advice.fastest)))
-    return f"fastest on {hardware.devices} devices: {short(advice.fastest)} tokens, {duration(seconds)}"
-
-
-def _stage(stage: Stage) -> str:
-    start = f"from {short(stage.tokens)} tokens " if stage.tokens else ""
-    return f"{start}{stage.batch_tokens:,} (lr × {stage.learning_rate_factor:.3g})"

@@ -3,6 +3,7 @@
 from scaling_jax.fitting.crossings import Crossings, steps_to_loss
 from scaling_jax.fitting.forms import FormFit, compare_forms, further_fits
 from scaling_jax.fitting.joint import JointFit, fit_joint
+from scaling_jax.fitting.linear_scaling import cbs20
 from scaling_jax.fitting.loss_law import LossLaw, PowerLaw, fit_data_law, fit_loss_law, fit_size_law
 from scaling_jax.fitting.published_laws import PublishedLaw, published
 from scaling_jax.fitting.scan_fit import CriticalBatch, ScanFit, fit_scan
@@ -18,6 +19,7 @@ __all__ = [
     "PublishedLaw",
     "ScanFit",
     "Tradeoff",
+    "cbs20",
     "compare_forms",
     "fit_data_law",
     "fit_joint",

@@ -79,16 +79,19 @@ class Tradeoff:
         factor = np.exp(t * np.sqrt(np.maximum(variance, 0.0)))
         return self.steps_at(batch_tokens) / factor, self.steps_at(batch_tokens) * factor
 
-    def batch_at_overhead(self, overhead: float) -> float:
-        """Batch size in tokens at which a run needs (1 + overhead)·E_min tokens; overhead 1 gives B_crit."""
-        return overhead * self.b_crit
+    def batch_at_overhead(self, overhead: float, reference_batch_tokens: float = 0.0) -> float:
+        """Batch size in tokens at which a run needs (1 + overhead) times the tokens of the reference batch.
+
+        By default the reference is the limit of small batches, E_min; overhead 1 then gives B_crit. For free shapes,
+        see `fitting.cbs20`.
+        """
+        return overhead * self.b_crit + (1.0 + overhead) * reference_batch_tokens
 
     @property
     def cbs20(self) -> float:
         """Batch size in tokens at which a run needs 20 % more tokens than E_min; this is not B_crit.
 
-        After Zhang et al. 2024 (arXiv 2410.21676). They count the 20 % from the best small batch that they ran; here it
-        counts from E_min, the limit of small batches.
+        Zhang et al. 2024 (arXiv 2410.21676) count the 20 % from a reference batch: see `fitting.cbs20`.
         """
         return self.batch_at_overhead(0.2)
 

@@ -152,7 +152,7 @@ def fits_table(analysis: Analysis) -> Markup:
         t = p.tradeoff
         flags = ["one-sided"] * t.one_sided + ["not in the law"] * (not p.in_law)
         b_opt, b_opt_interval = tokens(t.shape.b_opt), _interval(*t.shape.b_opt_interval)
-        flags += [f"U-shaped: B_opt {b_opt}, {b_opt_interval} tokens"] * t.shape.u_shaped
+        flags += [f"U-shaped: B_opt {b_opt}, {b_opt_interval} tokens"] * (t.shape.u_shaped and not p.in_law)
         flags += [f"{p.not_reached} runs ended above the loss"] * bool(p.not_reached)
         values = (t.s_min, t.e_min, p.b_crit)
         interval = _interval(*p.b_crit_interval)

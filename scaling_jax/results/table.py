@@ -20,9 +20,9 @@ NAMES = {
     "target_loss": ("target_loss", "loss"),
     "steps": ("steps",),
 }
-OPTIONAL = {name: (name,) for name in ("steps_tried", "params", "passed_early", "offset_steps")} | {
-    "run": ("seed", "run")
-}
+OPTIONAL = {
+    name: (name,) for name in ("steps_tried", "params", "passed_early", "offset_steps", "learning_rate", "tuned")
+} | {"run": ("seed", "run")}
 IN_SEQUENCES = {"batch_sequences", "batch_seqs", "sequences", "batch_size", "batch_examples", "examples"}
 FEWEST_TOKENS = 64  # if all batches are smaller, they are probably in sequences
 LARGEST_GAP = 64  # between neighbouring batch sizes; a larger ratio is probably a change of unit
@@ -42,6 +42,8 @@ class Table(NamedTuple):
     steps_tried: list[float]  # total steps of a run that didn't reach its target; NaN if unknown
     params: list[float]  # of the model; NaN if unknown
     offset_steps: list[float]  # steps of a run that come before the trade-off, such as a warm-up's
+    learning_rate: list[float]  # of the run; NaN if unknown
+    tuned: list[bool]  # False if a better learning rate may lie beyond those tried
     notes: tuple[str, ...]
 
     @property
@@ -73,8 +75,9 @@ def read_table(path: Path) -> Table:
 
     Columns: model, batch_tokens (tokens per step), target_loss or loss (nats per token), and steps (empty if the run
     didn't reach the target). Optional columns: seed or run, steps_tried (total steps of a run that didn't reach the
-    target), params, passed_early, and offset_steps (steps that come before the trade-off; empty if none). If any run of
-    a model passed a loss early, the table leaves out this loss, because the steps to it are unknown.
+    target), params, passed_early, offset_steps (steps that come before the trade-off; empty if none), learning_rate,
+    and tuned (False if a better rate may lie beyond those tried). If any run of a model passed a loss early, the table
+    leaves out this loss, because the steps to it are unknown.
 
     Raises:
       UserError: at the first mistake. Names the file, the line, the column and what to do.
@@ -211,12 +214,12 @@ def _value(where: str, name: str, cell: str):
         raise UserError(f"{where} is empty: give the model a name, such as a")
     if name in ("model", "run"):
         return cell
-    if name == "passed_early":
+    if name in ("passed_early", "tuned"):
         if cell.lower() not in ("", "true", "false"):
             raise UserError(f"{where} is {cell!r}: it must be True or False")
-        return cell.lower() == "true"
+        return cell.lower() == "true" if cell else name == "tuned"
     if not cell or cell.lower() == "nan":
-        if name in ("steps", "steps_tried", "params"):
+        if name in ("steps", "steps_tried", "params", "learning_rate"):
             return math.nan
         if name == "offset_steps":
             return 0.0

@@ -1,6 +1,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,8 +43,9 @@ def test_advise_answers_for_a_table_and_for_its_folder(table, tmp_path, scaling_
     of_file, of_folder = (scaling_jax("advise", path, *options, *hardware) for path in (table, table.parent))
     assert of_file[0] == 0, of_file[2]
     assert of_file == of_folder
-    for word in ("knee", "within the budget", "fastest on 8 devices", "ramp: ", "by the law", "wall time"):
-        assert word in of_file[1]
+    for word in ("knee", "within the budget", "fastest on 8 devices", "ramp by the local B_crit: ", "by the law"):
+        assert word in " ".join(of_file[1].split())
+    assert " lr " not in of_file[1].split("batch and tokens")[0]  # the table has none
     stages = json.loads((tmp_path / "ramp.json").read_text())
     assert [set(stage) for stage in stages] == [{"tokens", "batch_tokens", "learning_rate_factor"}] * len(stages)
     assert stages[0]["tokens"] == 0
@@ -83,5 +85,44 @@ def test_extrapolated_advice_says_so(table, scaling_jax):
     code, stdout, _ = scaling_jax("advise", table, "--target-loss", 1.5, "--extrapolate")
     assert code == 0
     assert "EXTRAPOLATED" in stdout
-    assert "unknown" in stdout
-    assert "ramp:" not in stdout
+    assert "bracket" in stdout
+    assert "unknown" not in stdout
+    assert "ramp by" not in stdout
+    assert "unknown" in scaling_jax("advise", table, "--target-loss", 1.2, "--extrapolate")[1]
+
+
+DEMO = Path(__file__).parents[2] / "experiments/results/demo/measurements.csv"
+
+
+def test_advice_on_the_demo_gives_one_b_crit_first_then_the_local_one_then_the_law(scaling_jax):
+    code, stdout, stderr = scaling_jax("advise", DEMO, "--target-loss", 2.2, "--reference-batch-tokens", 512, "--json")
+    assert code == 0, stderr
+    found = json.loads(stdout)
+    to = found["to"]
+    assert to["e_min"] is None  # no hyperbolas
+    low, high = to["b_crit_interval"]
+    assert low < to["b_crit"] < high
+    assert to["local_b_crit"] > to["b_crit"] > to["law_b_crit"]
+    assert found["follows"] == "local"
+    assert found["reference_batch_tokens"] == 512
+    assert found["cbs20"] > 1.2 * 512
+    sources = {row["batch_tokens"]: row["learning_rate_source"] for row in found["rows"]}
+    assert sources[512] == "tuned"
+    assert sources[16_384] == "rule"
+    words = " ".join(scaling_jax("advise", DEMO, "--target-loss", 2.2)[1].split())
+    places = [words.index(text) for text in ("B_crit (the knee)", "local B_crit, of", "B_crit by the law")]
+    assert places == sorted(places)
+    assert "off by some percent" not in words
+
+
+def test_steps_on_the_demo_are_within_a_few_percent_of_the_measured_ones(scaling_jax):
+    found = json.loads(scaling_jax("advise", DEMO, "--target-loss", 2.284, "--model", "2x64", "--json")[1])
+    with DEMO.open() as file:
+        measured = {
+            float(row["batch_tokens"]): float(row["steps"])
+            for row in csv.DictReader(file)
+            if row["model"] == "2x64" and float(row["target_loss"]) == 2.284
+        }
+    compared = [row["steps"] / measured[row["batch_tokens"]] for row in found["rows"] if row["tested"]]
+    assert len(compared) >= 5
+    np.testing.assert_allclose(compared, 1, atol=0.03)

@@ -14,10 +14,12 @@ from scaling_jax.advice import (
     models_of,
     powers_around,
 )
-from scaling_jax.advice.goal import Hardware
-from scaling_jax.fitting import fit_tradeoff
+from scaling_jax.advice.choices import Hardware
+from scaling_jax.advice.measured import steps_interval
+from scaling_jax.fitting import CriticalBatch, fit_tradeoff
+from scaling_jax.fitting.tradeoff import fit_tradeoffs
 from scaling_jax.io import UserError
-from tests.advice.scan import b_crit, fitted, s_min
+from tests.advice.scan import b_crit, fitted, fitted_free, local_b_crit, s_min
 
 BATCHES = 256.0 * 2.0 ** np.arange(7)
 
@@ -51,7 +53,32 @@ def test_losses_that_were_not_measured_are_refused_unless_asked_for(loss):
     assert far.b_crit == pytest.approx(b_crit(loss), rel=1e-3)
     assert far.s_min == pytest.approx(s_min(loss), rel=1e-3)  # a power law goes on straight
     low, high = far.steps_interval(1_000.0)
-    assert (low, high) == (0, np.inf)
+    assert low == pytest.approx(far.steps(1_000.0), rel=1e-2)  # parts of the data agree without noise
+    assert high == pytest.approx(far.steps(1_000.0), rel=1e-2)
+
+
+def test_far_from_what_was_measured_steps_are_unknown():
+    """More than half of the measured range of log loss beyond it."""
+    for loss in (1.75 * (1.75 / 2.9) ** 0.52, 2.9 * (2.9 / 1.75) ** 0.52):
+        assert goal(fitted(), loss, extrapolate=True).steps_interval(1_000.0) == (0, np.inf)
+    assert goal(fitted(), 1.75 * (1.75 / 2.9) ** 0.48, extrapolate=True).steps_interval(1_000.0)[1] < np.inf
+
+
+@pytest.mark.parametrize("fit", [fitted(0.03), fitted_free(0.6, 0.03)], ids=["hyperbolas", "a = 0.6"])
+def test_brackets_beyond_the_measured_losses_hold_the_truth_and_what_parts_of_the_data_say(fit):
+    to = goal(fit, 1.6, "model1", extrapolate=True)
+    law, middle = fit.law, np.sqrt(np.prod(fit.law.loss_range))
+    parts = [refit.b_crit * (1.6 / middle) ** refit.exponent for refit in law.systematic]
+    band = [float(end) for end in fit.band(1.6)]
+    assert len(parts) > 2
+    assert to.b_crit_interval == (min(parts + band), max(parts + band))
+    assert to.b_crit == pytest.approx(float(law(1.6)))
+    a = 0.6 if not to.hyperbolas else 1.0
+    batches = np.array([256.0, 2_048.0, 16_384.0])
+    low, high = to.steps_interval(batches)
+    truth = s_min(1.6) * (1 + (b_crit(1.6) / batches) ** a)
+    assert ((low < truth) & (truth < high)).all()
+    assert ((low < to.steps(batches)) & (to.steps(batches) < high)).all()
 
 
 def test_without_a_law_nothing_is_extrapolated():
@@ -92,6 +119,72 @@ def test_choices_are_the_hyperbola_and_excess_is_what_it_says():
         assert row.excess_steps == pytest.approx(row.steps / to.s_min - 1)
         assert row.seconds is None
         assert row.tested == (256 <= row.batch_tokens <= 16_384)
+
+
+def test_with_a_free_shape_steps_and_b_crit_are_those_of_the_shape():
+    fit = fitted_free(0.6)
+    to = goal(fit, 2.0, "model1")
+    assert not to.hyperbolas
+    assert np.isnan(to.e_min)
+    assert to.b_crit == pytest.approx(b_crit(2.0), rel=0.1)
+    batches = np.array([256.0, 2_048.0, 16_384.0])
+    np.testing.assert_allclose(to.steps(batches), s_min(2.0) * (1 + (b_crit(2.0) / batches) ** 0.6), rtol=0.02)
+    assert float(to.steps(to.b_crit)) == pytest.approx(2 * to.s_min, rel=1e-3)
+    for row in choices(to, (256, 2_048), reference_batch_tokens=512):
+        assert row.excess_compute == pytest.approx(row.tokens / float(to.tokens(512)) - 1)
+    with pytest.raises(UserError, match="at any batch size of the runs"):
+        largest_within(to, 0.99 * float(to.tokens(256)))
+    batch = largest_within(to, 1.5 * float(to.tokens(256)))
+    assert float(to.tokens(batch)) == pytest.approx(1.5 * float(to.tokens(256)))
+
+
+def test_the_local_b_crit_at_the_goal_is_that_of_the_next_stretch():
+    assert goal(fitted(), 2.2).local_b_crit == pytest.approx(local_b_crit(2.2), rel=0.05)
+    assert np.isnan(goal(fitted(), 1.75).local_b_crit)  # the last window ends there
+
+
+def test_cbs20_counts_from_a_reference_batch_or_from_the_limit():
+    to = goal(fitted(), 2.0)
+    assert to.cbs20() == pytest.approx(to.b_crit / 5)
+    assert to.cbs20(700) == pytest.approx(to.b_crit / 5 + 1.2 * 700, rel=1e-3)
+    free = goal(fitted_free(0.6), 2.0)
+    assert np.isnan(free.cbs20())
+    assert float(free.tokens(free.cbs20(256))) == pytest.approx(1.2 * float(free.tokens(256)))
+
+
+@pytest.mark.parametrize("a", [0.6, 1.2])
+def test_intervals_of_a_free_shapes_steps_hold_the_truth(a):
+    """400 draws with 5 % of noise; the delta method is an approximation."""
+    draws = 400
+    batches = 256.0 * 2.0 ** np.arange(9)
+    truth = 300 * (1 + (2_000 / batches) ** a)
+    noise = 0.05 * np.random.default_rng(0).standard_normal((draws, batches.size))
+    rows = np.ones((draws, batches.size), bool)
+    fits = fit_tradeoffs(np.log(batches) * rows, np.log(truth) + noise, rows, 0.95)
+    ends = [
+        steps_interval(CriticalBatch("m", 2.0, fit, 0, 0, identified=True, in_law=True, free_shape=True), batches)
+        for fit in fits
+    ]
+    low, high = np.moveaxis(np.array(ends), 1, 0)
+    covered = ((low < truth) & (truth < high)).mean(0)
+    assert (covered > 0.90).all()
+    assert 0.93 < covered.mean() < 0.98
+
+
+def test_free_shapes_take_bounded_points_of_the_law():
+    fit = fitted_free(0.6)
+    first, *others = [p for p in fit.points if p.model == "model1"]
+    unbounded = dataclasses.replace(
+        first,
+        tradeoff=dataclasses.replace(
+            first.tradeoff, shape=first.tradeoff.shape._replace(b_half_interval=(500.0, np.inf))
+        ),
+    )
+    assert losses_of(fit, "model1")[1] == first.loss
+    assert losses_of(dataclasses.replace(fit, points=(unbounded, *others)), "model1")[1] == others[0].loss
+    few = tuple(dataclasses.replace(p, in_law=False) for p in others)
+    with pytest.raises(UserError, match=r"add .* batch sizes"):
+        goal(dataclasses.replace(fit, points=few), 2.0)
 
 
 def test_the_knee_is_where_steps_times_tokens_is_smallest():

@@ -120,6 +120,7 @@ def test_cbs20_is_where_tokens_are_a_fifth_over_linear_scaling():
     fit = fit_tradeoff(BATCHES, 300 * (1 + 2_000 / BATCHES))
     np.testing.assert_allclose(fit.tokens_at(fit.cbs20), 1.2 * fit.e_min)
     np.testing.assert_allclose(fit.tokens_at(fit.batch_at_overhead(1.0)), fit.tokens_at(fit.b_crit))
+    np.testing.assert_allclose(fit.tokens_at(fit.batch_at_overhead(0.5, 700)), 1.5 * fit.tokens_at(700))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scaling_jax.advice import advise as advice_on
-from scaling_jax.advice.goal import Hardware
+from scaling_jax.advice.choices import Hardware
 from scaling_jax.cli import _whole
 from scaling_jax.cli.planned_run import planned_run
 from scaling_jax.data import prepare
