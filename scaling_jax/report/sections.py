@@ -292,7 +292,24 @@ def _spread(analysis: Analysis) -> Markup:
     return paragraph(
         "How far does the exponent move if a part of the data is left out, or if B_crit diverges at a loss L_inf above "
         "0? A law to trust stays inside its interval, which is shaded."
-    ) + charts([draw(chart, chart.name)])
+    ) + (charts([draw(chart, chart.name)]) + folded("The exponent and B_crit of each part", spread_table(analysis)))
+
+
+def spread_table(analysis: Analysis) -> Markup:
+    """The table of the laws with parts of the data, and of the floors that fit about as well."""
+    fit, rows = analysis.fit, []
+    for name, law in (("from the start", fit.law), ("local", None if fit.local is None else fit.local.law)):
+        if law is None:
+            continue
+        middle = math.sqrt(math.prod(law.loss_range))
+        rows.append((name, "all data", f"{law.exponent:.2f}", tokens(law(middle)), f"{middle:.3f}"))
+        rows += [
+            (name, part.kept, f"{part.exponent:.2f}", tokens(part.b_crit), f"{middle:.3f}") for part in law.systematic
+        ]
+    whole = "from the start" if fit.table_of_law is not None else "local"
+    for floor, exponent in (floor for form in analysis.forms for floor in form.floors[1:]):
+        rows.append((whole, f"of L - {floor:.2f}", f"{exponent:.2f}", "", ""))
+    return table(("B_crit", "fitted", "exponent", "tokens", "at loss"), rows)
 
 
 def _by_layer_intro(runs: Sequence[CellRuns]) -> Markup:

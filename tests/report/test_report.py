@@ -170,6 +170,17 @@ def test_the_law_is_said_in_words(document, analysis):
     assert [x for x in said if "4 times" in x and "2.5 times" in x and dearer in x]
 
 
+def test_the_spread_of_the_law_is_a_table_and_a_chart(document, analysis):
+    cells = document.text("td")
+    for law in (analysis.fit.law, analysis.fit.local.law):
+        assert len(law.systematic) > 3
+        for part in law.systematic:
+            assert part.kept in cells
+            assert f"{part.exponent:.2f}" in cells
+    floors = [floor for form in analysis.forms for floor, _ in form.floors[1:]]
+    assert [cell for cell in cells if cell.startswith("of L - ")] == [f"of L - {floor:.2f}" for floor in floors]
+
+
 def test_flags_runs_versions_fingerprint_and_command_are_there(document, analysis, runs):
     cells, facts = document.text("td"), document.text("dd")
     for note in analysis.notes:
