@@ -164,11 +164,15 @@ def log_spaced(high: float, low: float, count: int) -> tuple[float, ...]:
 DEMO = Experiment(
     name="demo",
     subjects=(
-        Subject(model_config("1x32"), log_spaced(2.9, 2.2, 12), LearningRates(8e-3, 2_048, places=2, most=10)),
-        Subject(model_config("2x64"), log_spaced(2.9, 2.0, 15), LearningRates(4e-3, 4_096, places=2, most=10)),
+        Subject(
+            model_config("1x32"), log_spaced(2.25, 2.05, 8), LearningRates(8e-3, 512, places=4, most=10, catch_up=0.15)
+        ),
+        Subject(
+            model_config("2x64"), log_spaced(2.35, 1.9, 14), LearningRates(3e-3, 512, places=4, most=10, catch_up=0.15)
+        ),
     ),
-    batch_tokens=powers_of_two(128, 8_192),
-    max_tokens=8_000_000,
+    batch_tokens=powers_of_two(256, 16_384),
+    max_tokens=12_000_000,
 )
 
 QUICK = Experiment(
