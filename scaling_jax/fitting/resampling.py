@@ -136,9 +136,9 @@ def law_errors(table: ScanTable, resamples: int, seed: int, variable: Variable =
     """Fits the chain to the table and to resamples of its runs' errors."""
     chain = fit_chain(table, variable=variable)
     fits, line = chain
-    slopes = _centred_slopes(table, fits)
-    freedom = _degrees_of_freedom(table, slopes)
-    errors = _run_errors(table, fits)
+    slopes = centred_slopes(table, fits)
+    freedom = degrees_of_freedom(table, slopes)
+    errors = run_errors(table, fits)
     root = square_root(errors.T @ errors / np.maximum(freedom, 1.0))
     influence = _influence(table, chain, slopes, variable)
     forms = np.stack([influence[i].T @ influence[j] for i, j in ((0, 0), (1, 1), (0, 1))]) / np.maximum(freedom, 1.0)
@@ -156,7 +156,7 @@ def law_errors(table: ScanTable, resamples: int, seed: int, variable: Variable =
         again = fit_chain(table, log_steps, start, num_rounds=2, num_iterations=4, variable=variable)
         level = again.line.level + again.line.slope * (line.centre - again.line.centre)
         shifts.append(np.stack([level - line.level, again.line.slope - line.slope], axis=-1))
-        variances.append(variance_of(forms, _run_errors(table, again.hyperbolas)))
+        variances.append(variance_of(forms, run_errors(table, again.hyperbolas)))
     return LawErrors(
         centre=float(line.centre),
         level=float(line.level),
@@ -179,18 +179,19 @@ def square_root(covariance) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0.0))
 
 
-def _run_errors(table, fits):
+def run_errors(table, fits):
     """`[..., R, T]`: residuals by run and target, clipped as in the fit; zero where nothing was measured."""
     inside = (table.mask & (np.abs(fits.residuals) <= fits.limit)).sum(-1) / table.mask.sum(-1)
     return table.by_run(np.clip(fits.residuals, -fits.limit, fits.limit) / np.maximum(inside, 0.5)[..., None])
 
 
-def _centred_slopes(table, fits):
+def centred_slopes(table, fits):
+    """`[G, n]`: d log S/d log B_crit of each run, minus its mean in the row; zero where nothing was measured."""
     _, slopes = log_overhead(fits.log_b_crit[:, None], table.log_batch)
     return table.mask * (slopes - weighted_mean(slopes, fits.weights))
 
 
-def _degrees_of_freedom(table, slopes):
+def degrees_of_freedom(table, slopes):
     """`ScanTable.degrees_of_freedom` of hyperbolas."""
 
     def leftover(g: int) -> np.ndarray:

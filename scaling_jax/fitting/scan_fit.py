@@ -11,6 +11,7 @@ import numpy as np
 
 from scaling_jax.fitting.local import local_table
 from scaling_jax.fitting.loss_law import LossLaw
+from scaling_jax.fitting.models_compared import compare_models
 from scaling_jax.fitting.resampling import LawErrors, LawFit, law_errors, resamples_for
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.shape_law import ShapeLawErrors, fit_shape_law
@@ -232,6 +233,13 @@ def _fit(table: ScanTable, confidence: float, resamples: int | None, seed: int) 
             notes.append(
                 "every model has one loss in the law: the effects of loss, model size and data can't be told apart"
             )
+        if not free_shape:
+            notes += [
+                f"models differ: at the same loss, B_crit of {found.model} is {found.ratio:.2f} [{found.low:.2f}, "
+                f"{found.high:.2f}] times that of {found.first}. So it isn't a function of the loss alone"
+                for found in compare_models(used, confidence)
+                if found.differs
+            ]
     return ScanFit(
         points=tuple(points),
         law=law,

@@ -19,7 +19,7 @@ MOST_ERROR = 3.5  # standard error of a part's exponent, over the whole's; half 
 
 
 def refits(table: ScanTable, free_shape: bool) -> tuple[Refit, ...]:
-    """The law of the lower and the upper half of the losses, and without one or two of the end batches.
+    """The law of the lower and the upper half of the losses, of each model, and without one or two of the end batches.
 
     Args:
       table: what the law was fitted to.
@@ -35,6 +35,9 @@ def refits(table: ScanTable, free_shape: bool) -> tuple[Refit, ...]:
         f"losses up to {np.median(losses):.3g}": table.select(below),
         f"losses from {np.median(losses):.3g}": table.select(table.losses >= np.median(losses)),
     }
+    models = list(dict.fromkeys(table.models))
+    if len(models) > 1:
+        parts |= {f"{model} alone": table.select(np.array(table.models) == model) for model in models}
     for count, many in ((1, "batch"), (2, "2 batches")):
         if len(batches) >= FEWEST_BATCHES + count:
             parts[f"without the smallest {many}"] = table.between(batches[count], np.inf)

@@ -63,19 +63,28 @@ def branch_line(m: BranchMeasurement) -> str:
 def law_lines(fit: ScanFit, joint: JointFit | None, forms: tuple[FormFit, ...]) -> list[str]:
     """The fitted laws, one line each; one line that says what is missing if there is no law."""
     law = fit.law
-    if law is None:
-        return [f"No law: {_why(fit)}.", *_local_lines(fit)]
-    high, low = max(law.loss_range), min(law.loss_range)
-    lines = [f"{_law(law)}, for losses {high:.4g} to {low:.4g} nats per token; untested at other losses"]
-    if law.shapes is not None:
-        lines.append(
-            f"steps as 1 + (B_crit/B)^a, a = {law.shapes[0]:.2f} at {high:.4g} and {law.shapes[1]:.2f} at {low:.4g}"
-        )
+    other_forms = _form_lines(forms)
+    if law is None or fit.table_of_law is None:
+        local = _local_lines(fit) + [f"local: {line}" for line in other_forms]
+        return [f"No law: {_why(fit)}." if law is None else _law_with_losses(law), *_shape_lines(law), *local]
+    lines = [_law_with_losses(law)]
     if joint is not None and joint.law is not None:
         lines.append(f"the same law, fitted to all runs at once: {_law(joint.law)}")
-    if fit.table_of_law is not None:
-        return lines + _form_lines(forms) + _local_lines(fit)
-    return lines + _local_lines(fit) + [f"local: {line}" for line in _form_lines(forms)]
+    if forms and forms[0].form != "loss" and not _alike(forms):
+        lines.insert(0, other_forms.pop(0))  # the better law comes first
+    return lines + other_forms + _local_lines(fit)
+
+
+def _law_with_losses(law: LossLaw) -> str:
+    high, low = max(law.loss_range), min(law.loss_range)
+    return f"{_law(law)}, for losses {high:.4g} to {low:.4g} nats per token; untested at other losses"
+
+
+def _shape_lines(law: LossLaw | None) -> list[str]:
+    if law is None or law.shapes is None:
+        return []
+    (first, last), (low, high) = law.shapes, sorted(law.loss_range)
+    return [f"steps as 1 + (B_crit/B)^a, a = {first:.2f} at {high:.4g} and {last:.2f} at {low:.4g}"]
 
 
 def _form_lines(forms: tuple[FormFit, ...]) -> list[str]:
@@ -84,12 +93,19 @@ def _form_lines(forms: tuple[FormFit, ...]) -> list[str]:
     if len(forms) > 1:
         first, second = forms[:2]
         errors = f"held-out error {_percent(first.held_out_error)} against {_percent(second.held_out_error)}"
-        how = f"fits best: {errors} for the law in {_LAW_IN[second.form]}"
-        alike = second.held_out_error < (1 + MEANS_LITTLE_HELD_OUT) * first.held_out_error
-        if alike or second.criterion - first.criterion < MEANS_LITTLE:
-            how = f"can't be told from the law in {_LAW_IN[second.form]}: {errors}"
+        other = f"the law in {_LAW_IN[second.form]}"
+        how = f"can't be told from {other}: {errors}" if _alike(forms) else f"fits best: {errors} for {other}"
         lines[0] = f"{_proportional(first)} — {how}"
     return lines
+
+
+def _alike(forms: tuple[FormFit, ...]) -> bool:
+    """True if the first form, which has the smallest held-out error, can't be told from the second."""
+    if len(forms) < 2:
+        return False
+    first, second = forms[:2]
+    little = second.held_out_error < (1 + MEANS_LITTLE_HELD_OUT) * first.held_out_error
+    return little or second.criterion - first.criterion < MEANS_LITTLE
 
 
 def _local_lines(fit: ScanFit) -> list[str]:

@@ -18,6 +18,8 @@ def test_parts_of_a_true_law_all_give_it():
     assert [refit.kept for refit in found] == [
         "losses up to 2.25",
         "losses from 2.25",
+        "model0 alone",
+        "model1 alone",
         "without the smallest batch",
         "without the largest batch",
         "without the smallest 2 batches",
@@ -25,13 +27,15 @@ def test_parts_of_a_true_law_all_give_it():
     ]
     np.testing.assert_allclose([refit.exponent for refit in found], -4.8, atol=0.1)
     np.testing.assert_allclose([refit.b_crit for refit in found], 1_800, rtol=0.01)
-    assert [refit.num_losses for refit in found] == [7, 7, 14, 14, 14, 14]
+    assert [refit.num_losses for refit in found] == [7, 7, 14, 14, 14, 14, 14, 14]
 
 
 def test_too_small_parts_are_left_out():
     assert [
         refit.kept for refit in refits(table(num_losses=4, batches=(512, 1_024, 2_048, 4_096, 8_192)), free_shape=False)
     ] == [
+        "model0 alone",
+        "model1 alone",
         "without the smallest batch",
         "without the largest batch",
     ]

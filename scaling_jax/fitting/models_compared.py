@@ -1,0 +1,61 @@
+"""Is B_crit a function of the loss alone, whatever the model? Compares the models of a scan at the same loss.
+
+Kaplan et al. 2020 (arXiv 2001.08361, section 5.1) found that it hardly depends on the model size. Where it does, a law
+through all models mixes their levels, and its exponent is neither model's own.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from scaling_jax.fitting.resampling import centred_slopes, degrees_of_freedom, fit_chain, run_errors
+from scaling_jax.fitting.scan_table import ScanTable, covariance_of
+
+
+class ModelRatio(NamedTuple):
+    """B_crit of a model over that of the first model at the same loss."""
+
+    model: str
+    first: str
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def differs(self) -> bool:
+        """True if the interval leaves out 1."""
+        return not self.low <= 1 <= self.high
+
+
+def compare_models(table: ScanTable, confidence: float = 0.95) -> tuple[ModelRatio, ...]:
+    """The ratio of each further model's B_crit to the first one's, with one exponent of the loss for all.
+
+    Their intervals come from the errors of whole runs (Student t). Models whose losses don't overlap with the first
+    model's are left out; so is everything if runs are too few.
+    """
+    names = np.array(table.models)
+    models = list(dict.fromkeys(table.models))
+    freedom = np.unique(table.run_index[table.mask]).size - 2 * len(models)
+    if len(models) < 2 or freedom < 1 or np.unique(table.losses).size < 3:
+        return ()
+    fits, line = fit_chain(table)
+    slopes = centred_slopes(table, fits)
+    weights = np.maximum(fits.information, 1e-12)
+    design = np.stack([*(names == model for model in models), np.log(table.losses) - float(line.centre)], axis=1)
+    on_line = np.linalg.solve(design.T @ (weights[:, None] * design), (weights[:, None] * design).T)
+    levels = on_line @ fits.log_b_crit
+    influence = table.by_run(on_line[:, :, None] * (slopes / weights[:, None]))
+    covariance = covariance_of(influence, run_errors(table, fits), degrees_of_freedom(table, slopes))
+    found = []
+    first = table.losses[names == models[0]]
+    for k, model in enumerate(models[1:], 1):
+        own = table.losses[names == model]
+        if own.min() > first.max() or own.max() < first.min():
+            continue
+        difference = np.zeros(len(levels))
+        difference[[0, k]] = -1.0, 1.0
+        value = difference @ levels
+        reach = special.stdtrit(freedom, 0.5 + confidence / 2) * np.sqrt(difference @ covariance @ difference)
+        found.append(ModelRatio(model, models[0], *(float(np.exp(v)) for v in (value, value - reach, value + reach))))
+    return tuple(found)
