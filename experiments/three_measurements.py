@@ -1,15 +1,14 @@
 """The critical batch size measured in three ways on the same runs: noise scale, batch-size scan, branches.
 
-    python experiments/three_measurements.py [RESULTS]      # results/three_measurements unless given
+    python experiments/three_measurements.py [RESULTS]      # results/demo unless given
 
-The demo's two models: the scan with a tuned learning rate at every batch size, the noise scale that its runs measured
-at every step, and branches of its runs of 128 tokens at 2 to 32 times the batch size (Merrill et al. 2025), four
-replicates of each from up to eight points along each run. Writes three_measurements.csv (all three at the same losses,
+The demo, whose results it continues: the scan with a tuned learning rate at every batch size, the noise scale that its
+runs measured at every step, and branches of its runs of 256 tokens at 2 to 32 times the batch size (Merrill et al. 2025),
+four replicates of each from up to eight points along each run. Writes three_measurements.csv (all at the same losses,
 tokens) and the figures, of which three_measurements.png is the one to look at. `SEEDS = (0, 1)` also writes seeds.csv,
 how far seeds lie apart.
 
-With one replicate it took about 15 minutes on two CPU cores, 3 of them for branches; four replicates make 4.6 times as
-many. Interrupted, the same command continues. What came out with one replicate, and with β's as half-lives, is in
+Takes MINUTES minutes on two CPU cores after the demo; interrupted, the same command continues. What came out is in
 experiments/results/three_measurements.
 """
 
@@ -23,8 +22,8 @@ from scaling_jax.results import read_results
 from scaling_jax.scanning.experiment import DEMO
 
 SEEDS = (0,)
-EXPERIMENT = dataclasses.replace(DEMO, name="three-measurements", seeds=SEEDS, warmup_steps=10)  # as what came out
-BRANCHED_BATCH_TOKENS = 128
+EXPERIMENT = dataclasses.replace(DEMO, seeds=SEEDS)
+BRANCHED_BATCH_TOKENS = 256
 FACTORS = (2, 4, 8, 16, 32)
 REPLICATES = 4  # of each branch, and of the run itself from each point on
 BETAS = "run"  # Adam's β stay those of the run; "half-life" would make β1 = 0.03 at 32 times the batch
@@ -48,4 +47,4 @@ def main(results: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("results/three_measurements"))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("results/demo"))

@@ -28,17 +28,24 @@ class ModelRatio(NamedTuple):
         return not self.low <= 1 <= self.high
 
 
-def compare_models(table: ScanTable, confidence: float = 0.95) -> tuple[ModelRatio, ...]:
-    """The ratio of each further model's B_crit to the first one's, with one exponent of the loss for all.
+class ModelsCompared(NamedTuple):
+    """A law with a level for each model, B_crit ∝ L^exponent."""
 
-    Their intervals come from the errors of whole runs (Student t). Models whose losses don't overlap with the first
-    model's are left out; so is everything if runs are too few.
+    exponent: float
+    exponent_interval: tuple[float, float]
+    ratios: tuple[ModelRatio, ...]  # of each further model to the first; without models whose losses don't overlap
+
+
+def compare_models(table: ScanTable, confidence: float = 0.95) -> ModelsCompared | None:
+    """The law with a level for each model, and the ratio of each further model's B_crit to the first one's.
+
+    Intervals come from the errors of whole runs (Student t). None for one model, or if runs are too few.
     """
     names = np.array(table.models)
     models = list(dict.fromkeys(table.models))
     freedom = np.unique(table.run_index[table.mask]).size - 2 * len(models)
     if len(models) < 2 or freedom < 1 or np.unique(table.losses).size < 3:
-        return ()
+        return None
     fits, line = fit_chain(table)
     slopes = centred_slopes(table, fits)
     weights = np.maximum(fits.information, 1e-12)
@@ -47,15 +54,18 @@ def compare_models(table: ScanTable, confidence: float = 0.95) -> tuple[ModelRat
     levels = on_line @ fits.log_b_crit
     influence = table.by_run(on_line[:, :, None] * (slopes / weights[:, None]))
     covariance = covariance_of(influence, run_errors(table, fits), degrees_of_freedom(table, slopes))
-    found = []
+    t = special.stdtrit(freedom, 0.5 + confidence / 2)
+
+    def interval(contrast) -> tuple[float, float, float]:
+        value, reach = contrast @ levels, t * np.sqrt(contrast @ covariance @ contrast)
+        return float(value), float(value - reach), float(value + reach)
+
+    unit = np.eye(len(levels))
+    exponent, *exponent_interval = interval(unit[-1])
     first = table.losses[names == models[0]]
+    ratios = []
     for k, model in enumerate(models[1:], 1):
         own = table.losses[names == model]
-        if own.min() > first.max() or own.max() < first.min():
-            continue
-        difference = np.zeros(len(levels))
-        difference[[0, k]] = -1.0, 1.0
-        value = difference @ levels
-        reach = special.stdtrit(freedom, 0.5 + confidence / 2) * np.sqrt(difference @ covariance @ difference)
-        found.append(ModelRatio(model, models[0], *(float(np.exp(v)) for v in (value, value - reach, value + reach))))
-    return tuple(found)
+        if own.min() <= first.max() and own.max() >= first.min():
+            ratios.append(ModelRatio(model, models[0], *np.exp(interval(unit[k] - unit[0])).tolist()))
+    return ModelsCompared(exponent, (exponent_interval[0], exponent_interval[1]), tuple(ratios))

@@ -234,12 +234,7 @@ def _fit(table: ScanTable, confidence: float, resamples: int | None, seed: int) 
                 "every model has one loss in the law: the effects of loss, model size and data can't be told apart"
             )
         if not free_shape:
-            notes += [
-                f"models differ: at the same loss, B_crit of {found.model} is {found.ratio:.2f} [{found.low:.2f}, "
-                f"{found.high:.2f}] times that of {found.first}. So it isn't a function of the loss alone"
-                for found in compare_models(used, confidence)
-                if found.differs
-            ]
+            notes += _of_models(used, confidence)
     return ScanFit(
         points=tuple(points),
         law=law,
@@ -312,6 +307,23 @@ def _of_shapes(points: list[CriticalBatch], bent: np.ndarray) -> list[str]:
                 f"{_losses(far, own)}: B_crit rests on the form there"
             )
     return notes
+
+
+def _of_models(table: ScanTable, confidence: float) -> list[str]:
+    """Says if B_crit differs between models at the same loss."""
+    compared = compare_models(table, confidence)
+    different = [found for found in compared.ratios if found.differs] if compared is not None else []
+    if compared is None or not different:
+        return []
+    ratios = ", ".join(
+        f"of {found.model} {found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times that of {found.first}"
+        for found in different
+    )
+    low, high = compared.exponent_interval
+    return [
+        f"models differ: at the same loss, B_crit {ratios}. So it isn't a function of the loss alone. With a level for "
+        f"each model the exponent is {compared.exponent:.2f} [{low:.2f}, {high:.2f}]"
+    ]
 
 
 def _losses(some: list[CriticalBatch], of: list[CriticalBatch]) -> str:

@@ -165,10 +165,14 @@ DEMO = Experiment(
     name="demo",
     subjects=(
         Subject(
-            model_config("1x32"), log_spaced(2.25, 2.05, 8), LearningRates(8e-3, 512, places=4, most=10, catch_up=0.15)
+            model_config("1x32"),
+            log_spaced(2.25, 2.05, 8)[1:],
+            LearningRates(8e-3, 512, places=4, most=10, catch_up=0.15),
         ),
         Subject(
-            model_config("2x64"), log_spaced(2.35, 1.9, 14), LearningRates(3e-3, 512, places=4, most=10, catch_up=0.15)
+            model_config("2x64"),
+            log_spaced(2.35, 1.9, 14)[1:],
+            LearningRates(3e-3, 512, places=4, most=10, catch_up=0.15),
         ),
     ),
     batch_tokens=powers_of_two(256, 16_384),
