@@ -3,10 +3,10 @@
     python experiments/three_measurements.py [RESULTS]      # results/demo unless given
 
 The demo, whose results it continues: the scan with a tuned learning rate at every batch size, the noise scale that its
-runs measured at every step, and branches of its runs of 256 tokens at 2 to 32 times the batch size (Merrill et al. 2025),
-four replicates of each from up to eight points along each run. Writes three_measurements.csv (all at the same losses,
-tokens) and the figures, of which three_measurements.png is the one to look at. `SEEDS = (0, 1)` also writes seeds.csv,
-how far seeds lie apart.
+runs measured at every step, and branches of its runs of 256 tokens at 2 to 32 times the batch size (Merrill et al.
+2025), four replicates of each from up to eight points along each run. Writes three_measurements.csv (all at the same
+losses, tokens) and the figures, of which three_measurements.png is the one to look at. `SEEDS = (0, 1)` also writes
+seeds.csv, how far seeds lie apart.
 
 Takes MINUTES minutes on two CPU cores after the demo; interrupted, the same command continues. What came out is in
 experiments/results/three_measurements.

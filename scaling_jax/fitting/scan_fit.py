@@ -316,7 +316,7 @@ def _of_models(table: ScanTable, confidence: float) -> list[str]:
     if compared is None or not different:
         return []
     ratios = ", ".join(
-        f"of {found.model} {found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times that of {found.first}"
+        f"of {found.model} is {found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times that of {found.first}"
         for found in different
     )
     low, high = compared.exponent_interval

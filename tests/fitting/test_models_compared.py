@@ -54,7 +54,7 @@ def test_a_scan_whose_models_differ_says_so_and_shows_each_alone():
     columns = with_ratio(Planted(noise=0.01).columns(np.random.default_rng(0)), 0.7)
     fit = fit_scan(**columns, resamples=50)
     (note,) = (note for note in fit.notes if note.startswith("models differ"))
-    assert "B_crit of model1 0.7" in note
+    assert "B_crit of model1 is 0.7" in note
     alone = {part.kept: part for part in fit.law.systematic}
     np.testing.assert_allclose(alone["model1 alone"].b_crit / alone["model0 alone"].b_crit, 0.7, rtol=0.05)
     same = fit_scan(**Planted(noise=0.01).columns(np.random.default_rng(0)), resamples=50)
