@@ -8,7 +8,7 @@ runs measured at every step, and branches of its runs of 256 tokens at 2 to 32 t
 losses, tokens) and the figures, of which three_measurements.png is the one to look at. `SEEDS = (0, 1)` also writes
 seeds.csv, how far seeds lie apart.
 
-Takes MINUTES minutes on two CPU cores after the demo; interrupted, the same command continues. What came out is in
+Takes 5 to 12 minutes on two CPU cores after the demo; interrupted, the same command continues. What came out is in
 experiments/results/three_measurements.
 """
 
