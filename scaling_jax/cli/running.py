@@ -88,7 +88,8 @@ def scan(
     from scaling_jax.io.config import with_overrides
     from scaling_jax.scanning.records import load_experiment
 
-    loaded = with_overrides(load_experiment(experiment), with_other_halves(overrides))
+    loaded = load_experiment(experiment)
+    loaded = with_overrides(loaded, with_other_halves(loaded, overrides))
     _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
 
 
