@@ -42,9 +42,9 @@ def each(**bad):
         learning_rate=NOT_POSITIVE,
         target_loss=NOT_POSITIVE,
         batch_tokens=(0, -1, HUGE),
-        max_steps=(0, -1, -HUGE),
-        max_tokens=(0, -1),
-        context=(0, -1),
+        max_steps=(0, -1, -HUGE, HUGE, 2**31),
+        max_tokens=(0, -1, HUGE, 10**308),
+        context=(0, -1, HUGE),
         seed=(-1, HUGE, 2**32, 2**31),
     ),
 )
