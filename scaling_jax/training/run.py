@@ -72,7 +72,9 @@ class LiveRamp:
 
     def __post_init__(self):
         if self.metric not in METRICS:
-            raise UserError(f"live_ramp.metric = {self.metric!r}: choose from {', '.join(METRICS)}")
+            # Norm layers are a cheap sample of the parameters for tr(Σ)/|G|², not a metric of their own.
+            hint = "; norm layers are a way to measure simple, in your own loop" if self.metric == "norm_layers" else ""
+            raise UserError(f"live_ramp.metric = {self.metric!r}: choose from {', '.join(METRICS)}{hint}")
         if not self.threshold > 0 or self.every_steps < 1:
             raise UserError(
                 f"live_ramp.threshold = {self.threshold} and every_steps = {self.every_steps} must be positive"
