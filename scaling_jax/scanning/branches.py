@@ -49,7 +49,9 @@ class BranchPlan:
         if self.branch_steps < 1 or self.branch_steps % EVALUATIONS:
             raise UserError(f"branch_steps = {self.branch_steps} must be a multiple of {EVALUATIONS}")
         if not 2 <= self.replicates <= 1_000:
-            raise UserError(f"replicates = {self.replicates} must be 2 to 1,000: one replicate gives no interval")
+            raise UserError(
+                f"replicates = {self.replicates} must be 2 or more, up to 1,000: one replicate gives no interval"
+            )
         if self.betas not in BETAS:
             raise UserError(f"betas = {self.betas!r}: choose from {', '.join(BETAS)}")
         if not self.at_tokens or self.run.ramp or self.run.live_ramp or self.run.skip:
