@@ -9,6 +9,7 @@ from scaling_jax.advice.goal import Goal, goal
 from scaling_jax.advice.ramp import Cost, Stage, cost, descent, ramp
 from scaling_jax.advice.rates import best_rates
 from scaling_jax.io import UserError
+from scaling_jax.io.config import check_at_most
 from scaling_jax.io.files import write_json
 from scaling_jax.results.table import fit_table
 
@@ -70,6 +71,8 @@ def advise(
     for name, value in asked.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} = {value} must be positive and finite")
+        if value is not None and name.endswith("batch_tokens"):
+            check_at_most(name, value, 2**63 - 1)
     path = results / "measurements.csv" if results.is_dir() else results
     if not path.exists():
         raise UserError(f"there is no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")

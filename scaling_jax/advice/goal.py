@@ -14,6 +14,7 @@ NEAREST = 4  # number of points for the straight line of an extrapolated S_min
 # Steps get brackets up to this part of the measured range of log L beyond it. On the demo, cut at ten losses, the
 # brackets then held the steps of 94 to 100 % of the batches beyond the cut. They are a factor of three wide.
 REACH = 0.5
+FARTHEST = 10  # times outside the measured losses; powers of the loss would overflow
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +97,11 @@ def goal(fit: ScanFit, loss: float, model: str | None = None, *, extrapolate: bo
         raise UserError(
             f"loss {loss:g} is outside {low:g} to {high:g}, where model {model} has batches on both sides of B_crit: "
             f"choose a loss inside, or scan with other target losses{way_out}"
+        )
+    if not low / FARTHEST <= loss <= high * FARTHEST:
+        raise UserError(
+            f"loss {loss:g} is too far outside {low:g} to {high:g} to extrapolate to: choose one from "
+            f"{low / FARTHEST:.3g} to {high * FARTHEST:.3g}"
         )
     s_min_range = (0.0, math.inf)
     neighbours = neighbours_of(points, loss) if inside else ()

@@ -40,10 +40,10 @@ def joined(arguments: Sequence[str], flag: str = "--set") -> list[str]:
     for argument in arguments:
         if argument == flag:
             inside = True
-        elif argument.startswith("-"):
+        elif argument.startswith(f"{flag}="):
+            values.append(argument.removeprefix(f"{flag}="))
             inside = False
-        if inside and argument != flag:
-            values.append(argument)
-        elif argument != flag:
-            kept.append(argument)
+        else:
+            inside = inside and not argument.startswith("-")
+            (values if inside else kept).append(argument)
     return kept + ([flag, *values] if values or flag in arguments else [])

@@ -34,7 +34,9 @@ _COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "tcsh", "fish"
 
 def main() -> None:
     """Runs the command in the arguments; `DESCRIPTION` lists the exit codes."""
-    arguments = joined([argument for argument in sys.argv[1:] if argument != "--debug"])
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for flag in ("--set", "--executor-options"):
+        arguments = joined(arguments, flag)
     if arguments == ["--version"]:
         print(f"scaling-jax {importlib.metadata.version('scaling-jax')}")
         return

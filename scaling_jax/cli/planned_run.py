@@ -7,11 +7,11 @@ from typing import Any
 
 from scaling_jax.data.tokenizers import most_ids
 from scaling_jax.io import UserError
-from scaling_jax.io.config import with_overrides
+from scaling_jax.io.config import check_positive, with_overrides
 from scaling_jax.scanning.records import load_run
 from scaling_jax.tasks import model_config
-from scaling_jax.training import Run
-from scaling_jax.training.run import check_positive, read_stages
+from scaling_jax.training import Recipe, Run
+from scaling_jax.training.run import read_stages
 
 _EITHER = (("max_tokens", "max_steps"), ("warmup_tokens", "warmup_steps"))
 
@@ -58,7 +58,7 @@ def planned_run(
         run = dataclasses.replace(run, model=_changed(run, model, context), **given)
     else:
         run = _from_flags(given, overrides, model, context)
-    run = with_overrides(run, with_other_halves(overrides))
+    run = with_overrides(run, with_other_halves(run, overrides))
     if run_file is None:
         run = with_vocabulary(run, most_ids(run.tokenizer), overrides)
     return run if factor == 1.0 else dataclasses.replace(run, learning_rate=run.learning_rate * factor)
@@ -71,10 +71,10 @@ def with_vocabulary(run: Run, vocab_size: int, overrides: Sequence[str]) -> Run:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=vocab_size))
 
 
-def with_other_halves(overrides: Sequence[str]) -> list[str]:
+def with_other_halves(config: Recipe, overrides: Sequence[str]) -> list[str]:
     """The overrides, plus `null` for each value that excludes a value that is set, such as max_steps for max_tokens."""
     keys = {override.partition("=")[0] for override in overrides}
-    both = [pair for a, b in _EITHER for pair in ((a, b), (b, a))]
+    both = [pair for a, b in _EITHER for pair in ((a, b), (b, a)) if hasattr(config, b)]
     return [*overrides, *(f"{b}=null" for a, b in both if a in keys and b not in keys)]
 
 

@@ -88,7 +88,8 @@ def scan(
     from scaling_jax.io.config import with_overrides
     from scaling_jax.scanning.records import load_experiment
 
-    loaded = with_overrides(load_experiment(experiment), with_other_halves(overrides))
+    loaded = load_experiment(experiment)
+    loaded = with_overrides(loaded, with_other_halves(loaded, overrides))
     _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
 
 
@@ -138,7 +139,7 @@ def train(
       max_tokens: end the run after this many tokens; or give --max-steps.
       max_steps: end the run after this many steps.
       target_loss: also end the run once its test loss (nats per token) is below this.
-      seed: seed for the parameters and for the order of the text.
+      seed: seed for the parameters and for the order of the text, from 0 to 2^31 - 1.
       results: folder for the run, which all processes see, or gs://bucket/folder.
       sharding: replicated keeps a copy of the model on each device; fsdp gives each device a part of it, for models
         that don't fit otherwise. It may change when a run continues: it isn't part of what the run is.

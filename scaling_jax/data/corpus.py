@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -112,15 +113,50 @@ def check_files(folder: Path, check: bool) -> dict:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise UserError(f"{folder} was written by another version of scaling_jax: {remedy}")
+        if wrong := _what_is_wrong(manifest, folder):
+            raise UserError(f"{folder / 'manifest.json'} was changed after the text was packed ({wrong}): {remedy}")
         for name, said in manifest["checksums"].items():
             size = (folder / name).stat().st_size
             if size != said["bytes"]:
                 raise UserError(f"{folder / name} has {size:,} bytes instead of {said['bytes']:,}: {remedy}")
             if (check or size <= _CHECKED_ALWAYS) and sha256_of(folder / name) != said["sha256"]:
                 raise UserError(f"{folder / name} was changed after it was packed: {remedy}")
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is damaged ({error}): {remedy}") from None
     return manifest
+
+
+def manifest_sha256(manifest: dict) -> str:
+    """The checksum of all that a manifest says, except its own checksum."""
+    said = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _what_is_wrong(manifest: dict, folder: Path) -> str | None:
+    """What a manifest says that can't be true of the corpus in this folder; None if it may be true."""
+    # Version 0.1 wrote no checksum; then the rest must agree with itself, with the folder and with the files.
+    if manifest.get("manifest_sha256", (whole := manifest_sha256(manifest))) != whole:
+        return "its checksum differs"
+    text = Fingerprint(*(manifest[name] for name in Fingerprint._fields))
+    if corpus_folder(text, manifest["tokenizer"]).name != folder.name:
+        return f"it is that of {text.source}, sha256 {text.sha256[:16]}, as {manifest['tokenizer']}"
+    files = {f"{split}.tokens" for split in SPLITS}
+    if not files <= set(manifest["checksums"]) <= files | {"tokenizer.json"}:
+        return f"its files are {', '.join(manifest['checksums'])}"
+    if manifest["dtype"] != token_dtype(manifest["vocab_size"]).str:
+        return f"dtype {manifest['dtype']} with {manifest['vocab_size']:,} ids"
+    for split in SPLITS:
+        tokens, size = manifest["tokens"][split], manifest["checksums"][f"{split}.tokens"]["bytes"]
+        if tokens * np.dtype(manifest["dtype"]).itemsize != size:
+            return f"{tokens:,} {split} tokens in {size:,} bytes"
+    return None
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type of tokens on disk: uint16, or uint32 above 65,536 ids."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def corpus_tokenizer(folder: Path, manifest: dict) -> Tokenizer:
@@ -153,11 +189,18 @@ def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
         )
         newest = max(newest, stat.st_ctime_ns)
     path = cache_folder() / "fingerprints" / f"{digest.hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Fingerprint(source, *json.loads(path.read_text()))
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        *said, checksum = json.loads(path.read_text())
+        if checksum == _fingerprint_checksum(path, said):
+            return Fingerprint(source, *said)
     text = fingerprint(source, documents)
     # A file that changed just now could change again with the same time stamp, so don't cache its fingerprint yet.
     if time.time_ns() - newest > 2e9:
         with contextlib.suppress(OSError):
-            write_whole(path, json.dumps(text[1:]))
+            write_whole(path, json.dumps([*text[1:], _fingerprint_checksum(path, text[1:])]))
     return text
+
+
+def _fingerprint_checksum(path: Path, values: Sequence) -> str:
+    """Holds for these values at this path only, so that a fingerprint that was edited or exchanged is made again."""
+    return hashlib.sha256(json.dumps([path.name, *values]).encode()).hexdigest()

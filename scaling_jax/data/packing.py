@@ -12,8 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling_jax.data.corpus import FORMAT, SPLITS, Corpus, corpus_folder, corpus_tokenizer, look_up, open_corpus
-from scaling_jax.data.shards import pack_in_workers, pack_shard, shard_counts, token_dtype, train_in_worker
+from scaling_jax.data.corpus import (
+    FORMAT,
+    SPLITS,
+    Corpus,
+    corpus_folder,
+    corpus_tokenizer,
+    look_up,
+    manifest_sha256,
+    open_corpus,
+    token_dtype,
+)
+from scaling_jax.data.shards import pack_in_workers, pack_shard, shard_counts, train_in_worker
 from scaling_jax.data.sources import Source
 from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer
 from scaling_jax.io import UserError
@@ -143,6 +153,7 @@ def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progre
             shutil.rmtree(work)
             raise UserError(f"--text {found.text.source} changed while it was packed: run the same command again")
         _join(found, tokenizer, work, on_progress)
+        shutil.rmtree(folder, ignore_errors=True)  # of a folder that lost its manifest
         os.replace(work / "whole", folder)
         shutil.rmtree(work)
 
@@ -199,14 +210,14 @@ def _join(found: Source, tokenizer: Tokenizer, work: Path, on_progress: OnProgre
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "separator": tokenizer.separator,
-        "dtype": token_dtype(tokenizer).str,
+        "dtype": token_dtype(tokenizer.vocab_size).str,
         "documents": sums("documents"),
         "text_bytes": sums("text_bytes"),
         "tokens": sums("tokens"),  # with the separators
         "test_bytes_per_token": sums("text_bytes")["test"] / max(1, sums("tokens")["test"]),
         "checksums": checksums,
     }
-    write_json(whole / "manifest.json", manifest)
+    write_json(whole / "manifest.json", manifest | {"manifest_sha256": manifest_sha256(manifest)})
 
 
 def _concatenate(paths: Iterable[Path], expected: Iterable[str], target: Path) -> dict:

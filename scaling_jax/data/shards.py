@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from scaling_jax.data.corpus import SPLITS
+from scaling_jax.data.corpus import SPLITS, token_dtype
 from scaling_jax.data.sources import Part, Shard
 from scaling_jax.data.text_files import Piece, read_lines, read_text
 from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer, train_bpe
@@ -100,11 +100,6 @@ def main(work: str, tokenizer_name: str) -> None:
     serve(do, on_end=lambda: os._exit(0))
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The type of tokens on disk: uint16, or uint32 above 65,536 ids."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-
 class _Stream:
     """Writes the tokens of one split of a shard to a file, batch by batch."""
 
@@ -127,7 +122,8 @@ class _Stream:
     def _write(self) -> None:
         tokens, lengths = self._tokenizer.encode(self._waiting)
         ends = np.cumsum(lengths)[np.array(self._is_last, bool)]
-        data = np.insert(tokens, ends, self._tokenizer.separator).astype(token_dtype(self._tokenizer), copy=False)
+        dtype = token_dtype(self._tokenizer.vocab_size)
+        data = np.insert(tokens, ends, self._tokenizer.separator).astype(dtype, copy=False)
         self._file.write(data.data)
         self._digest.update(data.data)
         self._tokens += len(data)

@@ -113,6 +113,21 @@ def with_overrides(config: C, overrides: Sequence[str]) -> C:
     return from_dict(type(config), values)
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raises UserError unless a value is positive and finite, and below 2^63 if it is a whole number."""
+    if not 0 < value < math.inf:
+        raise UserError(f"{name} = {value!r} must be positive and finite")
+    if isinstance(value, int):
+        check_at_most(name, value, 2**63 - 1)
+
+
+def check_at_most(name: str, value: float, most: int) -> None:
+    """Raises UserError if a value is larger than `most`."""
+    if value > most:
+        shown = f"{value:,}" if value < 10**30 else f"a number of {len(str(value))} digits"
+        raise UserError(f"{name} = {shown} must be at most {most:,}")
+
+
 def size(text: str) -> float:
     """The value of a number such as 4096, 1e6, 2^18, 2k (2,000), 64Ki (65,536), 1.5M or 10G.
 

@@ -9,6 +9,8 @@ import errno
 import json
 import os
 import queue
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +21,9 @@ from typing import Any
 from scaling_jax.io import UserError
 
 Message = dict[str, Any]
+
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")  # the line of a traceback that says what went wrong
+_LONGEST_REASON = 300  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ def run_jobs(
       on_interrupt: called at once on Ctrl-C, before waiting for the workers.
 
     Raises:
-      UserError: if a worker raised it, or if a worker died. Names its exit code, its last line and its log.
+      UserError: if a worker raised it, failed or died. Names the error, or the signal, and the worker's log.
       OSError: if a worker couldn't write.
       KeyboardInterrupt: after the workers have ended.
     """
@@ -72,6 +77,8 @@ def run_jobs(
                 raise UserError(worker.last_words())
             if "refused" in message:
                 raise UserError(message["refused"])
+            if "failed" in message:
+                raise UserError(worker.last_words(message["failed"]))
             if "errno" in message:
                 raise OSError(message["errno"], message["error"], message["filename"])
             if "done" not in message:
@@ -136,13 +143,15 @@ class _Worker:
         if log is not None and log.exists() and log.stat().st_size == 0:
             log.unlink()
 
-    def last_words(self) -> str:
-        died = f"a worker died (exit code {self.process.wait()})"
-        log = self._command.log
-        if log is None:
-            return f"{died}: run the same command again to continue"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"{died}{': ' + lines[-1].strip() if lines else ''}; see its log {log}"
+    def last_words(self, reason: str = "") -> str:
+        """How the worker ended, and why: `reason`, which it sent, else the last error in its log."""
+        died, log = f"a worker died ({_exit(self.process.wait())})", self._command.log
+        if log is not None:
+            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            errors = [line for line in lines if _ERROR.match(line)]
+            reason = reason or (errors or lines or ["it left no message"])[-1]
+            return f"{died}: {reason}; see its log {log}"
+        return f"{died}{': ' + reason if reason else ''}; run the same command again to continue"
 
     def _listen(self, messages: queue.Queue) -> None:
         assert self.process.stdout is not None
@@ -188,6 +197,19 @@ def serve(work: Callable[[Any, Callable[[Message], None]], bool], on_end: Callab
     except OSError as error:  # such as "no space left on device"
         said = error.strerror or str(error)
         send({"errno": error.errno or errno.EIO, "error": said, "filename": error.filename})
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        send({"failed": f"{said[:_LONGEST_REASON]} …" if len(said) > _LONGEST_REASON else said})
+        raise  # its traceback goes to the log
+
+
+def _exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        return f"{name}; the system kills processes if memory runs out" if name == "SIGKILL" else name
+    return f"signal {-code}"
 
 
 def _with_package(environment: Mapping[str, str]) -> dict[str, str]:

@@ -121,6 +121,12 @@ def batch_bar(figure: Figure, axes: list[Axes], batch_tokens: list[int]) -> Norm
     return norm
 
 
+def say_if_empty(axis: Axes, drawn: bool, why: str = "no run reached a target loss") -> None:
+    """Writes into a panel why nothing is drawn in it."""
+    if not drawn:
+        axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center", va="center", color="0.4")
+
+
 def loss_axis(axis: Axes, losses: list[float]) -> tuple[float, float]:
     """Makes x a logarithmic axis of losses that fall from left to right. Returns its (low, high) ends."""
     low, high = min(losses, default=2.0), max(losses, default=3.0)
@@ -140,8 +146,7 @@ def loss_axis(axis: Axes, losses: list[float]) -> tuple[float, float]:
 
 def count_axis(axis: Any) -> None:
     """Makes an x or y axis logarithmic, with plain numbers. Call it after the limits of the axis are set."""
-    axis.axes.set_xscale("log") if axis.axis_name == "x" else axis.axes.set_yscale("log")
-    low, high = axis.axes.get_xlim() if axis.axis_name == "x" else axis.axes.get_ylim()
+    low, high = _logarithmic(axis)
     within = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 3_000 else (1,)
     axis.set_major_locator(LogLocator(subs=within, numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda x, _: _count(x)))
@@ -150,7 +155,7 @@ def count_axis(axis: Any) -> None:
 
 def batch_axis(axis: Axes) -> None:
     """Makes x a logarithmic axis of batch sizes in tokens, with powers of two."""
-    axis.set_xscale("log", base=2)
+    _logarithmic(axis.xaxis, base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axis.tick_params(axis="x", labelsize=8.5)
     axis.set_xlabel("batch size, tokens")
@@ -159,6 +164,16 @@ def batch_axis(axis: Axes) -> None:
 def plain(text: str) -> str:
     """The text, escaped so that matplotlib sees no formulas in it."""
     return text.replace("$", r"\$")
+
+
+def _logarithmic(axis: Any, **options: Any) -> tuple[float, float]:
+    """Makes an x or y axis logarithmic. Returns its (low, high) ends; an axis without data gets ends, too."""
+    axes, x_or_y = axis.axes, axis.axis_name
+    getattr(axes, f"set_{x_or_y}scale")("log", **options)
+    low, high = getattr(axes, f"get_{x_or_y}lim")()
+    if not 0 < low < high < math.inf:
+        low, high = getattr(axes, f"set_{x_or_y}lim")(1, 10)
+    return low, high
 
 
 def _bar(figure: Figure, axes: list[Axes], norm: Normalize):

@@ -18,6 +18,7 @@ from scaling_jax.report.chart import (
     loss_axis,
     new_figure,
     plain,
+    say_if_empty,
 )
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis
@@ -43,7 +44,8 @@ def critical_batch_chart(analysis: Analysis) -> Chart:
         label = f"{model}, N = {_num_params(analysis, model)}"
         draw_critical_batches(chart, axis, points, MODEL_COLOURS[k % len(MODEL_COLOURS)], label)
 
-    values = [p.b_crit for p in fitted] + [n.b_simple for n in noise if n.resolved]
+    values = [p.b_crit for p in fitted] + [n.b_simple for n in noise if n.resolved and n.b_simple > 0]
+    say_if_empty(axis, bool(values), "no critical batch size was measured")
     if values:
         axis.set_ylim(np.percentile(values, 1) / 6, np.percentile(values, 99) * 3)
     count_axis(axis.yaxis)
@@ -82,9 +84,10 @@ def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
         )
         draw_critical_batches(chart, axis, local, MODEL_COLOURS[0], "local $B_{crit}$, from the scan")
         _draw_branches(chart, axis, own)
+        say_if_empty(axis, bool(points or local or own or [n for n in analysis.noise if n.model == model]))
         axis.set_title(plain(model), loc="left")
     fitted = [p.b_crit for p in (*analysis.fit.points, *_local_points(analysis)) if p.shown and p.model in models]
-    noise = [n.b_simple for n in analysis.noise if n.resolved and n.model in models]
+    noise = [n.b_simple for n in analysis.noise if n.resolved and n.b_simple > 0 and n.model in models]
     values = fitted + noise + [b.b_crit for b in analysis.branches if b.model in models and np.isfinite(b.b_crit)]
     if values:
         axes[0].set_ylim(np.percentile(values, 1) / 4, np.percentile(values, 99) * 3)

@@ -98,7 +98,10 @@ def run_near_b_crit(analysis: Analysis, model: str) -> CellRuns | None:
 
 
 def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
-    """The resolved noise scales of each part of a model. A panel per run; x = tokens processed; y = tokens."""
+    """The resolved noise scales of each part of a model, and of all parts in the same windows, with intervals.
+
+    A panel per run; x = tokens processed; y = tokens.
+    """
     figure, axes = new_figure(len(runs))
     chart = Chart(
         "noise_scale_by_layer",
@@ -109,16 +112,21 @@ def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
     for axis, run in zip(axes, runs, strict=True):
         num_layers = len(run.record.noise_by_part) - 2
         for k, (part, windows) in enumerate(run.record.noise_by_part.items()):
-            at, value = [w.tokens for w in windows], [w.value for w in windows]
+            at, value = [w.tokens for w in windows], np.array([w.value for w in windows])
             marker, colour = _ENDS.get(part, ("o", COLOURS(0.85 * (k - 1) / max(num_layers - 1, 1))))
             named = part in _ENDS or num_layers <= MOST_NAMED or k in (1, num_layers)
+            ends = np.array([(w.low, w.high) for w in windows]).reshape(-1, 2)
+            axis.errorbar(at, value, whiskers(value, ends), color=colour, elinewidth=0.7, alpha=0.4, fmt="none")
             axis.plot(at, value, f"{marker}-", color=colour, ms=4, lw=1.1, label=part if named else None)
             chart.mark(axis, at, value, [_part_text(run, part, w) for w in windows])
-            values += value
-        whole = [w for w in run.record.noise if w.noise.resolved and w.noise.value > 0]
-        at, value = [w.tokens for w in whole], [w.noise.value for w in whole]
-        axis.plot(at, value, "--", color="0.25", lw=1, label="whole model", zorder=1)
-        values += value
+            values += list(value)
+        whole = run.record.noise_of_all_parts
+        at, value = [w.tokens for w in whole], np.array([w.value for w in whole])
+        ends = np.array([(w.low, w.high) for w in whole]).reshape(-1, 2)
+        axis.errorbar(at, value, whiskers(value, ends), color="0.25", elinewidth=0.7, alpha=0.4, fmt="none")
+        axis.plot(at, value, ".--", color="0.25", lw=1, label="whole model", zorder=1)
+        chart.mark(axis, at, value, [_part_text(run, "whole model", w) for w in whole])
+        values += list(value)
         count_axis(axis.xaxis)
         axis.set_xlabel("tokens processed")
         axis.set_title(plain(run.name), loc="left")

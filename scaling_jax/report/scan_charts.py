@@ -20,6 +20,7 @@ from scaling_jax.report.chart import (
     loss_bar,
     new_figure,
     plain,
+    say_if_empty,
 )
 from scaling_jax.report.words import ending
 from scaling_jax.report.words import short as tokens
@@ -190,6 +191,7 @@ def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
                 axis.plot([point.b_crit], [2 * point.s_min], "x", color="0.2", ms=4.5, mew=0.9, zorder=3)
                 text = f"{model}, loss {point.loss:.3f}\nB_crit {tokens(point.b_crit)} tokens: twice the minimum steps"
                 chart.mark(axis, [point.b_crit], [2 * point.s_min], [text])
+        say_if_empty(axis, any(p.model == model for p in analysis.fit.points))
         batch_axis(axis)
         axis.set_title(plain(model), loc="left")
     axes[0].plot([], [], "x", color="0.2", ms=4.5, mew=0.9, label="$B_{crit}$")
@@ -218,6 +220,7 @@ def residuals_chart(analysis: Analysis, models: list[str]) -> Chart:
             place = f"{model}, loss {point.loss:.3f}, batch of"
             texts = [f"{place} {b:,.0f} tokens\n{p:+.1f} %" for b, p in zip(batch, percent, strict=True)]
             chart.mark(axis, batch, percent, texts)
+        say_if_empty(axis, any(p.model == model for p in analysis.fit.points))
         axis.axhline(0, color="0.4", lw=0.8)
         batch_axis(axis)
         axis.set_title(plain(model), loc="left")

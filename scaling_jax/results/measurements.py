@@ -92,6 +92,12 @@ def measurement_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
         for model, loss in sorted(early, reverse=True)
     ]
     used = [m for m in measurements if (m.model, m.target_loss) not in early]
+    for model in dict.fromkeys(m.model for m in measurements):
+        own = [m for m in measurements if m.model == model]
+        if not any(math.isfinite(m.steps) for m in own):
+            high = max((m.target_loss for m in own if m in used), default=None)
+            why = "runs were below all of them at first" if high is None else f"no run reached {high:g} or below"
+            notes.append(f"model {model}: no target loss was measured ({why}): it has no part in the fits")
     for model, batch, seed in dict.fromkeys((m.model, m.batch_tokens, m.seed) for m in used):
         rows = [m for m in used if (m.model, m.batch_tokens, m.seed) == (model, batch, seed)]
         where = f"model {model} at {batch:,} tokens" + (f", seed {seed}" if seed else "")

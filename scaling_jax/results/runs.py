@@ -78,6 +78,11 @@ class RunRecord:
         """The noise scale of each part of the model in windows; {} if not measured."""
         return part_windows(self.course)
 
+    @functools.cached_property
+    def noise_of_all_parts(self) -> list[PartNoise]:
+        """The noise scale of the whole model in the windows of `noise_by_part`; [] if not measured."""
+        return all_parts_windows(self.course)
+
     @property
     def outcome(self) -> Outcome:
         """The outcome of a finished run."""
@@ -189,16 +194,33 @@ def part_windows(run: Course) -> dict[str, list[PartNoise]]:
     moments = moments_by_part(run)
     if moments is None:
         return {}
-    step, tokens = np.cumsum(moments.num_steps), np.cumsum(run.batch_tokens)
-    found: dict[str, list[PartNoise]] = {part: [] for part in part_names(moments.trace_cov.shape[1] - 2)}
+    parts = zip(moments.grad_sq_norm.T, moments.trace_cov.T, strict=True)
+    found = [_line_windows(run, moments.num_steps, *series) for series in parts]
+    return dict(zip(part_names(len(found) - 2), found, strict=True))
+
+
+def all_parts_windows(run: Course) -> list[PartNoise]:
+    """The noise scale of the whole model in the windows of `part_windows`: Σ tr(Σ) / Σ |G|² over all parts.
+
+    So it lies between those of its parts, where |G|² of each is positive. `noise_windows` has other windows.
+    """
+    moments = moments_by_part(run)
+    if moments is None:
+        return []
+    return _line_windows(run, moments.num_steps, moments.grad_sq_norm.sum(1), moments.trace_cov.sum(1))
+
+
+def _line_windows(
+    run: Course, num_steps: np.ndarray, grad_sq_norm: np.ndarray, trace_cov: np.ndarray
+) -> list[PartNoise]:
+    """The resolved noise scales in windows of whole lines, from means [lines]."""
+    step, tokens, found = np.cumsum(num_steps), np.cumsum(run.batch_tokens), []
     for start, stop in _windows(step, MOST_PART_WINDOWS, FEWEST_LINES):
-        first = step[start] - moments.num_steps[start]
+        first = step[start] - num_steps[start]
         middle = math.sqrt(tokens[first] * tokens[step[stop - 1] - 1])
-        for k, windows in enumerate(found.values()):
-            series = moments.grad_sq_norm[start:stop, k], moments.trace_cov[start:stop, k]
-            ratio = ratio_of_means(moments.num_steps[start:stop], *series)
-            if ratio is not None and ratio[0] > 0:
-                windows.append(PartNoise(middle, *ratio))
+        ratio = ratio_of_means(num_steps[start:stop], grad_sq_norm[start:stop], trace_cov[start:stop])
+        if ratio is not None and ratio[0] > 0:
+            found.append(PartNoise(middle, *ratio))
     return found
 
 

@@ -48,8 +48,10 @@ class BranchPlan:
             raise UserError(f"factors = {self.factors} must increase, and start at 2 or more")
         if self.branch_steps < 1 or self.branch_steps % EVALUATIONS:
             raise UserError(f"branch_steps = {self.branch_steps} must be a multiple of {EVALUATIONS}")
-        if self.replicates < 2:
-            raise UserError(f"replicates = {self.replicates} must be 2 or more: one replicate gives no interval")
+        if not 2 <= self.replicates <= 1_000:
+            raise UserError(
+                f"replicates = {self.replicates} must be 2 or more, up to 1,000: one replicate gives no interval"
+            )
         if self.betas not in BETAS:
             raise UserError(f"betas = {self.betas!r}: choose from {', '.join(BETAS)}")
         if not self.at_tokens or self.run.ramp or self.run.live_ramp or self.run.skip:
@@ -187,5 +189,6 @@ def plan_branches(best: Tried, most_points: int = 8, **options: Any) -> BranchPl
         raise UserError(
             f"{best.result.run_id} reached no target loss, so branches can't start: choose another batch size"
         )
-    chosen = np.unique(np.linspace(0, len(reached) - 1, most_points).round().astype(int))
+    count = min(most_points, len(reached))
+    chosen = np.unique(np.linspace(0, len(reached) - 1, count).round().astype(int))
     return BranchPlan(best.run, tuple(int(n * best.run.batch_tokens) for n in reached[chosen]), **options)

@@ -5,9 +5,13 @@ import math
 from typing import NamedTuple
 
 from scaling_jax.io import UserError
+from scaling_jax.io.config import check_at_most, check_positive
 from scaling_jax.tasks import ModelConfig, model_config
 from scaling_jax.training import Deadline, Recipe, Run
 
+MOST_CELLS = 2_000  # a hundred times the demo's
+_MOST_RATES = 1_000
+_LARGEST_FACTOR = 10**9
 FEWEST_STEPS = 100  # to a target with very large batches; below, warm-up, first evaluations and rounding weigh
 
 
@@ -30,20 +34,23 @@ class LearningRates:
 
     def __post_init__(self):
         for field in ("peak", "reference_batch_tokens", "places", "most", "together"):
-            if not getattr(self, field) > 0:
-                raise UserError(f"learning_rates.{field} = {getattr(self, field)} must be positive")
+            check_positive(f"learning_rates.{field}", getattr(self, field))
+        for field in ("places", "most", "together"):
+            check_at_most(f"learning_rates.{field}", getattr(self, field), _MOST_RATES)
         for field in ("factor", "give_up_factor"):
             value = getattr(self, field)
-            if value is not None and not value > 1:
-                raise UserError(f"learning_rates.{field} = {value} must be above 1")
-
+            if value is not None and not 1 < value <= _LARGEST_FACTOR:
+                raise UserError(f"learning_rates.{field} = {value} must be above 1, at most {_LARGEST_FACTOR:,}")
         if self.catch_up is not None and not 0 <= self.catch_up < 1:
             raise UserError(f"learning_rates.catch_up = {self.catch_up} must be from 0 to 1, or None")
 
     def rate(self, batch_tokens: int, index: int) -> float:
         """The rate `index` grid places above the rule, to three digits."""
         rule = self.peak / math.sqrt(1 + self.reference_batch_tokens / batch_tokens)
-        return float(f"{rule * self.factor ** (index / self.places):.3g}")
+        try:
+            return float(f"{rule * self.factor ** (index / self.places):.3g}")
+        except OverflowError:
+            return math.inf  # `Run` refuses it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +103,13 @@ class Experiment(Recipe):
             values = getattr(self, field)
             if len(set(values)) < len(values) or not values:
                 raise UserError(f"{field} = {values} must be one or more different values")
+        for batch_tokens in self.batch_tokens:
+            check_positive("batch_tokens", batch_tokens)
+        check_at_most(
+            "the number of models × batch sizes × seeds",
+            len(self.subjects) * len(self.batch_tokens) * len(self.seeds),
+            MOST_CELLS,
+        )
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
             raise UserError(f"name = {self.name!r} must be a valid name of a folder")
         names = [subject.model.name for subject in self.subjects]

@@ -72,14 +72,19 @@ def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
     workers = min(len(available_cores()), MOST_WORKERS) if on_cpu else 1
     available = _cpu_bytes() // workers - PROCESS_BYTES if on_cpu else _accelerator_bytes()
     waiting = [cell for cell in experiment.cells if finished_runs(experiment, cell, workdir) is None]
-    plans = []
+    plans: list[CellPlan] = []
+    of_kind: dict[tuple[str, int], CellPlan] = {}  # cells that differ only in their seed need the same
     for cell in waiting:
+        if cell[:2] in of_kind:
+            plans.append(of_kind[cell[:2]]._replace(cell=cell))
+            continue
         subject = experiment.subject(cell.model)
         corpus = prepare(experiment.text, subject.model.context, experiment.tokenizer)
         seats = len(experiment.seeds) * subject.learning_rates.together
         together = 1 if on_cpu else math.ceil(seats / jax.local_device_count())
         resident = corpus.train_RxT1.nbytes if is_resident(corpus) else 0
         plans.append(plan_cell(experiment, cell, resident, together))
+        of_kind[cell[:2]] = plans[-1]
     if plans:
         refuse_what_cannot_fit(plans, available)
     done = len(experiment.cells) - len(waiting)

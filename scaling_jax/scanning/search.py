@@ -77,8 +77,9 @@ def next_wave(experiment: Experiment, cell: Cell, tried: Mapping[int, Tried]) ->
     rates, targets = subject.learning_rates, subject.target_losses
     last = len(targets) - 1
     if not tried:
-        around = [0] + [sign * rates.places * k for k in range(1, rates.most) for sign in (1, -1)]
-        return {index: experiment.run(cell, index) for index in around[: min(rates.together, rates.most)]}
+        count = min(rates.together, rates.most)
+        around = [0] + [sign * rates.places * k for k in range(1, count) for sign in (1, -1)]
+        return {index: experiment.run(cell, index) for index in around[:count]}
     for target in range(last, -1, -1):
         # Leave out runs that were made for a higher target and ended there.
         as_far = {i: t for i, t in tried.items() if _goal(t) <= targets[target]}

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from scaling_jax.io import UserError
+from scaling_jax.io.config import check_at_most
 from scaling_jax.parallel import use_whole
 
 _INIT = nn.initializers.normal(0.02)
+_LARGEST_SIZE = 2**31 - 1  # of an axis: ids and positions are int32
 _MOST_UNROLLED = 4  # layers
 _MOST_UNROLLED_ON_GPU = 12
 _MOST_LOGITS = 2**25  # at a time, 128 MiB; with more, the loss is computed in chunks
@@ -39,6 +41,7 @@ class ModelConfig:
         for field in ("n_layer", "d_model", "n_head", "vocab_size", "context"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} = {getattr(self, field)} must be positive")
+            check_at_most(field, getattr(self, field), _LARGEST_SIZE)
         if self.d_model % self.n_head:
             raise UserError(f"d_model = {self.d_model} must be a multiple of n_head = {self.n_head}")
         if self.attention == "cudnn" and self.compute_dtype != "bfloat16":

@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import address, claim, in_bucket, publish
 from scaling_jax.parallel import agree, from_first, is_first, together
 from scaling_jax.training.journal import Journal, Progress
+from scaling_jax.training.live_ramp import next_stage
 from scaling_jax.training.program import TrainState
 from scaling_jax.training.records import (
+    MetricsLine,
     RunResult,
     Status,
     jsonable,
@@ -29,7 +32,7 @@ from scaling_jax.training.records import (
     write_result,
     write_run_config,
 )
-from scaling_jax.training.run import Run
+from scaling_jax.training.run import Run, Stage
 
 
 class Interrupted(Exception):
@@ -37,32 +40,41 @@ class Interrupted(Exception):
 
 
 class Place(NamedTuple):
-    """A run's folder, and its result if it is done. All processes that train the run get the same."""
+    """A run's folder, its result if it is done, and its next stages. All processes that train the run get the same."""
 
     folder: Path
     done: RunResult | None  # None if the run isn't done
+    next_stages: tuple[
+        Stage, ...
+    ]  # of the next step, and those after it; the stages before may not fit today's devices
 
 
 def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
-    """The folder and the result of a run, as the first process sees them.
+    """The folder, the result and the next stages of a run, as the first process sees them.
 
     Raises:
-      UserError: if the run was trained on other text, or the text doesn't fit the model.
+      UserError: if the run was trained on other text, or the text doesn't fit the model or is shorter than a batch.
     """
     _check_corpus(run, corpus)
-    folder, result = Path(workdir) / "runs", None
+    folder, result, stages = Path(workdir) / "runs", None, _next_stages(run, [])
     with together():
         if is_first():
             folder = run_folder(workdir, run)
             result = read_result(folder)
-    found: Any = from_first({"name": folder.name, "result": None if result is None else to_dict(result)})
+            if result is None and (folder / "metrics.jsonl").exists():
+                stages = _next_stages(run, read_metrics(folder))
+    said = {"result": None if result is None else to_dict(result), "stages": [to_dict(stage) for stage in stages]}
+    found: Any = from_first({"name": folder.name, **said})
     folder = Path(workdir) / "runs" / found["name"]
     done = None if found["result"] is None else from_dict(RunResult, found["result"])
     if done is not None and done.corpus_sha256 != corpus.manifest["sha256"]:
         raise UserError(
             f"{folder} holds a run on other text; the text {run.text} has changed since: use another results folder"
         )
-    return Place(folder, done)
+    next_stages = tuple(from_dict(Stage, stage) for stage in found["stages"])
+    if done is None:
+        _check_batches(next_stages, len(corpus.train_RxT1) * run.model.context)
+    return Place(folder, done, next_stages)
 
 
 class Attempt:
@@ -240,6 +252,20 @@ def _keep_until(folder: Path, step: int) -> None:
     """Removes metrics after `step`. A run that resumes from there writes them again."""
     if is_first():
         write_metrics(folder, [line for line in read_metrics(folder) if line.step <= step])
+
+
+def _next_stages(run: Run, lines: Sequence[MetricsLine]) -> tuple[Stage, ...]:
+    now = next_stage(run.batch_tokens, run.ramp, run.live_ramp, lines, run.steps_of_warmup)
+    before, end = (lines[-1].tokens if lines else 0), run.max_tokens or math.inf
+    return now, *(stage for stage in run.ramp if before < stage.tokens < end)
+
+
+def _check_batches(stages: Sequence[Stage], text_tokens: int) -> None:
+    largest = max(stage.batch_tokens for stage in stages)
+    if largest > text_tokens:  # examples that come twice in a batch aren't independent
+        raise UserError(
+            f"batch_tokens = {largest:,} is more than the text has, {text_tokens:,} tokens: use a smaller batch"
+        )
 
 
 def _check_corpus(run: Run, corpus: Corpus) -> None:

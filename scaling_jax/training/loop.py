@@ -17,7 +17,7 @@ from scaling_jax.tasks import held_out_rows
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.journal import Progress, next_call, span
 from scaling_jax.training.live_ramp import measure
-from scaling_jax.training.program import Program, TrainState, noise_scale_so_far, program_for
+from scaling_jax.training.program import Program, TrainState, check_memory, noise_scale_so_far, program_for
 from scaling_jax.training.records import RunResult, Status, jsonable
 from scaling_jax.training.run import Run
 
@@ -70,10 +70,13 @@ def train(
         _check_processes(run, corpus, num_devices, backend, sharding)
         with together():
             workdir = working_copy(workdir, is_first())
-        folder, done = find_place(run, workdir, corpus)
+        folder, done, next_stages = find_place(run, workdir, corpus)
         if done is not None:
             return done
-        attempt = Attempt(run, folder, corpus, programs(run).first_state(run.seed), on_progress, branch_of)
+        check_memory(run.model, num_devices if sharding == "fsdp" and jax.default_backend() != "cpu" else 1)
+        # Refuses a batch that doesn't divide; batches of stages that are over needn't divide over today's devices.
+        to_come = [programs(run.at(stage)) for stage in next_stages]
+        attempt = Attempt(run, folder, corpus, to_come[0].first_state(run.seed), on_progress, branch_of)
     saved_at = time.monotonic()
 
     def between_calls(state: TrainState) -> None:

@@ -71,7 +71,7 @@ def train_many(
     try:
         while True:
             while not stopping and (population is None or population.free) and (run := next_run()) is not None:
-                folder, done = find_place(run, workdir, corpus)
+                folder, done, _ = find_place(run, workdir, corpus)
                 if done is not None:
                     on_result(run, done)
                     continue

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from scaling_jax.io import UserError
 from scaling_jax.noise_scale import TrackerState, tracker, value_and_grad
 from scaling_jax.parallel import AXIS, Backend, Sharding, data_mesh, replicate, spmd
 from scaling_jax.parallel.devices import (
@@ -153,6 +155,24 @@ def program_for(
         average_decay=run.average_decay,
         sharding=sharding,
     )
+
+
+def check_memory(model: ModelConfig, parts: int = 1) -> None:
+    """Raises UserError if the parameters and their gradient alone need more memory than a device has.
+
+    Args:
+      parts: number of devices of an accelerator over which "fsdp" divides them; else 1.
+    """
+    needed = 8.0 * (model.num_params + (2 * model.vocab_size + model.context) * model.d_model) / parts
+    if jax.default_backend() == "cpu":
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    if needed > there:
+        raise UserError(
+            f"a model of {model.name} with vocab_size = {model.vocab_size:,} and context = {model.context:,} needs at "
+            f"least {needed / 2**30:,.0f} GiB of memory, but there are only {there / 2**30:,.0f}: use a smaller model"
+        )
 
 
 def noise_scale_so_far(noise: TrackerState) -> float:

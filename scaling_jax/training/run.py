@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from scaling_jax.io import UserError
-from scaling_jax.io.config import config_hash, from_dict
+from scaling_jax.io.config import check_at_most, check_positive, config_hash, from_dict
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training.optimizers import OptimizerConfig
 
@@ -22,6 +22,9 @@ Betas = Literal["half-life", "run"]
 BETAS: tuple[Betas, ...] = get_args(Betas)
 
 _MOST_BATCH_TOKENS = 2**31  # ten times the largest batches in use; a typing error shouldn't fill the memory
+_MOST_STEPS = 2**31 - 1  # the training program counts steps in an int32
+_MOST_STEPS_PER_CALL = 65_536  # a call holds the order and the metrics of all of its steps
+_MOST_EXTRA_SEQUENCES = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +72,19 @@ class LiveRamp:
 
     def __post_init__(self):
         if self.metric not in METRICS:
-            raise UserError(f"live_ramp.metric = {self.metric!r}: choose from {', '.join(METRICS)}")
+            # Norm layers are a cheap sample of the parameters for tr(Σ)/|G|², not a metric of their own.
+            hint = "; norm layers are a way to measure simple, in your own loop" if self.metric == "norm_layers" else ""
+            raise UserError(f"live_ramp.metric = {self.metric!r}: choose from {', '.join(METRICS)}{hint}")
         if not self.threshold > 0 or self.every_steps < 1:
             raise UserError(
                 f"live_ramp.threshold = {self.threshold} and every_steps = {self.every_steps} must be positive"
             )
-        if self.sequences < 16 or self.sequences % 16:
-            raise UserError(f"live_ramp.sequences = {self.sequences} must be a multiple of 16: 16, 32, 48 …")
+        check_positive("live_ramp.max_batch_tokens", self.max_batch_tokens)
+        if not 16 <= self.sequences <= _MOST_EXTRA_SEQUENCES or self.sequences % 16:
+            raise UserError(
+                f"live_ramp.sequences = {self.sequences} must be a multiple of 16: 16, 32, 48 … "
+                f"{_MOST_EXTRA_SEQUENCES:,}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +126,11 @@ class Recipe:
                 raise UserError(f"{field} = {value} must be 0 or more")
         if (self.warmup_steps is None) == (self.warmup_tokens is None):
             raise UserError("give exactly one of warmup_steps and warmup_tokens, None for the other")
-        if self.eval_growth <= 1:
-            raise UserError(f"eval_growth = {self.eval_growth} must be above 1: it is the ratio of evaluation steps")
+        check_at_most("steps_per_call", self.steps_per_call, _MOST_STEPS_PER_CALL)
+        if not 1 < self.eval_growth <= 100:
+            raise UserError(
+                f"eval_growth = {self.eval_growth} must be above 1, at most 100: it is the ratio of evaluation steps"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +164,10 @@ class Run(Recipe):
         for field in ("max_steps", "max_tokens", "target_loss"):
             if getattr(self, field) is not None:
                 check_positive(field, getattr(self, field))
+        check_at_most("max_steps", self.max_steps or 0, _MOST_STEPS)
+        check_at_most(
+            "warmup_tokens" if self.warmup_steps is None else "warmup_steps", self.steps_of_warmup, _MOST_STEPS
+        )
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed = {self.seed} must be from 0 to {2**31 - 1:,}")
         if (self.max_steps is None) == (self.max_tokens is None):
@@ -177,7 +193,7 @@ class Run(Recipe):
         if self.warmup_steps is not None:
             return self.warmup_steps
         assert self.warmup_tokens is not None
-        return math.ceil(self.warmup_tokens / self.batch_tokens)
+        return -(-self.warmup_tokens // self.batch_tokens)
 
     @property
     def average_decay(self) -> float | None:
@@ -262,7 +278,7 @@ def check_stages(batch_tokens: int, stages: Sequence[Stage]) -> None:
         if (
             stage.tokens <= before.tokens
             or stage.batch_tokens <= before.batch_tokens
-            or stage.learning_rate_factor <= 0
+            or not 0 < stage.learning_rate_factor < math.inf
         ):
             raise UserError(
                 "each stage of a ramp must start later, with a larger batch and a positive learning rate: "
@@ -279,12 +295,6 @@ def stage_at(batch_tokens: int, stages: Sequence[Stage], tokens: int) -> Stage:
 def next_boundary(stages: Sequence[Stage], tokens: int) -> int | None:
     """Tokens at which the next stage starts; None in the last stage."""
     return min((s.tokens for s in stages if s.tokens > tokens), default=None)
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raises UserError unless a value is positive and finite."""
-    if not 0 < value < math.inf:
-        raise UserError(f"{name} = {value!r} must be positive and finite")
 
 
 def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: int, shared: bool = False) -> int:
@@ -323,8 +333,7 @@ def next_evaluation(step: int, growth: float) -> int:
 
 
 def _check_whole_sequences(batch_tokens: int, context: int) -> None:
-    if batch_tokens > _MOST_BATCH_TOKENS:
-        raise UserError(f"batch_tokens = {batch_tokens:,} must be at most {_MOST_BATCH_TOKENS:,}")
+    check_at_most("batch_tokens", batch_tokens, _MOST_BATCH_TOKENS)
     if batch_tokens % context or batch_tokens < 2 * context:
         below = max(2, batch_tokens // context) * context
         raise UserError(

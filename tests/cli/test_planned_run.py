@@ -220,3 +220,17 @@ def test_a_file_without_a_run_is_named(refused, tmp_path):
     assert "RUN = Run(" in said
     (tmp_path / "scan.py").write_text("from scaling_jax.scanning.experiment import QUICK as EXPERIMENT\n")
     assert "scan.py defines no RUN" in refused(tmp_path / "scan.py")
+
+
+def test_the_first_stage_of_a_ramp_has_its_own_learning_rate_and_the_same_id_as_the_rate_alone(planned, tmp_path):
+    """Factors are of --learning-rate, and a run's ramp counts from its first batch."""
+    path = tmp_path / "ramp.json"
+    path.write_text(
+        '[{"tokens": 0, "batch_tokens": 128, "learning_rate_factor": 0.5},'
+        ' {"tokens": 1280, "batch_tokens": 512, "learning_rate_factor": 1.0}]'
+    )
+    run = planned("--ramp", path, "--learning-rate", "2e-3", "--max-tokens", "60000")
+    assert run.learning_rate == 1e-3
+    assert [run.at(stage).learning_rate for stage in run.ramp] == [2e-3]
+    alone = Run(model_config("2x64"), 128, 1e-3, max_tokens=60_000, ramp=(Stage(1_280, 512, 2.0),))
+    assert run.run_id == alone.run_id

@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scaling_jax.data import corpus, prepare
@@ -58,6 +59,88 @@ def test_a_damaged_folder_is_refused_and_packed_again_once_removed(packed, damag
     assert "\n" not in str(caught.value)
     shutil.rmtree(folder)
     prepare(source, 16)
+
+
+def edited(folder, **values):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {key: value for key, value in (manifest | values).items() if value is not None}
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["", "of version 0.1, which signed nothing"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dtype": "<u4"},
+        {"dtype": "<u1"},
+        {"vocab_size": 70_000},
+        {"sha256": "0" * 64},
+        {"tokenizer": "gpt2"},
+        {"checksums": {}},
+        {"tokens": {"train": 3, "test": 3}},
+        {"checksums": {"../../elsewhere": {"bytes": 0, "sha256": ""}}},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_was_edited_is_refused(packed, values, signed):
+    """Even where the files are whole: rows of another dtype are garbage that trains."""
+    source, folder = packed
+    if not signed:
+        values = values | {"manifest_sha256": None}
+    (folder / "manifest.json").write_text(json.dumps(edited(folder, **values)))
+    with pytest.raises(UserError, match=r"manifest\.json was changed .*: remove .* packed again"):
+        prepare(source, 16)
+
+
+def test_a_manifest_without_a_checksum_of_its_own_is_that_of_version_0_1(packed):
+    source, folder = packed
+    (folder / "manifest.json").write_text(json.dumps(edited(folder, manifest_sha256=None)))
+    assert len(prepare(source, 16).train_RxT1) > 9
+
+
+def test_the_corpus_of_another_text_in_this_texts_folder_is_refused(packed, tmp_path):
+    source, folder = packed
+    other = tmp_path / "other"
+    other.mkdir()
+    for k in range(30):
+        (other / f"{k}.txt").write_text(f"another text, {k} " * 30)
+    exchanged = Path(prepare(f"files:{other}/*", 16).train_RxT1.filename).parent
+    shutil.rmtree(folder)
+    shutil.copytree(exchanged, folder)
+    with pytest.raises(UserError, match=r"manifest\.json was changed .*other/\*"):
+        prepare(source, 16)
+
+
+def test_a_folder_without_its_manifest_is_packed_again_by_the_same_command(packed):
+    source, folder = packed
+    rows = prepare(source, 16).train_RxT1.copy()
+    (folder / "manifest.json").unlink()
+    np.testing.assert_array_equal(prepare(source, 16).train_RxT1, rows)
+    assert (folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["another's", "edited", "a path", "of version 0.1", "cut"])
+def test_a_fingerprint_that_was_edited_or_exchanged_is_made_again(own_text, tmp_path, monkeypatch, cache, damage):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text("another text " * 99)
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    text = corpus.look_up(f"files:{own_text}/*").text
+    (path,) = (cache / "fingerprints").glob("*")
+    foreign = corpus.look_up(f"files:{other}/*").text
+    (others,) = set((cache / "fingerprints").glob("*")) - {path}
+    said = json.loads(path.read_text())
+    path.write_text(
+        {
+            "another's": others.read_text(),
+            "edited": json.dumps([*foreign[1:], said[3]]),
+            "a path": json.dumps([1, 2, "../../../elsewhere", said[3]]),
+            "of version 0.1": json.dumps(foreign[1:]),
+            "cut": path.read_text()[:-9],
+        }[damage]
+    )
+    assert corpus.look_up(f"files:{own_text}/*").text == text
+    assert json.loads(path.read_text()) == said
 
 
 def test_rows_of_another_version_are_refused(packed):

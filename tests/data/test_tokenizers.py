@@ -161,12 +161,11 @@ def test_a_trained_bpe_knows_the_train_split_alone_and_is_kept_with_its_rows(own
 
 
 def test_the_largest_vocabularies_take_four_bytes():
-    from types import SimpleNamespace
 
-    from scaling_jax.data.shards import token_dtype
+    from scaling_jax.data.corpus import token_dtype
 
-    assert token_dtype(SimpleNamespace(vocab_size=65_536)).itemsize == 2
-    assert token_dtype(SimpleNamespace(vocab_size=65_537)).itemsize == 4
+    assert token_dtype(65_536).itemsize == 2
+    assert token_dtype(65_537).itemsize == 4
 
 
 def test_names_of_tokenizers():

@@ -92,6 +92,31 @@ def test_a_worker_that_dies_is_named_with_the_last_line_of_its_log(tmp_path, com
     assert [job for job, _ in given(tmp_path)] == ["1", how]
 
 
+@pytest.mark.parametrize("where", ["before it takes jobs", "in a job"])
+def test_a_worker_that_dies_is_named_with_its_error_not_with_what_jax_prints_after_it(where, tmp_path):
+    """JAX adds a paragraph to every traceback; and a job's error may have several lines."""
+    fail = "raise ValueError('seed 4294967295\\nis too large')"
+    code = (
+        "import sys; from scaling_jax.io.workers import serve\n"
+        "def hook(kind, error, trace): print(f'{kind.__name__}: {error}\\n--\\nFor simplicity, …', file=sys.stderr)\n"
+        "sys.excepthook = hook\n"
+    ) + (
+        f"{fail}\n"
+        if where == "before it takes jobs"
+        else f"def work(job, send):\n  {fail}\nserve(work, lambda: None)\n"
+    )
+    with pytest.raises(UserError, match=r"\(exit code 1\): ValueError: seed 4294967295") as died:
+        run_jobs([1], [Command(("-c", code), log=tmp_path / "0.log")], on_done=pytest.fail)
+    assert "For simplicity" not in str(died.value)
+    assert "\n" not in str(died.value)
+
+
+def test_a_worker_that_was_killed_is_named_with_its_signal(tmp_path):
+    code = "import os; from scaling_jax.io.workers import serve; serve(lambda job, send: os.kill(os.getpid(), 9), None)"
+    with pytest.raises(UserError, match=r"SIGKILL; .*memory"):
+        run_jobs([1], [Command(("-c", code), log=tmp_path / "0.log")], on_done=pytest.fail)
+
+
 def test_a_worker_that_dies_without_a_log_is_named_with_its_exit_code(commands, capfd):
     with pytest.raises(UserError, match="exit code 7"):
         run_jobs(["die"], commands(1), on_done=pytest.fail)

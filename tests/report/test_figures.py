@@ -138,6 +138,28 @@ def test_the_noise_scale_by_layer_is_the_one_that_was_made_at_the_batch_next_to_
     assert any(mark.text.startswith(f"{run.name}, layer 1\nby ") for mark in chart.marks)
 
 
+def test_the_whole_model_lies_between_its_parts_in_their_own_windows_with_intervals(analysis):
+    """Its noise scale grows a thousandfold, so windows that differ would put it outside of all of its parts."""
+    num_steps = np.full(60, 8)
+    noise_scale = np.geomspace(1e2, 1e5, 60)[:, None]
+    noisy = 1 + 0.05 * np.random.default_rng(0).standard_normal((60, 3))
+    moments = np.full((60, 3), 1.0) * noisy, noise_scale * np.array([0.8, 1.0, 1.2]) * noisy[::-1]
+    lines = lines_by_part(num_steps, moments)
+    run = run_near_b_crit(analysis, "1x16")
+    record = dataclasses.replace(run.record, course=course(lines))
+    (axis,) = noise_by_layer_chart([run._replace(record=record)]).figure.axes
+    whole, parts = line(axis, "whole model"), [line(axis, part) for part in record.noise_by_part]
+    for part in parts:
+        np.testing.assert_array_equal(part.get_xdata(), whole.get_xdata())
+    values = np.array([part.get_ydata() for part in parts])
+    assert len(whole.get_ydata()) >= 7
+    assert np.all(values.min(0) <= whole.get_ydata())
+    assert np.all(whole.get_ydata() <= values.max(0))
+    assert len(axis.containers) == 4  # error bars: three parts and the whole
+    for window in record.noise_of_all_parts:
+        assert window.low < window.value < window.high
+
+
 def fitted_b_crits(analysis):
     return [p.tradeoff.b_crit for p in analysis.fit.points if p.model == "1x16"]
 

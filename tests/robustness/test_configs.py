@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from scaling_jax.cli import joined
 from scaling_jax.cli.planned_run import with_other_halves
 from scaling_jax.data import prepare
 from scaling_jax.io import UserError
@@ -30,6 +31,21 @@ OUT_OF_RANGE = [
     ("batch_tokens", "[128,256,512,512]"),
     ("batch_tokens", "[100,200,300]"),
     ("batch_tokens", "[128,256,99999999999999999999]"),
+    ("batch_tokens", "[0,128,256]"),
+    ("batch_tokens", "[-128,128,256]"),
+    ("max_tokens", "1e308"),
+    ("max_tokens", "1e19"),
+    ("subjects.0.model.vocab_size", "1e12"),
+    ("subjects.0.model.context", "1e300"),
+    *((f"subjects.0.learning_rates.{key}", "1e13") for key in ("most", "places", "together", "factor")),
+    ("subjects.0.learning_rates.reference_batch_tokens", "1e300"),
+    ("eval_growth", "1e308"),
+    ("steps_per_call", "1e12"),
+    ("warmup_steps", "1e12"),
+    ("warmup_tokens", "1e300"),
+    ("seeds", "[4294967295]"),
+    ("seeds", "[2147483648]"),
+    ("seeds", str(list(range(10_000)))),
     ("seeds", "[]"),
     ("seeds", "[1,1]"),
     ("seeds", "[-1]"),
@@ -56,7 +72,7 @@ def experiment(tmp_path):
 
 def overridden(*overrides):
     """QUICK as `scan` takes overrides."""
-    return with_overrides(QUICK, with_other_halves(overrides))
+    return with_overrides(QUICK, with_other_halves(QUICK, overrides))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +83,29 @@ def test_an_override_that_cannot_be_is_refused_by_its_key(key, value):
     with pytest.raises(UserError, match=key.rpartition(".")[2].removesuffix("s")) as refused:
         overridden(f"{key}={value}")
     assert "\n" not in str(refused.value)
+
+
+def test_a_scans_end_is_set_although_it_has_no_steps_to_end_at():
+    assert overridden("max_tokens=2e6").max_tokens == 2_000_000
+
+
+def test_all_overrides_count_and_the_last_of_a_key_wins():
+    given = ("max_tokens=5000", "seeds=[5]", "optimizer.beta2=0.9", "max_tokens=1000")
+    made = overridden(*given)
+    assert (made.max_tokens, made.seeds, made.optimizer.beta2) == (1_000, (5,), 0.9)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--set max_tokens=5000 seeds=[5] --set max_tokens=1000",
+        "--set max_tokens=5000 --set=seeds=[5] --set=max_tokens=1000",
+    ],
+)
+def test_a_repeated_set_counts_each_time(words):
+    rest = ["scan", "x.py", "--dry-run"]
+    joined_words = joined(["scan", "x.py", *words.split(), "--dry-run"])
+    assert joined_words == [*rest, "--set", "max_tokens=5000", "seeds=[5]", "max_tokens=1000"]
 
 
 def test_overrides_that_exclude_each_other_are_refused():

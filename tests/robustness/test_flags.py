@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,9 @@ def each(**bad):
         learning_rate=NOT_POSITIVE,
         target_loss=NOT_POSITIVE,
         batch_tokens=(0, -1, HUGE),
-        max_steps=(0, -1, -HUGE),
-        max_tokens=(0, -1),
-        context=(0, -1),
+        max_steps=(0, -1, -HUGE, HUGE, 2**31),
+        max_tokens=(0, -1, HUGE, 10**308),
+        context=(0, -1, HUGE),
         seed=(-1, HUGE, 2**32, 2**31),
     ),
 )
@@ -73,6 +74,19 @@ def test_advice_refuses_what_is_out_of_range(name, value, measured):
     with pytest.raises(UserError, match="loss" if name == "target_loss" else name):
         advice_on.advise(measured, **{"target_loss": 2.5} | {name: value})
     assert contents(measured.parent) == before
+
+
+@pytest.mark.parametrize("target_loss", [1e308, 1e-308, 1e9, 1e-9])
+def test_advice_extrapolates_no_farther_than_numbers_reach(target_loss, measured):
+    rows = [
+        f"m,{batch},{loss},{300 * (3 / loss) ** 6 * (1 + 1e5 * loss**-4.8 / batch):.6g}"
+        for batch in (128, 256, 512, 1024, 2048, 8192)
+        for loss in (3.0, 2.8, 2.6, 2.4, 2.2, 2.0)
+    ]
+    measured.write_text("\n".join(["model,batch_tokens,target_loss,steps", *rows, ""]))
+    with pytest.raises(UserError, match=re.escape(f"loss {target_loss:g} is too far")):
+        advice_on.advise(measured, target_loss, extrapolate=True)
+    assert advice_on.advise(measured, 1.5, extrapolate=True).to.extrapolated
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,12 @@ def test_a_live_ramp_stops_at_its_largest_batch_and_looks_only_now_and_then():
     assert next_stage(64, (), live, made_up_lines(1e4, 200)).batch_tokens == 64
 
 
+@pytest.mark.parametrize("metric", ["norm_layers", "simpel", ""])
+def test_a_metric_that_is_none_is_refused_when_it_is_given(metric):
+    with pytest.raises(UserError, match=f"live_ramp.metric = '{metric}'.*simple, l1, spectral"):
+        LiveRamp(threshold=0.5, max_batch_tokens=4_096, metric=metric)
+
+
 @pytest.mark.parametrize("metric", ["l1", "spectral"])
 def test_metrics_in_a_norm_use_the_lower_bound_of_their_noise_scale(metric):
     live = LiveRamp(threshold=2.0, max_batch_tokens=1_024, every_steps=50, metric=metric)
