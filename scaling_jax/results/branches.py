@@ -13,7 +13,7 @@ import numpy as np
 
 from scaling_jax.fitting import ScanFit
 from scaling_jax.io import UserError
-from scaling_jax.io.files import write_rows
+from scaling_jax.io.files import open_plain, write_rows
 from scaling_jax.results.excess import excess, largest_within
 from scaling_jax.results.measurements import NoiseMeasurement
 from scaling_jax.results.runs import RunRecord
@@ -273,7 +273,7 @@ def _read(path: Path) -> tuple[list[BranchMeasurement], list[str]]:
     problems: list[str] = []
     if not path.exists():
         return found, problems
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_plain(path, "r", encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         try:
             if missing := set(_REQUIRED) - set(rows.fieldnames or ()):
