@@ -29,6 +29,7 @@ except ImportError:  # orjson isn't installed
 
 LARGEST_BYTES = 1 << 28  # of a file that is read at once; ours have a few MB at most
 LONGEST_LINE = 1 << 26  # bytes of a line of JSON
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # starts of a cell that spreadsheets take for a formula
 _NOT_PLAIN = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -115,12 +116,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_rows(path: Path, kind: type[NamedTuple], rows: Sequence[NamedTuple]) -> None:
-    """Writes CSV: a header with the fields of `kind`, then a line per row. Floats have ten digits; NaN is empty."""
+    """Writes CSV: a header with the fields of `kind`, then a line per row. Floats have ten digits; NaN is empty.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front; `cell_text` removes it.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(kind._fields)
     writer.writerows([_cell(value) for value in row] for row in rows)
     write_whole(path, text.getvalue())
+
+
+def cell_text(cell: str) -> str:
+    """The text of a CSV cell as it was before `write_rows` wrote it."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
 
 
 def as_json(value: Any) -> str:
@@ -183,6 +192,8 @@ def _check_plain(path: Path, found: os.stat_result) -> None:
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return f"'{value}"
     if not isinstance(value, float):
         return value
     return "" if math.isnan(value) else f"{value:.10g}"

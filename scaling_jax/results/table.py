@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, fit_scan, further_fits
 from scaling_jax.io import UserError
-from scaling_jax.io.files import read_whole, write_json
+from scaling_jax.io.files import cell_text, read_whole, write_json
 from scaling_jax.results.measurements import few_steps_notes
 from scaling_jax.results.results import fit_as_json
 
@@ -213,7 +213,7 @@ def _value(where: str, name: str, cell: str):
     if name == "model" and not cell:
         raise UserError(f"{where} is empty: give the model a name, such as a")
     if name in ("model", "run"):
-        return cell
+        return cell_text(cell)
     if name in ("passed_early", "tuned"):
         if cell.lower() not in ("", "true", "false"):
             raise UserError(f"{where} is {cell!r}: it must be True or False")

@@ -41,6 +41,11 @@ class SearchRecord:
     runs: tuple[str, ...]  # run ids: the names of their folders
     schema: int = SCHEMA
 
+    def __post_init__(self):
+        for run in self.runs:
+            if run in ("", ".", "..") or set(run) & set("/\\\0"):
+                raise UserError(f"runs has {run!r}, which isn't the name of a run's folder")
+
     def answers(self, experiment: Experiment) -> bool:
         """True if an experiment asks no more of this cell than the search answered."""
         subject = experiment.subject(self.model)

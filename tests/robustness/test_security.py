@@ -1,15 +1,20 @@
 """A results folder, a table or a text from somebody else: links, pipes, devices and names that reach for more."""
 
+import csv
+import json
 import os
 import shutil
 import signal
+from typing import NamedTuple
 
 import pytest
 
 from scaling_jax.io import UserError
-from scaling_jax.io.files import append_line, open_plain, read_lines, read_whole, write_json
+from scaling_jax.io.files import append_line, cell_text, open_plain, read_lines, read_whole, write_json, write_rows
 from scaling_jax.io.locks import lock_state, locked
+from scaling_jax.results.table import read_table
 from scaling_jax.training import train
+from tests.robustness.conftest import replaced
 from tests.training.counting import CORPUS, RUN
 
 SECRET = "a file of the user\n"
@@ -148,3 +153,32 @@ def test_figures_go_nowhere_else(refuses, scanned, tmp_path, outside):
     shutil.rmtree(folder / "figures", ignore_errors=True)
     link(folder / "figures", outside.parent)
     refuses("report", folder, names=f"{folder / 'figures'} is a link, so results would go elsewhere")
+
+
+@pytest.mark.parametrize("run", ["../../outside", "/etc", "..", "", "a\\b"])
+def test_a_run_id_leads_nowhere_else(refuses, scanned, run):
+    path = next((scanned / "cells").glob("*.json"))
+    values = json.loads(path.read_text())
+    with replaced(path, json.dumps(values | {"runs": [run]}).encode()):
+        refuses("fit", scanned, names=f"{path} is from another version, or damaged", watched=(scanned,))
+
+
+class Row(NamedTuple):
+    model: str
+    loss: float
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
+def test_a_name_is_no_formula_in_the_tables_that_are_written(tmp_path, name):
+    write_rows(tmp_path / "a.csv", Row, [Row(name, -2.5), Row("'plain", 1.0)])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        first, second = list(csv.reader(file))[1:]
+    assert first[0][0] == "'"
+    assert first[1] == "-2.5"
+    assert [cell_text(first[0]), cell_text(second[0])] == [name, "'plain"]
+
+
+def test_names_that_look_like_formulas_come_through_a_fit(measured):
+    written = measured.read_text()
+    measured.write_text(written.replace("\nm,", "\n'=m,"))
+    assert {*read_table(measured).model} == {"=m"}
