@@ -74,6 +74,9 @@ quote() {
   printf "'%s'" "${1//\'/$escaped}"
 }
 
+# Bash's arithmetic runs what stands in a text, such as attempts[$(reboot)]. So it only gets what passed this.
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; }
+
 # --- gcloud, with time limits and bounded retries -----------------------------------------------------------------
 
 call() { # SECONDS gcloud-argument…
@@ -148,8 +151,10 @@ tpu_state() {
 is_dead() { [[ $1 == PREEMPTED || $1 == TERMINATED || $1 == SUSPENDED || $1 == FAILED || $1 == NODE_LOST ]]; }
 
 num_workers() {
-  local dry_state=1
-  describe tpu-vm 'value(networkEndpoints.len())'
+  local dry_state=1 count
+  count=$(describe tpu-vm 'value(networkEndpoints.len())') || return
+  is_number "$count" || die "gcloud names no number of workers of $name but $count: see tpu_setup.sh status $name"
+  echo "$count"
 }
 
 on_workers() { # SECONDS SCRIPT ARGUMENT…: a bash script on --worker, its arguments as they are here
@@ -496,9 +501,19 @@ while (($#)); do
     *) wrong "unknown option $option" ;;
   esac
 done
+[[ $name =~ ^[A-Za-z0-9._-]+$ ]] || wrong "no TPU can have the name $name: use letters, digits, dashes"
+is_number "$max_restarts" || wrong "--max-restarts $max_restarts: give a number"
+is_number "$lines" || wrong "--lines $lines: give a number"
+if [[ $worker != all ]]; then is_number "$worker" || wrong "--worker $worker: give a number or all"; fi
+is_number "$attempts" || wrong "TPU_SETUP_ATTEMPTS=$attempts: give a whole number"
+is_number "$backoff_seconds" || wrong "TPU_SETUP_BACKOFF_SECONDS=$backoff_seconds: give a whole number"
+is_number "$wait_seconds" || wrong "TPU_SETUP_WAIT_SECONDS=$wait_seconds: give a whole number"
+[[ $poll_seconds =~ ^[0-9]+(\.[0-9]+)?$ ]] || wrong "TPU_SETUP_POLL_SECONDS=$poll_seconds: give a number"
+[[ ${TPU_SETUP_TIMEOUT_SECONDS:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] ||
+  wrong "TPU_SETUP_TIMEOUT_SECONDS=$TPU_SETUP_TIMEOUT_SECONDS: give a number"
 if [[ $command == run && -z $run_id ]]; then run_id=$name-$(date -u +%Y%m%dT%H%M%SZ); fi
 if [[ $command == babysit && -z $run_id ]]; then run_id=$name; fi # the same command watches the same run
-[[ $run_id =~ ^[A-Za-z0-9._-]*$ ]] || wrong "--run-id $run_id: use letters, digits, dots, dashes"
+[[ $run_id =~ ^([A-Za-z0-9_][A-Za-z0-9._-]*)?$ ]] || wrong "--run-id $run_id: use letters, digits, dots, dashes"
 if [[ $command == delete ]] && ((!yes && !dry_run)); then wrong "delete removes $name and its disks: add --yes"; fi
 if [[ $command == babysit && ${#arguments[@]} -eq 0 ]]; then wrong "babysit needs scaling-jax's arguments after --"; fi
 if ((!dry_run)) && ! command -v gcloud >/dev/null; then die "no gcloud: install the Google Cloud CLI and log in"; fi

@@ -356,7 +356,14 @@ def test_a_dry_run_prints_commands_that_a_shell_can_read_and_runs_none(cloud, co
         (["create", "t", "--typ", "x"], "unknown option --typ"),
         (["run", "t"], "arguments after --"),
         (["run", "t", "--run-id", "../x", "--", "scan"], "letters, digits"),
+        (["run", "t", "--run-id", "..", "--", "scan"], "letters, digits"),
         (["babysit", "t", "--type=v4-8"], "arguments after --"),
+        (["babysit", "t", "--type=v4-8", "--max-restarts", "many", "--", "scan"], "--max-restarts many"),
+        (["babysit", "t", "--type=v4-8", "--max-restarts", "-1", "--", "scan"], "--max-restarts -1"),
+        (["babysit", "t", "--type=v4-8", "--max-restarts", "09", "--", "scan"], "--max-restarts 09"),
+        (["logs", "t", "--lines", "x"], "--lines x"),
+        (["logs", "t", "--worker", "x"], "--worker x"),
+        (["status", "t:x"], "t:x"),
     ],
 )
 def test_a_mistake_is_one_line_and_runs_nothing(cloud, words, message):
@@ -365,6 +372,45 @@ def test_a_mistake_is_one_line_and_runs_nothing(cloud, words, message):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert cloud.calls == []
+
+
+EVIL = "attempts[$(touch evil)]"
+
+
+@pytest.mark.parametrize("command", ["babysit", "logs"])
+@pytest.mark.parametrize("option", ["--max-restarts", "--lines", "--worker", "--run-id", "--type", "--zone"])
+def test_no_option_runs_what_stands_in_it(cloud, tmp_path, monkeypatch, command, option):
+    """Bash's arithmetic runs the text in an index; a number is checked before any machine is made."""
+    monkeypatch.chdir(tmp_path)
+    done = cloud(command, "t", "--type=v4-8", option, EVIL, "--dry-run", "--", "scan", EVIL)
+    done_for_good = cloud(command, "t", "--type=v4-8", option, EVIL, "--", "scan", EVIL)
+    assert not list(tmp_path.rglob("evil"))
+    if option in ("--max-restarts", "--lines", "--worker", "--run-id"):
+        for said in (done, done_for_good):
+            assert said.returncode == 2
+            assert said.stderr.count("\n") == 1
+            assert option in said.stderr
+        assert cloud.calls == []
+
+
+@pytest.mark.parametrize("setting", ["ATTEMPTS", "BACKOFF_SECONDS", "POLL_SECONDS", "WAIT_SECONDS", "TIMEOUT_SECONDS"])
+def test_no_setting_in_the_environment_runs_what_stands_in_it(cloud, tmp_path, monkeypatch, setting):
+    monkeypatch.chdir(tmp_path)
+    done = cloud("create", "t", "--type=v4-8", **{f"TPU_SETUP_{setting}": EVIL})
+    assert done.returncode == 2
+    assert f"TPU_SETUP_{setting}" in done.stderr
+    assert cloud.calls == []
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_what_gcloud_says_is_not_run(cloud, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cloud.ready()
+    cloud.plan(workers=EVIL)
+    done = cloud("run", "t", "--", "scan", "x.py")
+    assert done.returncode == 1
+    assert "number of workers" in done.stderr
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_help_shows_every_command():

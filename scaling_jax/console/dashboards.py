@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import to_dict
-from scaling_jax.io.files import Tail
+from scaling_jax.io.files import Tail, refuse_links
 from scaling_jax.noise_scale import Moments, MovingAverage, unbiased
 from scaling_jax.training.records import MetricsLine, read_run_config
 
@@ -136,6 +136,7 @@ def _event_files() -> Callable[[Path], Writer]:
         ) from None
 
     def open_writer(folder: Path) -> Writer:
+        refuse_links(folder.parent, folder)
         for old in folder.glob("events.out.tfevents.*"):  # from an earlier command
             old.unlink()
         return _EventFiles(SummaryWriter(str(folder)))

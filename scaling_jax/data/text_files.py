@@ -1,4 +1,8 @@
-"""Documents from files on this machine: plain text and JSON lines, also compressed by gzip or zstd."""
+"""Documents from files on this machine: plain text and JSON lines, also compressed by gzip or zstd.
+
+A file may come from somebody else. So memory doesn't grow with it: decompression streams, a JSON line has at most
+`LONGEST_LINE` bytes, and text that is `MOST_EXPANSION` times as large as its file is refused.
+"""
 
 import gzip
 import io
@@ -12,7 +16,11 @@ from typing import BinaryIO, NamedTuple
 from scaling_jax.data.sources import Part, is_test
 from scaling_jax.io import UserError
 
+LONGEST_LINE = 1 << 26  # bytes
+MOST_EXPANSION = 250  # bytes of text per compressed byte; web text has 3 to 10, program output up to 100
+_ALWAYS_TAKEN = 1 << 28  # bytes of text; below, a file is small enough whatever its expansion
 _PIECE = 1 << 20  # characters
+_COMPRESSED_PIECE = 512  # bytes. Four bytes of zstd may hold 128 KiB of text, so this may hold 16 MiB
 
 
 class Piece(NamedTuple):
@@ -29,13 +37,15 @@ def read_text(part: Part) -> Iterator[Piece]:
     Line ends become \\n. An empty file is an empty document.
 
     Raises:
-      UserError: if the file isn't text in that encoding.
+      UserError: if the file isn't text in that encoding, or expands too far.
     """
     path, held_out = Path(part.path), bool(part.held_out)
+    size = _Size(path)
     try:
         with tokenize.open(path) if path.suffix == ".py" else io.TextIOWrapper(_open(path), "utf-8") as file:
             waiting = file.read(_PIECE)
             while more := file.read(_PIECE):
+                size.add(len(more))
                 cut = waiting.rfind("\n") + 1 or len(waiting)
                 yield Piece(held_out, waiting[:cut], last=False)
                 waiting = waiting[cut:] + more
@@ -50,21 +60,29 @@ def read_lines(part: Part) -> Iterator[Piece]:
     """One document per JSON line that starts in the part's range: the text of its field. Skips blank lines.
 
     Raises:
-      UserError: if a line isn't JSON in UTF-8, or has no text in the field. Names the line.
+      UserError: if a line isn't JSON in UTF-8, is too long, or has no text in the field; if the file expands too far.
+        Names the line.
     """
     path, number = Path(part.path), 0
+    size = _Size(path)
     try:
         with _open(path) as file:
             if part.start:
                 file.seek(part.start - 1)
-                file.readline()  # the rest of the line before
-            while (part.stop is None or file.tell() < part.stop) and (line := file.readline()):
+                while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):  # of the line before
+                    pass
+            while (part.stop is None or file.tell() < part.stop) and (line := file.readline(LONGEST_LINE + 1)):
                 number += 1
+                size.add(len(line))
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(f"the line has more than {LONGEST_LINE >> 20} MiB: divide the document")
                 if not line.isspace():
                     text = _field(line, part.field)
                     yield Piece(is_test(text), text, last=True)
     except _CUT as error:
         raise UserError(f"{path} can't be decompressed ({error}): it is cut off or damaged, get it again") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path}, line {_lines_before(part) + number}: {error}") from None
 
@@ -74,7 +92,7 @@ def _field(line: bytes, field: str) -> str:
         values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error}): convert it") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): the file may be cut off; get it again") from None
     text = values.get(field) if isinstance(values, dict) else None
     if isinstance(text, str):
@@ -94,8 +112,26 @@ def _field(line: bytes, field: str) -> str:
 def _lines_before(part: Part) -> int:
     if not part.start:
         return 0
+    lines, left = 1, part.start - 1
     with open(part.path, "rb") as file:
-        return file.read(part.start - 1).count(b"\n") + 1
+        while block := file.read(min(left, _PIECE)):
+            lines, left = lines + block.count(b"\n"), left - len(block)
+    return lines
+
+
+class _Size:
+    """Counts the text of a file, and refuses a file that a few bytes make very large."""
+
+    def __init__(self, path: Path):
+        self._path, self._file_bytes, self._text_bytes = path, path.stat().st_size, 0
+
+    def add(self, text_bytes: int) -> None:
+        self._text_bytes += text_bytes
+        if self._text_bytes > max(_ALWAYS_TAKEN, MOST_EXPANSION * self._file_bytes):
+            raise UserError(
+                f"{self._path} has {self._file_bytes:,} bytes but expands to more than {self._text_bytes:,}: leave it "
+                f"out of --text, or decompress it yourself (text may be {MOST_EXPANSION} times as large as its file)"
+            )
 
 
 def _open(path: Path) -> BinaryIO:
@@ -122,20 +158,20 @@ class _ZstdReader(io.RawIOBase):
         self._frame = self._new_frame()
         self._inside = False  # True between the start and the end of a frame
         self._compressed = b""
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         while not self._ready:
-            self._compressed = self._compressed or self._file.read(1 << 17)
+            self._compressed = self._compressed or self._file.read(_COMPRESSED_PIECE)
             if not self._compressed:
                 if self._inside:
                     raise _CutZstd("the last frame has no end")
                 return 0
             try:
-                self._ready = self._frame.decompress(self._compressed)
+                self._ready = memoryview(self._frame.decompress(self._compressed))
             except self._error as error:
                 raise _CutZstd(str(error)) from None
             self._inside, self._compressed = not self._frame.eof, self._frame.unused_data

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scaling_jax.io import UserError
+from scaling_jax.io.files import read_whole
 
 C = TypeVar("C")
 
@@ -60,7 +61,7 @@ def read_config(cls: type[C], path: Path, remedy: str) -> C:
       UserError: if the file can't be read. Names the file, what is wrong and the remedy.
     """
     try:
-        return from_dict(cls, json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(cls, json.loads(read_whole(path)))
     except UserError as error:
         raise UserError(f"{path} is from another version, or damaged ({error}): {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,9 @@
-"""Files: text, JSON and CSV written whole or not at all; JSON lines appended, read, and followed while they grow."""
+"""Files: text, JSON and CSV written whole or not at all; JSON lines appended, read, and followed while they grow.
+
+A results folder may come from somebody else. So only plain files are read and written: no pipes, no devices. Writing
+never follows a link and never replaces one; reading follows links to plain files. A results folder may itself be a
+link, but the folders in it that this package writes to may not.
+"""
 
 import contextlib
 import csv
@@ -7,11 +12,14 @@ import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+from scaling_jax.io import UserError
 
 try:
     from orjson import loads as parse_json  # eight times as fast
@@ -19,15 +27,70 @@ except ImportError:  # orjson isn't installed
     from json import loads as parse_json  # type: ignore[assignment]
 
 
+LARGEST_BYTES = 1 << 28  # of a file that is read at once; ours have a few MB at most
+LONGEST_LINE = 1 << 26  # bytes of a line of JSON
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # starts of a cell that spreadsheets take for a formula
+_NOT_PLAIN = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def open_plain(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
+    """`path.open(mode)` for plain files alone. Never waits for the other end of a pipe.
+
+    Raises:
+      UserError: if there is something else at `path`. To a mode that writes, a link is something else too.
+      OSError: as `path.open` does.
+    """
+    reads = mode.startswith("r")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _check_plain(path, path.stat() if reads else path.lstat())
+    further = getattr(os, "O_NONBLOCK", 0) | (0 if reads else getattr(os, "O_NOFOLLOW", 0))
+    with contextlib.ExitStack() as unless_plain:
+        opener = lambda name, flags: os.open(name, flags | further, 0o666)  # noqa: E731
+        file = unless_plain.enter_context(open(path, mode, opener=opener, **options))
+        _check_plain(path, os.fstat(file.fileno()))  # another process may have put something else there
+        unless_plain.pop_all()
+    return file
+
+
+def read_whole(path: Path, largest: int = LARGEST_BYTES) -> bytes:
+    """The content of a plain file.
+
+    Raises:
+      UserError: if it isn't a plain file, or has more than `largest` bytes.
+      OSError: if it can't be read.
+    """
+    with open_plain(path) as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise UserError(f"{path} has more than {largest >> 20} MiB: this can't be a file of this kind, give another")
+    return content
+
+
+def refuse_links(*folders: Path) -> None:
+    """Raises UserError if one of these folders inside a results folder is a link, because files would go elsewhere."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise UserError(
+                f"{folder} is a link, so results would go elsewhere: put a folder there; only a whole results folder "
+                "may be a link"
+            )
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A new file to write. It replaces `path` once it is complete and on disk; after an error it is deleted.
 
     Until then its name is `.<name>.<process>.unfinished`.
+
+    Raises:
+      UserError: if `path` is a link, a folder, a device or a pipe.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        _check_plain(path, path.lstat())
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    file = unfinished.open("wb")
+    unfinished.unlink(missing_ok=True)  # of a process that was killed
+    file = unfinished.open("xb")  # x: a link that appears here isn't followed
     try:
         yield file
         file.flush()
@@ -53,12 +116,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_rows(path: Path, kind: type[NamedTuple], rows: Sequence[NamedTuple]) -> None:
-    """Writes CSV: a header with the fields of `kind`, then a line per row. Floats have ten digits; NaN is empty."""
+    """Writes CSV: a header with the fields of `kind`, then a line per row. Floats have ten digits; NaN is empty.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front; `cell_text` removes it.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(kind._fields)
     writer.writerows([_cell(value) for value in row] for row in rows)
     write_whole(path, text.getvalue())
+
+
+def cell_text(cell: str) -> str:
+    """The text of a CSV cell as it was before `write_rows` wrote it."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
 
 
 def as_json(value: Any) -> str:
@@ -68,7 +139,7 @@ def as_json(value: Any) -> str:
 
 def append_line(path: Path, value: Any) -> None:
     """Appends a JSON line. Closes the file each time, so that other machines see the line at once."""
-    with path.open("a", encoding="utf-8") as file:
+    with open_plain(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
 
 
@@ -78,13 +149,19 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each complete line. Leaves out a last line without a line end, cut off by a crash."""
+    """(number from 1, line) of each complete line. Leaves out a last line without a line end, cut off by a crash.
+
+    Raises:
+      UserError: if it isn't a plain file, or a line is longer than `LONGEST_LINE`.
+    """
     if not path.exists():
         return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with open_plain(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             if line.endswith(b"\n"):
                 yield number, line
+            elif len(line) == LONGEST_LINE:
+                raise UserError(f"{path} line {number} has more than {LONGEST_LINE >> 20} MiB: the file is damaged")
 
 
 class Tail:
@@ -98,7 +175,7 @@ class Tail:
         """The lines added since the last call. Raises ValueError for a line that isn't JSON."""
         if not self.path.exists():
             return []
-        with self.path.open("rb") as file:
+        with open_plain(self.path) as file:
             if self.path.stat().st_size < self._read:
                 self._read = 0
             file.seek(self._read)
@@ -108,7 +185,15 @@ class Tail:
         return [parse_json(line) for line in whole.splitlines()]
 
 
+def _check_plain(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        what = _NOT_PLAIN.get(stat.S_IFMT(found.st_mode), "a device")
+        raise UserError(f"{path} is {what}, not a plain file: remove it, or give the path of a file")
+
+
 def _cell(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return f"'{value}"
     if not isinstance(value, float):
         return value
     return "" if math.isnan(value) else f"{value:.10g}"

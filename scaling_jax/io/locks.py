@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from scaling_jax.io import UserError
+from scaling_jax.io.files import open_plain
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def locked(
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = open_plain(path, "a+")
     except OSError as error:
         raise UserError(f"can't write to {path.parent}: {error.strerror}; choose another folder") from None
     with file:
@@ -60,7 +61,7 @@ class LockState(NamedTuple):
 def lock_state(path: Path) -> LockState:
     """The state of a lock file now. Doesn't change the file."""
     try:
-        file = path.open()
+        file = open_plain(path, "r")
     except FileNotFoundError:
         return LockState(False, 0.0)
     with file:

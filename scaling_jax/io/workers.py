@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_jax.io import UserError
+from scaling_jax.io.files import open_plain
 
 Message = dict[str, Any]
 
@@ -107,7 +108,7 @@ class _Worker:
             log = None
             if command.log is not None:
                 command.log.parent.mkdir(parents=True, exist_ok=True)
-                log = files.enter_context(command.log.open("w"))
+                log = files.enter_context(open_plain(command.log, "w"))
             self.process = subprocess.Popen(
                 [sys.executable, "-P", *command.arguments],
                 stdin=subprocess.PIPE,

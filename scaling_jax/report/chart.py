@@ -17,7 +17,7 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from scaling_jax.io.files import whole_file, write_whole
+from scaling_jax.io.files import refuse_links, whole_file, write_whole
 
 # Okabe and Ito's palette for colour-blind readers; its green is for noise scales
 MODEL_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
@@ -74,6 +74,7 @@ class Drawn(NamedTuple):
 
 def save(chart: Chart, folder: Path) -> Path:
     """Writes the chart as PNG and SVG, whole or not at all. Returns the path of the PNG file."""
+    refuse_links(folder)
     path = folder / f"{chart.name}.png"
     write_whole(path.with_suffix(".svg"), _svg(chart))
     chart.figure.set_layout_engine("none")  # the layout of the SVG serves the PNG too; it takes a third of the time

@@ -13,7 +13,7 @@ import numpy as np
 
 from scaling_jax.fitting import ScanFit
 from scaling_jax.io import UserError
-from scaling_jax.io.files import write_rows
+from scaling_jax.io.files import cell_text, open_plain, write_rows
 from scaling_jax.results.excess import excess, largest_within
 from scaling_jax.results.measurements import NoiseMeasurement
 from scaling_jax.results.runs import RunRecord
@@ -273,7 +273,7 @@ def _read(path: Path) -> tuple[list[BranchMeasurement], list[str]]:
     problems: list[str] = []
     if not path.exists():
         return found, problems
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_plain(path, "r", encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         try:
             if missing := set(_REQUIRED) - set(rows.fieldnames or ()):
@@ -292,7 +292,7 @@ def _read(path: Path) -> tuple[list[BranchMeasurement], list[str]]:
 
 def _read_row(row: dict[str, str]) -> BranchMeasurement:
     kinds = typing.get_type_hints(BranchMeasurement)
-    values: dict[str, Any] = {name: kind(row[name]) for name, kind in kinds.items() if name in row}
+    values: dict[str, Any] = {name: kind(cell_text(row[name])) for name, kind in kinds.items() if name in row}
     found = BranchMeasurement(**values)
     if any(math.isnan(value) for value in (found.loss, found.b_crit, found.low, found.high)):
         raise ValueError("a value is nan")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, fit_scan, further_fits
 from scaling_jax.io import UserError
-from scaling_jax.io.files import write_json
+from scaling_jax.io.files import cell_text, read_whole, write_json
 from scaling_jax.results.measurements import few_steps_notes
 from scaling_jax.results.results import fit_as_json
 
@@ -83,7 +83,7 @@ def read_table(path: Path) -> Table:
       UserError: at the first mistake. Names the file, the line, the column and what to do.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_whole(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {path} ({error}): give a CSV file in UTF-8") from error
     rows = csv.reader(text.splitlines())
@@ -213,7 +213,7 @@ def _value(where: str, name: str, cell: str):
     if name == "model" and not cell:
         raise UserError(f"{where} is empty: give the model a name, such as a")
     if name in ("model", "run"):
-        return cell
+        return cell_text(cell)
     if name in ("passed_early", "tuned"):
         if cell.lower() not in ("", "true", "false"):
             raise UserError(f"{where} is {cell!r}: it must be True or False")

@@ -18,7 +18,7 @@ from typing import Any
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, read_config, to_dict
-from scaling_jax.io.files import write_json
+from scaling_jax.io.files import read_whole, write_json
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
 from scaling_jax.training import Recipe, Run
 from scaling_jax.training.records import read_run_config
@@ -40,6 +40,11 @@ class SearchRecord:
     max_tokens: int
     runs: tuple[str, ...]  # run ids: the names of their folders
     schema: int = SCHEMA
+
+    def __post_init__(self):
+        for run in self.runs:
+            if run in ("", ".", "..") or set(run) & set("/\\\0"):
+                raise UserError(f"runs has {run!r}, which isn't the name of a run's folder")
 
     def answers(self, experiment: Experiment) -> bool:
         """True if an experiment asks no more of this cell than the search answered."""
@@ -73,7 +78,7 @@ def write_experiment(workdir: Path, experiment: Experiment) -> None:
     """Writes experiment.json, unless it already holds this experiment."""
     path, values = workdir / "experiment.json", {"schema": SCHEMA, **to_dict(experiment)}
     try:
-        if json.loads(path.read_bytes()) == values:
+        if json.loads(read_whole(path)) == values:
             return
     except (OSError, ValueError):
         pass
@@ -95,7 +100,7 @@ def read_experiment(workdir: Path) -> Experiment:
 def parse_experiment(path: Path, remedy: str) -> Experiment:
     """The experiment in an experiment.json. Raises UserError as `read_experiment` does."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_whole(path))
         schema = values.pop("schema", 1) if isinstance(values, dict) else 1
         if not isinstance(schema, int) or schema > SCHEMA:
             raise UserError(f"its schema {schema} is from a later version; this version reads up to {SCHEMA}")
@@ -111,7 +116,7 @@ def parse_experiment(path: Path, remedy: str) -> Experiment:
 def is_without_searches(workdir: Path) -> bool:
     """True if the scan has schema 1, which has no files in cells/."""
     try:
-        return "schema" not in json.loads((workdir / "experiment.json").read_bytes())
+        return "schema" not in json.loads(read_whole(workdir / "experiment.json"))
     except (OSError, ValueError, TypeError):
         return False
 

@@ -13,6 +13,7 @@ import jax
 from scaling_jax.data import prepare
 from scaling_jax.io import UserError
 from scaling_jax.io.config import to_dict
+from scaling_jax.io.files import read_whole, refuse_links
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import in_bucket, publish, working_copy
 from scaling_jax.io.workers import available_cores
@@ -79,6 +80,7 @@ def scan(
                 raise UserError("the processes of this scan differ: give all of them the same experiment")
         with together():
             if is_first():
+                refuse_links(*(workdir / name for name in ("cells", "logs", "logs/slurm", "runs")))
                 lock = stack.enter_context(locked(workdir / ".lock", str(workdir)))
                 check_same_recipe(workdir, experiment)
                 missing = _missing(experiment, workdir)
@@ -127,7 +129,7 @@ def _check_same_text(workdir: Path, experiment: Experiment, sha256: str) -> None
     for path in (workdir / "runs").glob("*/result.json"):
         found = None
         with contextlib.suppress(OSError, ValueError, AttributeError):  # `read_result` reports a damaged file later
-            found = json.loads(path.read_bytes()).get("corpus_sha256")
+            found = json.loads(read_whole(path)).get("corpus_sha256")
         if found not in (None, sha256):
             raise UserError(
                 f"{workdir} holds runs on other text; the text {experiment.text} has changed since: use another folder"

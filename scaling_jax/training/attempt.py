@@ -14,6 +14,7 @@ from etils import epath
 from scaling_jax.data import Corpus
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
+from scaling_jax.io.files import refuse_links
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import address, claim, in_bucket, publish
 from scaling_jax.parallel import agree, from_first, is_first, together
@@ -106,6 +107,8 @@ class Attempt:
         with contextlib.ExitStack() as lock:
             with together():
                 if is_first():
+                    inside = (self.folder / name for name in ("checkpoints", "snapshots"))
+                    refuse_links(self.folder.parent, self.folder, *inside)
                     lock.enter_context(locked(self.folder / ".lock", f"run {folder.name} in {folder.parents[1]}"))
                     claim(self.folder)
                     write_run_config(self.folder, run, corpus.manifest)

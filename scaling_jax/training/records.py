@@ -21,7 +21,7 @@ import numpy as np
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, read_config, to_dict
-from scaling_jax.io.files import append_line, parse_json, read_lines, write_json, write_lines
+from scaling_jax.io.files import append_line, parse_json, read_lines, read_whole, write_json, write_lines
 from scaling_jax.training.run import Run
 
 SCHEMA = 2
@@ -211,7 +211,7 @@ def read_run_config(folder: Path) -> RunConfig:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_whole(path))
         schema = values.get("schema", 1)
         if not isinstance(schema, int) or schema > SCHEMA:
             raise ValueError(f"schema {schema} is from a later version; this version reads up to {SCHEMA}")

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive, config_hash, from_dict
+from scaling_jax.io.files import read_whole
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training.optimizers import OptimizerConfig
 
@@ -258,7 +259,7 @@ def read_stages(path: Path) -> tuple[Stage, ...]:
       UserError: if the file isn't there, or isn't a list of stages.
     """
     try:
-        listed = json.loads(path.read_text())
+        listed = json.loads(read_whole(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"can't read a ramp from {path} ({error}): make one with scaling-jax advise --write-ramp"

@@ -1,10 +1,13 @@
 import gzip
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import zstandard
 
-from scaling_jax.data import is_test, packing, prepare, sources
+from scaling_jax.data import is_test, packing, prepare, sources, text_files
 from scaling_jax.data.shards import read
 from scaling_jax.io import UserError
 
@@ -111,3 +114,67 @@ def test_an_empty_file_is_an_empty_document(own_text):
     before = sum(prepare(f"files:{own_text}/[0-9]*.txt", 16).manifest["tokens"].values())
     (own_text / "9a.txt").write_bytes(b"")
     assert sum(prepare(f"files:{own_text}/[0-9]*.txt", 16).manifest["tokens"].values()) == before + 1
+
+
+def _bomb(path, total_bytes):
+    """A small file that expands to lines of zeros, far more than its size."""
+    block = ("0" * 1000 + "\n").encode() * 1000
+    compressor = zstandard.ZstdCompressor(level=19).compressobj()
+    with path.open("wb") as file:
+        for _ in range(total_bytes // len(block)):
+            file.write(compressor.compress(block))
+        file.write(compressor.flush())
+    return path
+
+
+PEAK = """
+import sys
+from scaling_jax.data.sources import Part
+from scaling_jax.data.text_files import read_lines, read_text
+from scaling_jax.io import UserError
+
+def peak():  # MiB; of this process alone, as ru_maxrss starts from the parent's
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10
+
+before = peak()
+try:
+    for piece in {"lines": read_lines, "text": read_text}[sys.argv[2]](Part("", sys.argv[1], False)):
+        pass
+    print("taken")
+except UserError as error:
+    print(error)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
+def test_a_small_file_that_expands_without_end_is_refused_in_little_memory(tmp_path):
+    path = _bomb(tmp_path / "web.txt.zst", 2_000_000_000)
+    assert path.stat().st_size < 300_000
+    done = subprocess.run([sys.executable, "-c", PEAK, path, "text"], capture_output=True, text=True, check=True)
+    said, mib = done.stdout.splitlines()
+    assert str(path) in said
+    assert "expands to more than" in said
+    assert int(mib) < 100
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_a_line_without_end_is_named_in_little_memory(tmp_path, suffix):
+    path = write(tmp_path / f"web.{suffix}", b'{"text": "' + b"0" * 200_000_000)
+    done = subprocess.run([sys.executable, "-c", PEAK, path, "lines"], capture_output=True, text=True, check=True)
+    said, mib = done.stdout.splitlines()
+    assert said == f"{path}, line 1: the line has more than 64 MiB: divide the document"
+    assert int(mib) < 250
+
+
+def test_text_of_ordinary_expansion_is_taken_whatever_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_ALWAYS_TAKEN", 0)
+    for suffix in ("jsonl", "jsonl.gz", "jsonl.zst"):
+        assert len(texts(f"files:{write(tmp_path / f'web.{suffix}')}")) == len(LINES)
+
+
+def test_a_line_nested_too_deep_is_named(tmp_path):
+    path = write(tmp_path / "web.jsonl", b"[" * 200_000 + b"\n")
+    with pytest.raises(UserError, match=r"line 1: not JSON"):
+        texts(f"files:{path}")

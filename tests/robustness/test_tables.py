@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -93,10 +94,14 @@ def test_commands_refuse_a_table_in_one_line(refuses, tmp_path):
 def test_a_table_that_may_not_be_read_is_refused(refuses, tmp_path, monkeypatch):
     path = table(tmp_path / "mine.csv")
 
-    def forbidden(self, *_, **__):
-        raise PermissionError(13, "Permission denied", str(self))
+    opens = os.open
 
-    monkeypatch.setattr(type(path), "read_text", forbidden)
+    def forbidden(name, *rest, **options):
+        if str(name) != str(path):
+            return opens(name, *rest, **options)
+        raise PermissionError(13, "Permission denied", str(name))
+
+    monkeypatch.setattr(os, "open", forbidden)
     refuses("fit", path, names="Permission denied")
 
 
