@@ -62,8 +62,8 @@ def print_fit(found: TableFit, written: Path) -> Rows:
     return Rows(table, *map(_Line, lines))
 
 
-def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
-    """The summary of a scan: B_crit and noise scale at three losses of each model, the laws, notes, and figures."""
+def summary(analysis: Analysis, figures: Sequence[Path] = (), written: Path | None = None) -> Rows:
+    """The summary of a scan: B_crit and noise scale at three losses of each model, the laws, notes, and files."""
     table = Table(
         title="Critical batch size from the start, local one, and noise scale, in tokens",
         title_justify="left",
@@ -92,6 +92,8 @@ def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
     lines += [f"note: {note}" for note in analysis.notes]
     if figures:
         lines.append(f"figures in {figures[0].parent}: {', '.join(path.name for path in figures)}")
+    if written is not None:
+        lines.append(f"fit: {written}")
     return Rows(table, *map(_Line, lines))
 
 

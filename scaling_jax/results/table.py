@@ -112,16 +112,12 @@ def fit_table(path: Path, *, laws: bool = True, above_minimum: bool = False) -> 
 
 
 def write_fit(found: TableFit) -> Path:
-    """Writes fit.json next to the CSV, and returns its path. In the folder of a scan, the name is <table>.fit.json.
-
-    A scan has its own fit.json, with more in it.
+    """Writes <table>.fit.json next to the CSV, and returns its path. A folder's fit.json is that of its scan.
 
     Raises:
       UserError: if the file can't be written.
     """
-    folder = found.table.path.parent
-    own = (folder / "experiment.json").exists()
-    path = folder / (f"{found.table.path.stem}.fit.json" if own else "fit.json")
+    path = found.table.path.with_suffix(".fit.json")
     try:
         write_json(
             path,

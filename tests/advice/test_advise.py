@@ -55,7 +55,7 @@ def test_fit_takes_a_table(table, scaling_jax):
     code, stdout, stderr = scaling_jax("fit", table)
     assert code == 0, stderr
     assert "all runs at once" in stdout
-    assert json.loads((table.parent / "fit.json").read_text())["law"]
+    assert json.loads(table.with_suffix(".fit.json").read_text())["law"]
 
 
 @pytest.mark.parametrize(

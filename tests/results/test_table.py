@@ -45,7 +45,7 @@ def planted(path, **variant):
 def test_a_table_of_ones_own_is_fitted_and_its_fit_lies_beside_it(tmp_path):
     found = fit_table(planted(tmp_path / "mine.csv"))
     written = write_fit(found)
-    assert written == tmp_path / "fit.json"
+    assert written == tmp_path / "mine.fit.json"
     fit = json.loads(written.read_text(), parse_constant=lambda c: pytest.fail(c))
     assert fit["law"]["exponent_interval"][0] < -4.8 < fit["law"]["exponent_interval"][1]
     assert fit["joint_law"]["exponent_interval"][0] < -4.8 < fit["joint_law"]["exponent_interval"][1]
@@ -57,6 +57,14 @@ def test_a_table_of_ones_own_is_fitted_and_its_fit_lies_beside_it(tmp_path):
     before = written.read_bytes()
     write_fit(fit_table(tmp_path / "mine.csv"))
     assert written.read_bytes() == before
+
+
+def test_two_tables_in_one_folder_keep_both_fits(tmp_path):
+    first = write_fit(fit_table(write(tmp_path / "a.csv")))
+    before = first.read_bytes()
+    second = write_fit(fit_table(write(tmp_path / "b.csv", [row.replace("m,", "other,") for row in ROWS])))
+    assert (first, second) == (tmp_path / "a.fit.json", tmp_path / "b.fit.json")
+    assert first.read_bytes() == before
 
 
 def test_a_scans_own_fit_is_not_overwritten_by_that_of_its_table(tmp_path):
