@@ -49,7 +49,7 @@ def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
     Raises:
       UserError: if the run was trained on other text, or the text doesn't fit the model.
     """
-    _check_corpus(run, corpus)
+    check_corpus(run, corpus)
     folder, result = Path(workdir) / "runs", None
     with together():
         if is_first():
@@ -242,7 +242,8 @@ def _keep_until(folder: Path, step: int) -> None:
         write_metrics(folder, [line for line in read_metrics(folder) if line.step <= step])
 
 
-def _check_corpus(run: Run, corpus: Corpus) -> None:
+def check_corpus(run: Run, corpus: Corpus) -> None:
+    """Raises UserError if the text doesn't fit the model: its vocabulary, or the length of its rows."""
     if corpus.vocab_size > run.model.vocab_size:
         raise UserError(
             f"the tokenizer has {corpus.vocab_size:,} tokens but the model's vocab_size is {run.model.vocab_size:,}: "
