@@ -11,7 +11,7 @@ import pytest
 from scaling_jax.io import UserError
 from scaling_jax.report import write_report, write_runs_report
 from scaling_jax.report.chart import draw
-from scaling_jax.report.page import charts, page, table, without_home
+from scaling_jax.report.page import charts, code, page, paragraph, table, without_home
 from scaling_jax.report.scan_charts import best_rate, tradeoffs_chart
 from scaling_jax.report.sections import command, runs_table, sections
 from scaling_jax.report.words import ending, short
@@ -164,10 +164,16 @@ def test_the_law_is_said_in_words(document, analysis):
     law, said = analysis.fit.law, document.text("li")
     low, high = (short(float(end[0])) for end in analysis.fit.band([2.0]))
     assert [x for x in said if "2.00 nats per token" in x and f"{short(law(2.0))} [{low}, {high}] tokens" in x]
-    assert [x for x in said if f"{law.b_star:.3g} tokens" in x and f"L^{law.exponent:.2f}" in x]
+    assert [x for x in said if f"{law.b_star:.3g} tokens · L" in x]
+    assert f"{law.exponent:.2f}".replace("-", "−") in document.text("sup")
     lowest = min((p for p in analysis.fit.points if p.in_law), key=lambda p: p.loss).tradeoff
     dearer = short(lowest.tokens_at(4 * lowest.b_crit))
     assert [x for x in said if "4 times" in x and "2.5 times" in x and dearer in x]
+
+
+def test_powers_are_superscripts_but_not_in_what_is_copied():
+    assert "L<sup>−6.63</sup> (1 + (B/b)<sup>a</sup>) x^{2}" in str(paragraph("L^-6.63 (1 + (B/b)^a) x^{2}"))
+    assert "2^18" in str(code("--batch-tokens 2^18"))
 
 
 def test_flags_runs_versions_fingerprint_and_command_are_there(document, analysis, runs):
