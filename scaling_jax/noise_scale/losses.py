@@ -83,8 +83,8 @@ def check_mean_loss(
     if min(sizes) % num_parts:
         most = min(sizes) // num_parts * num_parts
         fewer = f"leave out {min(sizes) - most}, or " if most else ""
-        parts = next((n for n in range(2, min(sizes) + 1) if min(sizes) % n == 0), None)
-        instead = "give a larger batch" if parts is None else f"{fewer}pass num_parts={parts}"
+        divisor = next((n for n in range(2, min(sizes) + 1) if min(sizes) % n == 0), None)
+        instead = "give a larger batch" if divisor is None else f"{fewer}pass num_parts={divisor}"
         count = min(sizes)
         raise ValueError(f"the batch has {count} examples, which don't make {num_parts} equal parts: {instead}")
     length = min(sizes) // num_parts

@@ -78,8 +78,16 @@ def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
             ]
             chart.mark(axis, steps, processed, texts)
             if len(steps):
-                where = {"xytext": (-4, -1), "textcoords": "offset points", "ha": "right", "va": "top"}
-                axis.annotate(f"{run.batch_tokens:,}", (steps[0], processed[0]), fontsize=8, color="0.3", **where)
+                axis.annotate(
+                    f"{run.batch_tokens:,}",
+                    (steps[0], processed[0]),
+                    xytext=(-4, -1),
+                    textcoords="offset points",
+                    ha="right",
+                    va="top",
+                    fontsize=8,
+                    color="0.3",
+                )
         axis.margins(x=0.12)  # room for the batch sizes
         for point in (p for p in analysis.fit.points if p.model == subject.model.name and p.shown):
             _draw_tradeoff(axis, point.tradeoff, COLOURS(norm(point.loss)))
