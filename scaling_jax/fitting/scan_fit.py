@@ -78,9 +78,7 @@ class ScanFit(LawFit):
     notes: tuple[str, ...]  # what was left out, and why
     table: ScanTable = dataclasses.field(repr=False)  # a row for each point
     shape_p: float  # p of a test that all trade-offs are hyperbolas (`shapes.p_of_hyperbolas`); NaN with few runs
-    local: "ScanFit | None" = (
-        None  # the same for steps between two losses (`local`); None if no window has three batches
-    )
+    local: "ScanFit | None" = None  # the same between two losses (`local`); None if no window has three batches
 
     def local_b_crit(self, model: str, loss) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(local B_crit, low, high) in tokens at losses, interpolated between a model's windows; NaN outside them."""
