@@ -12,6 +12,9 @@ from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most
 from scaling_jax.io.files import write_json
 from scaling_jax.results.table import fit_table
+from scaling_jax.scanning.records import read_experiment
+from scaling_jax.tasks import ModelConfig
+from scaling_jax.training.run import check_whole_sequences
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +99,9 @@ def advise(
         for batch in dict.fromkeys((start, stages[-1].batch_tokens)):
             schedules[f"constant {batch:,}"] = cost(way, (Stage(0, batch, 1.0),))
         schedules["ramp"] = cost(way, stages)
+        context = _context(results, to.model)
+        if context is not None:
+            check_whole_sequences(start, context, "start_batch_tokens")
     rates = best_rates(found.table, to.model, target_loss)
     return Advice(
         to=to,
@@ -125,6 +131,14 @@ def write_stages(path: Path, stages: tuple[Stage, ...]) -> None:
         write_json(path, [dataclasses.asdict(stage) for stage in stages])
     except (OSError, ValueError) as error:  # ValueError for a path without a file name
         raise UserError(f"can't write {path} ({error}): choose another file") from error
+
+
+def _context(results: Path, model: str) -> int | None:
+    """Tokens per sequence of a model of a scan; None for a table, which doesn't say."""
+    if not (results / "experiment.json").exists():
+        return None
+    contexts = [s.model.context for s in read_experiment(results).subjects if s.model.name == model]
+    return contexts[0] if contexts else None
 
 
 def _start(to: Goal, b_crit: float) -> int:
@@ -157,5 +171,12 @@ def _notes(to: Goal, stages: tuple[Stage, ...]) -> tuple[str, ...]:
         notes.append(
             f"the ramp goes beyond the largest batch of the runs, {to.batch_range[1]:,.0f} tokens: limit it with "
             "--max-batch-tokens"
+        )
+    usual = ModelConfig(1, 16, 1).context
+    if stages and stages[0].batch_tokens % usual | (stages[0].batch_tokens < 2 * usual):
+        notes.append(
+            f"the ramp starts at {stages[0].batch_tokens:,} tokens, but train takes two or more whole sequences a "
+            f"batch: with its usual context of {usual} tokens give --start-batch-tokens {2 * usual}, or give train a "
+            "--context"
         )
     return tuple(notes)

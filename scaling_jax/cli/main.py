@@ -1,5 +1,6 @@
 """The entry point of the command line: dispatch, error messages and exit codes."""
 
+import contextlib
 import importlib.metadata
 import sys
 
@@ -7,6 +8,7 @@ import scaling_jax.cli.data
 import scaling_jax.cli.results
 import scaling_jax.cli.running  # noqa: F401  each registers its commands
 from scaling_jax.cli import app, joined
+from scaling_jax.console.signals import before_training
 from scaling_jax.io import UserError
 
 DESCRIPTION = """Measure, fit and plan the critical batch size of language-model training.
@@ -29,6 +31,7 @@ Exit codes: 0 done, or saved after SIGTERM; 1 a program of `compile` doesn't fit
 """
 
 
+_TRAIN = (["demo"], ["scan"], ["train"], ["branch"])
 _COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "tcsh", "fish")
 
 
@@ -40,8 +43,10 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"scaling-jax {importlib.metadata.version('scaling-jax')}")
         return
+    stack = contextlib.ExitStack()
     try:
         _check_shell(arguments)
+        stack.enter_context(before_training() if arguments[:1] in _TRAIN else contextlib.nullcontext())
         app.cli(args=arguments, prog="scaling-jax", description=DESCRIPTION)
     except (UserError, OSError, ImportError) as error:
         if "--debug" in sys.argv:
@@ -52,6 +57,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+    finally:
+        stack.close()
 
 
 def _check_shell(arguments: list[str]) -> None:

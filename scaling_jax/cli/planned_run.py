@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.data.tokenizers import most_ids
+from scaling_jax.data.sources import find_documents
+from scaling_jax.data.tokenizers import bpe_vocabulary, most_ids
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_positive, with_overrides
 from scaling_jax.scanning.records import load_run
@@ -62,6 +63,22 @@ def planned_run(
     if run_file is None:
         run = with_vocabulary(run, most_ids(run.tokenizer), overrides)
     return run if factor == 1.0 else dataclasses.replace(run, learning_rate=run.learning_rate * factor)
+
+
+def check_text(run: Run) -> None:
+    """Refuses a text whose files aren't there, or a vocabulary that is too small, without reading the text.
+
+    Raises:
+      UserError: says which. A data set of TFDS, and how many ids a trained BPE has, are known only once it is prepared.
+    """
+    if not run.text.startswith("tfds:"):
+        find_documents(run.text)
+    ids = most_ids(run.tokenizer)
+    if bpe_vocabulary(run.tokenizer) is None and ids > run.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {run.tokenizer} has {ids:,} tokens but the model's vocab_size is {run.model.vocab_size:,}: "
+            "use a larger vocab_size"
+        )
 
 
 def with_vocabulary(run: Run, vocab_size: int, overrides: Sequence[str]) -> Run:

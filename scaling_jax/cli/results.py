@@ -33,14 +33,16 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 @app.command
 def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: bool = False) -> None:
-    """Fit critical batch sizes and their law to a finished scan, or to your own table. Writes fit.json.
+    """Fit critical batch sizes and their law to a finished scan, or to your own table.
+
+    Writes fit.json into the folder of a scan, or <table>.fit.json beside a table.
 
     Example: scaling-jax fit mine.csv
 
     Args:
       results: the folder of a finished scan, or a CSV with columns model, batch_tokens, target_loss, steps.
       above_minimum: where a table's tokens are U-shaped over batch sizes, fit the batches above the minimum.
-      json: print fit.json instead of a table.
+      json: print what is written instead of a table.
     """
     from rich.console import Console
 
@@ -61,7 +63,7 @@ def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: 
             raise UserError(f"--above-minimum is for tables: give {results / 'measurements.csv'}")
         analysis = analyse(results)
         written = results / "fit.json"
-        table = summary(analysis)
+        table = summary(analysis, written=written)
     if json:
         print(written.read_text(), end="")
     else:

@@ -31,7 +31,7 @@ def demo(
       quick: use smaller models and higher losses; takes two to three minutes.
       results: folder for runs, tables and figures; by default results/demo, or results/quick-demo with --quick.
       text: 'python' (sources of the standard library), or 'files:<glob>' for your own text.
-      dry_run: show what the demo needs at most, and train nothing.
+      dry_run: time some steps, show what the demo needs, probably and at most, and train nothing.
       tensorboard: also write TensorBoard event files next to each run's metrics.
       wandb: also send the runs to this Weights & Biases project.
     """
@@ -68,7 +68,7 @@ def scan(
       experiment: a Python file that defines EXPERIMENT, such as experiments/demo.py, or a scan's experiment.json.
       overrides: values to change, such as max_tokens=2e6 seeds=[0,1] optimizer.beta2=0.95.
       results: folder for runs, tables and figures, or gs://bucket/folder; by default results/<name of the experiment>.
-      dry_run: show what the scan needs at most, and train nothing.
+      dry_run: time some steps, show what the scan needs, probably and at most, and train nothing.
       executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder.
       executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
       tensorboard: also write TensorBoard event files next to each run's metrics.
@@ -143,7 +143,7 @@ def train(
       results: folder for the run, which all processes see, or gs://bucket/folder.
       sharding: replicated keeps a copy of the model on each device; fsdp gives each device a part of it, for models
         that don't fit otherwise. It may change when a run continues: it isn't part of what the run is.
-      dry_run: print the run as JSON, and train nothing.
+      dry_run: check that the text and the vocabulary fit, print the run as JSON, and train nothing.
       tensorboard: also write TensorBoard event files next to the run's metrics.
       wandb: also send the run to this Weights & Biases project.
       coordinator: host:port of process 0, if several processes train the run together. On TPU pods, under SLURM and
@@ -156,7 +156,7 @@ def train(
     if not dry_run:
         connect(coordinator, num_processes, process_id)  # before JAX looks for devices
 
-    from scaling_jax.cli.planned_run import planned_run, with_vocabulary
+    from scaling_jax.cli.planned_run import check_text, planned_run, with_vocabulary
 
     flags = {
         "learning_rate": learning_rate,
@@ -173,6 +173,7 @@ def train(
     if dry_run:
         from scaling_jax.io.files import as_json
 
+        check_text(run)
         print(as_json(run))
         return
 

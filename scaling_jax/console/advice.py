@@ -3,11 +3,11 @@
 import math
 
 from rich.console import Group as Rows
-from rich.table import Table
 from rich.text import Text
 
 from scaling_jax.advice.advise import Advice
 from scaling_jax.advice.goal import Goal
+from scaling_jax.console.grid import Grid
 from scaling_jax.report.words import duration, short
 from scaling_jax.training import Stage
 
@@ -21,31 +21,29 @@ _RAMP_BY = {
 def advice_table(advice: Advice) -> Rows:
     """The advice for a loss: a row for each batch size, B_crit, and the ramp."""
     to = advice.to
-    shown = Table(title=f"model {to.model} to loss {to.loss:g}", title_justify="left", title_style="bold")
     missing = {"wall\ntime": advice.hardware is None, "lr": all(row.learning_rate is None for row in advice.rows)}
-    for column in ("batch", "steps", "bracket" if to.extrapolated else "95 %\ninterval"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for column in ("tokens", "excess", "wall\ntime", "lr", "flags"):
-        if not missing.get(column):
-            left = column == "flags"
-            shown.add_column(
-                column, justify="left" if left else "right", no_wrap=not left, min_width=8 if left else None
-            )
+    columns = ["batch", "steps", "bracket" if to.extrapolated else "95 %\ninterval", "tokens", "excess"]
+    columns += [column for column in ("wall\ntime", "lr", "flags") if not missing.get(column)]
+    cells = []
     for row in advice.rows:
         low, high = row.steps_interval
         flags = ["untested"] * (not row.tested) + ["over budget"] * (not row.within_budget)
         flags += ["lr at an edge"] * (row.learning_rate_source == "edge")
         approximate = "~" * (row.learning_rate_source in ("between", "rule"))
-        shown.add_row(
-            f"{row.batch_tokens:,.0f}",
-            short(row.steps),
-            f"{short(low)}–{short(high)}" if high < math.inf else "unknown",
-            short(row.tokens),
-            f"{row.excess_compute:.0%}",
-            *([duration(row.seconds)] if row.seconds is not None else []),
-            *([] if row.learning_rate is None else [f"{approximate}{row.learning_rate:.2g}"]),
-            ", ".join(flags),
+        cells.append(
+            (
+                f"{row.batch_tokens:,.0f}",
+                short(row.steps),
+                f"{short(low)}–{short(high)}" if high < math.inf else "unknown",
+                short(row.tokens),
+                f"{row.excess_compute:.0%}",
+                *([duration(row.seconds)] if row.seconds is not None else []),
+                *([] if row.learning_rate is None else [f"{approximate}{row.learning_rate:.2g}"]),
+                ", ".join(flags),
+            )
         )
+    title = f"model {to.model} to loss {to.loss:g}"
+    shown = Grid(columns, cells, title, ("flags",), {"flags": 8})
     return Rows(shown, *(Text(line) for line in _advice_sentences(advice)))
 
 

@@ -2,14 +2,12 @@
 
 import contextlib
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import jax
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -17,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling_jax.console.dashboards import Follower, Writer
+from scaling_jax.console.grid import Grid
+from scaling_jax.console.signals import heard_at_once, leave, sigterm_interrupts
 from scaling_jax.data import Corpus
 from scaling_jax.io import UserError
 from scaling_jax.parallel import Sharding, is_first, together
 from scaling_jax.parallel.devices import keep_compiled_programs
-from scaling_jax.parallel.processes import stop_on_signals
+from scaling_jax.parallel.processes import Asked, stop_on_signals
 from scaling_jax.report.words import branch_line, clock, ending, short
 from scaling_jax.results import Results, read_results
 from scaling_jax.results.branches import check_tolerance, measure_branches, planned, write_branches
@@ -65,11 +65,11 @@ def scan_on_console(
             for follower in followers:
                 follower.look()
 
-        terminated = stack.enter_context(_sigterm_interrupts())
+        terminated = stack.enter_context(sigterm_interrupts())
         try:
             scan(experiment, results, on_event=on_event, **options)
         except (KeyboardInterrupt, Interrupted) as stopped:
-            _leave(console, by_hand=isinstance(stopped, KeyboardInterrupt) and not terminated())
+            leave(isinstance(stopped, KeyboardInterrupt) and not terminated(), console.print)
 
 
 def train_on_console(
@@ -87,10 +87,12 @@ def train_on_console(
     """
     console = Console()
 
+    of = "of at most" if run.live_ramp is not None and run.max_steps is None else "of"
+
     def report(p: Progress):
         noise = "·" if math.isnan(p.noise_scale_tokens) else short(p.noise_scale_tokens)
         console.print(
-            f"step {p.step:,} of {p.last_step:,}  {short(p.tokens)} tokens  test loss {p.test_loss:.4f}  "
+            f"step {p.step:,} {of} {p.last_step:,}  {short(p.tokens)} tokens  test loss {p.test_loss:.4f}  "
             f"{short(p.tokens_per_second)} tokens/s  noise scale {noise} tokens",
             highlight=False,
             soft_wrap=True,
@@ -99,8 +101,8 @@ def train_on_console(
             follower.look()
 
     def should_stop() -> bool:
-        if asked():
-            console.print(f"{asked.why or 'stopping'}: the run is being saved …")
+        if asked() and asked.why:  # a signal is told of at once
+            console.print(f"{asked.why}: the run is being saved …")
         return asked()
 
     keep_compiled_programs()
@@ -109,10 +111,11 @@ def train_on_console(
     with contextlib.ExitStack() as stack:
         followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
         asked = stack.enter_context(stop_on_signals())
+        stack.enter_context(_told_at_once(console, asked))
         try:
             result = train(run, results, corpus=corpus, sharding=sharding, should_stop=should_stop, on_progress=report)
         except Interrupted:
-            _leave(console, asked.by_hand)
+            leave(asked.by_hand, console.print)
     if not is_first():
         return
     loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
@@ -159,11 +162,11 @@ def branch_on_console(
             say(f"{len(begun):,}: {p.run_id}  step {p.step:,} of {p.last_step:,}  test loss {p.test_loss:.4f}")
 
     keep_compiled_programs()
-    with stop_on_signals() as asked:
+    with stop_on_signals() as asked, _told_at_once(console, asked):
         try:
             train_branches(plans, results.folder, on_progress=report, should_stop=asked)
         except Interrupted:
-            _leave(console, asked.by_hand)
+            leave(asked.by_hand, console.print)
     trained = {record.run: record for record in read_results(results.folder).runs}
     measured = measure_branches(planned(plans, trained), tolerance)
     for m in measured:
@@ -184,7 +187,7 @@ class ScanDisplay:
         self._experiment = experiment
         self._console = console
         self._latest: dict[Cell, Progress] = {}  # newest progress of each running cell
-        self._runs: dict[Cell, dict[str, float]] = {}  # {run id: last loss} of each cell
+        self._runs: dict[Cell, dict[str, float]] = {}  # {run id: lowest loss} of each cell
         self._cost = {cell: relative_cost(experiment, cell) for cell in experiment.cells}
         self._done = set(done)
         self._fraction_before = self._fraction()
@@ -205,14 +208,17 @@ class ScanDisplay:
             self._print("stopping: runs are being saved …")
         elif event.progress is not None:
             self._latest[cell] = event.progress
-            self._runs.setdefault(cell, {})[event.progress.run_id] = event.progress.test_loss
+            losses = self._runs.setdefault(cell, {})
+            # NaN, of a run that diverged, is never below
+            losses[event.progress.run_id] = min(losses.get(event.progress.run_id, math.inf), event.progress.test_loss)
             if time.monotonic() - self._printed > LOG_SECONDS:
                 self._log(f"running: {'; '.join(self._running())}")
         else:
             self._done.add(cell)
             self._latest.pop(cell, None)
             losses = self._runs.get(cell, {})
-            loss = f", lowest loss {min(losses.values()):.3f}" if losses else ""
+            lowest = min(losses.values(), default=math.inf)
+            loss = f", lowest loss {lowest:.3f}" if lowest < math.inf else ""
             self._log(f"done: {cell.name}, {len(losses)} learning rates{loss}")
 
     def _log(self, what: str) -> None:
@@ -249,20 +255,19 @@ class ScanDisplay:
         return clock(time.monotonic() - self._started)
 
     def _render(self) -> Group:
-        table = Table(box=None, header_style="dim", pad_edge=False)
-        for column in ("model · batch", "learning rate", "step", "test loss", "tokens/s", "noise scale"):
-            table.add_column(
-                column, justify="left" if column.startswith("model") else "right", min_width=9, no_wrap=True
-            )
-        for cell, p in sorted(self._latest.items()):
-            table.add_row(
+        rows = [
+            (
                 cell.name,
-                f"{p.learning_rate:.3g}",
-                f"{p.step:,}",
+                f"{p.learning_rate:.3g}".rjust(9),  # so that columns don't move
+                f"{p.step:,}".rjust(9),
                 f"{p.test_loss:.3f}",
-                short(p.tokens_per_second),
+                short(p.tokens_per_second).rjust(6),
                 "·" if math.isnan(p.noise_scale_tokens) else short(p.noise_scale_tokens),
             )
+            for cell, p in sorted(self._latest.items())
+        ]
+        columns = ("model · batch", "learning\nrate", "step", "test\nloss", "tokens/s", "noise\nscale")
+        table = Grid(columns, rows, "", columns[:1], bordered=False)
         head = Text(
             f"{self._experiment.name}: {len(self._done)} of {len(self._cost)} batch sizes done · {self._clock()} · "
             f"about {self._time_left()} left"
@@ -270,6 +275,14 @@ class ScanDisplay:
         bar = Table.grid()  # a progress bar outside of a table has no line end
         bar.add_row(ProgressBar(total=1.0, completed=self._fraction(), width=60))
         return Group(head, bar, table)
+
+
+def _told_at_once(console: Console, asked: Asked) -> contextlib.AbstractContextManager[None]:
+    """Until this process has trained a step, a signal ends it at once, unless others wait for it."""
+    return heard_at_once(
+        lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        lambda: not asked.was_asked and not jax.distributed.is_initialized(),
+    )
 
 
 def _note_of_others(run: Run, results: Path) -> str | None:
@@ -304,38 +317,3 @@ def _branch_plans(results: Results, models: Sequence[str], batch_tokens: int, **
             )
         plans += [plan_branches(cell.best, **options) for cell in cells]
     return plans
-
-
-def _leave(console: Console, by_hand: bool) -> NoReturn:
-    """Ends a command after its runs are saved: as Ctrl-C does, or with code 0 after SIGTERM or a notice.
-
-    A script that restarts the command can name a file in SCALING_JAX_SAVED. If the command was stopped, it makes this
-    file, so that the script can tell this from a finished command.
-    """
-    if by_hand:
-        raise KeyboardInterrupt from None
-    if marker := os.environ.get("SCALING_JAX_SAVED"):
-        Path(marker).touch()
-    console.print("saved; run the same command again to continue")
-    raise SystemExit(0) from None
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
-    """Makes the first SIGTERM act like Ctrl-C. Yields a function that returns True once SIGTERM has come."""
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield came.is_set
-        return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def interrupt(*_):
-        came.set()
-        signal.signal(signal.SIGTERM, before)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)

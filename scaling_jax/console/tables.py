@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console, ConsoleOptions
 from rich.console import Group as Rows
-from rich.table import Table
 from rich.text import Text
 
 from scaling_jax.advice.measured import usable
 from scaling_jax.compile.ahead_of_time import CompiledBatch, Executable
 from scaling_jax.compile.topologies import Topology
+from scaling_jax.console.grid import Grid
 from scaling_jax.fitting import cbs20
 from scaling_jax.report.words import clock, duration, law_lines, short
 from scaling_jax.results import Analysis
@@ -35,14 +35,10 @@ def print_fit(found: TableFit, written: Path) -> Rows:
     title = "S_min in steps, the others in tokens; CBS20: 20 % over the tokens of the smallest batch, B_min"
     if not free_shape:
         title += ", or over E_min"
-    table = Table(title=title, title_justify="left", title_style="bold", collapse_padding=True)
     columns = ["model", "loss", "S_min", "E_min", "B_crit", "95 %\ninterval", "CBS20\nE_min", "CBS20\nB_min", "flags"]
     if free_shape:
         columns = [column for column in columns if "E_min" not in column]
-    for column in columns:
-        wraps = column in ("model", "flags")
-        least = {"model": 6, "flags": 9}.get(column)
-        table.add_column(column, justify="left" if wraps else "right", no_wrap=not wraps, min_width=least)
+    rows = []
     for point in found.fit.points:
         t = point.tradeoff
         curved = t.shape.u_shaped and not point.in_law  # else the only one of many, by chance
@@ -53,7 +49,10 @@ def print_fit(found: TableFit, written: Path) -> Rows:
         flags += [f"{point.not_reached} not reached"] * bool(point.not_reached)
         interval = "–" if curved else "–".join(short(end) for end in point.b_crit_interval)
         row = (s_min, b_crit, interval, of_cbs20[1]) if free_shape else (s_min, e_min, b_crit, interval, *of_cbs20)
-        table.add_row(point.model, f"{point.loss:.4g}", *row, ", ".join(flags))
+        rows.append((point.model, f"{point.loss:.4g}", *row, ", ".join(flags)))
+    names = [name for point in found.fit.points for name in re.split(r"[\s-]", point.model)]
+    wraps = {"model": max(map(len, [*names, "model"])), "flags": 9}
+    table = Grid(columns, rows, title, ("model", "flags"), wraps, heads=2)
     lines = [
         *law_lines(found.fit, found.joint, found.forms),
         *(f"note: {note}" for note in found.notes),
@@ -62,15 +61,9 @@ def print_fit(found: TableFit, written: Path) -> Rows:
     return Rows(table, *map(_Line, lines))
 
 
-def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
-    """The summary of a scan: B_crit and noise scale at three losses of each model, the laws, notes, and figures."""
-    table = Table(
-        title="Critical batch size from the start, local one, and noise scale, in tokens",
-        title_justify="left",
-        title_style="bold",
-    )
-    for column in ("model", "loss", "B_crit", "95 % interval", "local", "95 % interval", "noise"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+def summary(analysis: Analysis, figures: Sequence[Path] = (), written: Path | None = None) -> Rows:
+    """The summary of a scan: B_crit and noise scale at three losses of each model, the laws, notes, and files."""
+    rows = []
     for model in dict.fromkeys(p.model for p in analysis.fit.points):
         points = [p for p in analysis.fit.points if p.model == model and p.shown]
         for point in _spread(points, 3):
@@ -78,41 +71,46 @@ def summary(analysis: Analysis, figures: Sequence[Path] = ()) -> Rows:
             local = ("", "")
             if math.isfinite(point.local_b_crit):
                 local = short(point.local_b_crit), "–".join(map(short, point.local_b_crit_interval))
-            table.add_row(
-                model,
-                f"{point.loss:.2f}",
-                short(point.b_crit),
-                f"{short(low)}–{short(high)}",
-                *local,
-                _noise_near(analysis, model, point.loss),
-            )
+            interval, noise = f"{short(low)}–{short(high)}", _noise_near(analysis, model, point.loss)
+            rows.append((model, f"{point.loss:.2f}", short(point.b_crit), interval, *local, noise))
+    table = Grid(
+        ("model", "loss", "B_crit", "95 %\ninterval", "local", "95 %\ninterval", "noise"),
+        rows,
+        "Critical batch size from the start, local one, and noise scale, in tokens",
+        ("model",),
+        heads=2,
+    )
     lines = law_lines(analysis.fit, analysis.joint, analysis.forms)
     if math.isfinite(analysis.noise_ratio):
         lines.append(f"noise scale / local B_crit: {analysis.noise_ratio:.2f} (median)")
     lines += [f"note: {note}" for note in analysis.notes]
     if figures:
         lines.append(f"figures in {figures[0].parent}: {', '.join(path.name for path in figures)}")
+    if written is not None:
+        lines.append(f"fit: {written}")
     return Rows(table, *map(_Line, lines))
 
 
 def plan_table(plan: ScanPlan) -> Rows:
     """The plan of a scan: what each missing batch size needs at most, and the totals."""
-    table = Table(title="At most, per batch size", title_justify="left", title_style="bold")
-    for column in ("model · batch", "runs", "tokens", "FLOPs", "memory, GiB"):
-        table.add_column(column, justify="left" if column.startswith("model") else "right")
+    rows = []
     for p in plan.cells:
         runs = f"{p.least_runs}–{p.most_runs}"
-        table.add_row(p.cell.name, runs, short(p.most_tokens), f"{p.most_flops:.2g}", f"{p.bytes_needed / 2**30:.2f}")
+        rows.append((p.cell.name, runs, short(p.most_tokens), f"{p.most_flops:.2g}", f"{p.bytes_needed / _GIB:.2f}"))
+    columns = ("model · batch", "runs", "tokens", "FLOPs", "GiB")
+    table = Grid(columns, rows, "At most, per batch size", columns[:1])
     cells = plan.cells
+    of = f"the {plan.share_cells} batch sizes that are done" if plan.share_cells else "the demo's runs"
     lines = [
         f"{len(cells)} batch sizes to train, {plan.cells_done} done; {sum(p.least_runs for p in cells)} to "
         f"{sum(p.most_runs for p in cells)} runs, {plan.workers} batch sizes at a time",
-        f"at most {short(sum(p.most_tokens for p in cells))} tokens, {sum(p.most_flops for p in cells):.2g} FLOPs, "
-        f"{duration(plan.most_seconds)} at {100 * EFFICIENCY:.0f} % of the {plan.flops_per_second / 1e9:,.0f} GFLOP/s "
-        "that a large matrix product reaches here",
-        "at most: if every learning rate is tried and trains to max_tokens; most runs end earlier, at their targets: "
-        "the demo needs 1/30 of its upper limit",
-        f"memory for one batch size at a time: {plan.bytes_available / 2**30:.1f} GiB",
+        f"expected: {duration(plan.expected_seconds)}, {short(plan.expected_tokens)} tokens, if runs "
+        f"end as early as {of}, after {plan.expected_tokens / max(plan.most_tokens, 1):.2g} of the tokens at most",
+        f"at most: {duration(plan.most_seconds)}, {short(plan.most_tokens)} tokens, "
+        f"{sum(p.most_flops for p in cells):.2g} FLOPs, if every learning rate is tried and trains to max_tokens",
+        f"times: {_how_timed(plan)}",
+        f"memory: {max((p.bytes_needed for p in cells), default=0) / _GIB:.1f} GiB for a batch size at most; there are "
+        f"{plan.bytes_available / _GIB:.1f} GiB for each of {plan.workers} at a time",
         f"target losses: give ones to which even very large batches need {FEWEST_STEPS} steps or more; below that, "
         "warm-up, first evaluations and rounding weigh",
     ]
@@ -123,6 +121,15 @@ def plan_table(plan: ScanPlan) -> Rows:
         )
         lines.append(f"reached in fewer than {FEWEST_STEPS} steps: {'; '.join(reached)}; give lower targets")
     return Rows(table, *(Text(line) for line in lines))
+
+
+def _how_timed(plan: ScanPlan) -> str:
+    if plan.timed:
+        return f"from steps of {', '.join(plan.timed)}, timed now on this machine, as busy as it is"
+    return (
+        f"from FLOPs, at {100 * EFFICIENCY:.0f} % of the {plan.flops_per_second / 1e9:,.0f} GFLOP/s that a large "
+        "matrix product reaches here; no steps could be timed in a few seconds"
+    )
 
 
 def print_compiled(batches: Sequence[CompiledBatch], slice_: Topology) -> Rows:
@@ -149,13 +156,7 @@ def status_table(status: Status) -> Rows:
             head += f" · about {clock(status.seconds_left)} left"
         if status.running is False:
             head += "\nIt isn't running. Run the same command again to continue it."
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("model · batch", "", "rates", "newest", "step", "loss", "tokens/s", "ago"):
-        first = column == "model · batch"  # on a narrow terminal only this column wraps, so that no number is cut
-        left = first or not column
-        table.add_column(
-            column, justify="left" if left else "right", no_wrap=not first, min_width=12 if first else None
-        )
+    rows = []
     for g in status.parts:
         newest = (
             "" if g.learning_rate is None else f"{g.learning_rate:.3g}",
@@ -164,8 +165,9 @@ def status_table(status: Status) -> Rows:
             "" if g.tokens_per_second is None else short(g.tokens_per_second),
             "" if g.seconds_ago is None else clock(g.seconds_ago),
         )
-        table.add_row(g.name, g.state, str(g.rates_tried or ""), *(() if g.state == "done" else newest))
-    return Rows(Text(head), table)
+        rows.append((g.name, g.state, str(g.rates_tried or ""), *(() if g.state == "done" else newest)))
+    columns = ("model · batch", "", "rates", "newest", "step", "loss", "tokens/s", "ago")
+    return Rows(Text(head), Grid(columns, rows, "", columns[:2], {"model · batch": 12}, heads=2, bordered=False))
 
 
 class _Line(NamedTuple):
@@ -190,33 +192,32 @@ def _noise_near(analysis: Analysis, model: str, loss: float) -> str:
     return short(float(np.quantile(values, 0.5, method="nearest"))) if values else ""
 
 
-def _compiled_table(batches: list[CompiledBatch]) -> Table:
-    table = Table(title=batches[0].program.model.name, title_justify="left", title_style="bold")
-    for column in (
-        "batch",
+def _compiled_table(batches: list[CompiledBatch]) -> Grid:
+    columns = (
+        "batch,\ntokens",
         "chips",
         "small\nbatch",
         "GiB per\nchip",
         "FLOPs per\nstep",
         "XLA's\ncount",
-        "collec-\ntives",
+        "collectives",
         "MiB",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for batch in batches:
-        program = batch.program
-        table.add_row(
-            short(batch.batch_tokens),
-            str(program.num_devices),
-            f"{program.num_microbatches} × {program.small_batch_sequences}",
+    )
+    rows = [
+        (
+            f"{batch.batch_tokens:,}",
+            str(batch.program.num_devices),
+            f"{batch.program.num_microbatches} × {batch.program.small_batch_sequences}",
             f"{_gib(batch.step)} ({_gib(batch.plain_step)})",
             f"{batch.step_flops:.3g}",
             f"× {batch.counted_flops / batch.step_flops:.2f}",
             f"{len(batch.step.collectives)} ({len(batch.plain_step.collectives)})",
             f"{_bytes_sent(batch.step) / 2**20:.1f}",
-            style=None if batch.fits else "red",
         )
-    return table
+        for batch in batches
+    ]
+    styles = [None if batch.fits else "red" for batch in batches]
+    return Grid(columns, rows, batches[0].program.model.name, styles=styles)
 
 
 def _compiled_sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> list[str]:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,11 @@ def find_data_set(source: str) -> Source:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except Exception as error:  # data sets have their own code to download and convert, which may raise anything
+        if versions := _other_versions(name):
+            raise UserError(
+                f"{source}: there is no such version here, only {', '.join(versions)}: give one of these, or none for "
+                "the newest"
+            ) from None
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(
             f"{source} can't be prepared here ({reason[-200:]}): run `tfds build {name} --file_format=array_record` on "
@@ -171,6 +177,24 @@ def _builder(name: str):
         # c4, wiki40b and wikipedia are in this module, which TFDS doesn't import without TensorFlow.
         importlib.import_module("tensorflow_datasets.text")
         return tfds.builder(name, file_format="array_record")
+
+
+def _other_versions(name: str) -> list[str]:
+    """The prepared versions of a data set, if `name` gives another one; oldest first."""
+    path, colon, version = name.partition(":")
+    if not colon:
+        return []
+    try:
+        folder = Path(_builder(path).data_dir).parent
+    except Exception:  # there is no such data set at all
+        return []
+    numbers = sorted(tuple(map(int, found.name.split("."))) for found in folder.glob("*.*.*") if _is_version(found))
+    there = [".".join(map(str, number)) for number in numbers]
+    return [] if version in there else there
+
+
+def _is_version(folder: Path) -> bool:
+    return folder.is_dir() and all(part.isdecimal() for part in folder.name.split("."))
 
 
 def _source(directory: str, split: str):

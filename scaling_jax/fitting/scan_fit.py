@@ -6,6 +6,7 @@ is that of `shape_law`, and each B_crit that of a free shape.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -78,9 +79,7 @@ class ScanFit(LawFit):
     notes: tuple[str, ...]  # what was left out, and why
     table: ScanTable = dataclasses.field(repr=False)  # a row for each point
     shape_p: float  # p of a test that all trade-offs are hyperbolas (`shapes.p_of_hyperbolas`); NaN with few runs
-    local: "ScanFit | None" = (
-        None  # the same for steps between two losses (`local`); None if no window has three batches
-    )
+    local: "ScanFit | None" = None  # the same between two losses (`local`); None if no window has three batches
 
     def local_b_crit(self, model: str, loss) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(local B_crit, low, high) in tokens at losses, interpolated between a model's windows; NaN outside them."""
@@ -147,7 +146,7 @@ def fit_scan(
     if not (windows.num_batches >= 3).any():
         return fit
     local = _fit(windows, confidence, resamples, seed)
-    of_losses = tuple(f"{_place(windows, g)}:" for g in range(len(windows.models)))  # too many to list
+    of_losses = tuple(f"model {model} at loss" for model in set(windows.models))  # too many to list
     notes = fit.notes + tuple(f"local B_crit: {note}" for note in local.notes if not note.startswith(of_losses))
     fit = dataclasses.replace(fit, local=local, notes=notes)
     at_losses = (fit.local_b_crit(point.model, point.loss) for point in fit.points)
@@ -161,8 +160,10 @@ def fit_scan(
 def _fit(table: ScanTable, confidence: float, resamples: int | None, seed: int) -> ScanFit:
     notes = []
     num_batches = table.num_batches
-    for few in np.flatnonzero(num_batches < 3):
-        notes.append(f"{_place(table, few)}: {num_batches[few]} batch sizes reached it, too few to fit")
+    for place, few in _places(table, np.flatnonzero(num_batches < 3)):
+        least, most = min(num_batches[few]), max(num_batches[few])
+        what = f"{least} to {most}" if least < most else f"{least}"
+        notes.append(f"{place}: {what} batch sizes reached it, too few to fit")
     table = table.select(num_batches >= 3)
 
     tradeoffs = (
@@ -177,16 +178,9 @@ def _fit(table: ScanTable, confidence: float, resamples: int | None, seed: int) 
     free_shape = bool(shape_p < REJECTED)
     usable = (identified | free_shape) & enough & ~bent
     points = []
+    if not free_shape:  # else said for all losses together
+        notes += _of_intervals(table, tradeoffs, identified)
     for g, tradeoff in enumerate(tradeoffs):
-        low, high = tradeoff.b_crit_interval
-        if free_shape:
-            pass  # said for all losses together
-        elif not identified[g]:
-            notes.append(f"{_place(table, g)}: B_crit is in [{low:.3g}, {high:.3g}] tokens, left out of the law")
-        elif tradeoff.one_sided:
-            notes.append(
-                f"{_place(table, g)}: too uncertain to be sure of batches on both sides of {tradeoff.b_crit:.3g}"
-            )
         points.append(
             CriticalBatch(
                 model=table.models[g],
@@ -333,5 +327,30 @@ def _losses(some: list[CriticalBatch], of: list[CriticalBatch]) -> str:
     return f"{len(some)} of {len(of)} losses, {max(losses):.4g} to {min(losses):.4g}"
 
 
-def _place(table: ScanTable, g) -> str:
-    return f"model {table.models[g]} at loss {table.losses[g]:g}"
+def _of_intervals(table: ScanTable, tradeoffs: list[Tradeoff], identified: np.ndarray) -> list[str]:
+    """Where batches don't lie, or don't surely lie, on both sides of a hyperbola's B_crit."""
+    notes = []
+    one_sided = np.array([tradeoff.one_sided for tradeoff in tradeoffs], bool)
+    for place, own in _places(table, np.flatnonzero(~identified)):
+        low, high = np.array([tradeoffs[g].b_crit_interval for g in own]).T
+        where = "below" if (low <= 0).all() else "above" if np.isinf(high).all() else "below or above"
+        interval = f"B_crit has no bound {where}"
+        if len(own) == 1:
+            interval = f"B_crit is in [{low[0]:.3g}, {high[0]:.3g}] tokens"
+        notes.append(f"{place}: {interval}, left out of the law")
+    for place, own in _places(table, np.flatnonzero(identified & one_sided)):
+        b_crit = [f"{end:.3g}" for end in sorted(tradeoffs[g].b_crit for g in own)]
+        around = " to ".join(dict.fromkeys((b_crit[0], b_crit[-1])))
+        notes.append(f"{place}: too uncertain to be sure of batches on both sides of {around}")
+    return notes
+
+
+def _places(table: ScanTable, rows: np.ndarray) -> Iterator[tuple[str, list[int]]]:
+    """(where, rows) for the rows of each model: one note for all its losses."""
+    for model in dict.fromkeys(table.models):
+        own = [int(g) for g in rows if table.models[g] == model]
+        losses = [table.losses[g] for g in own]
+        if len(own) == 1:
+            yield f"model {model} at loss {losses[0]:g}", own
+        elif own:
+            yield f"model {model} at losses {max(losses):g} to {min(losses):g} ({len(own)} of them)", own

@@ -73,8 +73,20 @@ def check_mean_loss(
     """
 
     sizes = {len(x) if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
-    if num_parts < 2 or len(sizes) != 1 or min(sizes) == 0 or min(sizes) % num_parts:
-        raise ValueError(f"a batch of {sorted(sizes)} examples doesn't split into {num_parts} equal parts")
+    if len(sizes) != 1 or min(sizes) == 0:
+        raise ValueError(
+            f"the leaves of the batch have {', '.join(map(str, sorted(sizes)))} examples: give each a leading axis "
+            "with one entry for each example"
+        )
+    if num_parts < 2:
+        raise ValueError(f"num_parts={num_parts} must be at least 2")
+    if min(sizes) % num_parts:
+        most = min(sizes) // num_parts * num_parts
+        fewer = f"leave out {min(sizes) - most}, or " if most else ""
+        divisor = next((n for n in range(2, min(sizes) + 1) if min(sizes) % n == 0), None)
+        instead = "give a larger batch" if divisor is None else f"{fewer}pass num_parts={divisor}"
+        count = min(sizes)
+        raise ValueError(f"the batch has {count} examples, which don't make {num_parts} equal parts: {instead}")
     length = min(sizes) // num_parts
 
     def of(part):

@@ -28,7 +28,18 @@ class Moments(NamedTuple):
 
 
 def unbiased(m: Moments) -> tuple[Any, Any]:
-    """Unbiased (|G|², tr(Σ)) from one step (A.2, A.3). Either may be negative, and their ratio is biased."""
+    """Unbiased (|G|², tr(Σ)) from one step (A.2, A.3). Either may be negative, and their ratio is biased.
+
+    Raises:
+      ValueError: if both batch sizes are the same, in numbers or NumPy arrays; JAX's arrays then give NaN or infinity.
+    """
+    if not isinstance(m.small_batch, jax.Array) and not isinstance(m.big_batch, jax.Array):
+        same = np.equal(m.small_batch, m.big_batch) & np.not_equal(m.big_batch, 0)  # 0: not measured
+        if np.any(same):
+            raise ValueError(
+                f"small_batch and big_batch are both {np.broadcast_to(m.big_batch, np.shape(same))[same].flat[0]:g} "
+                "examples: small_batch must be a part of the batch, such as a microbatch"
+            )
     grad_sq_norm = jax.tree.map(
         lambda small, big: (m.big_batch * big - m.small_batch * small) / (m.big_batch - m.small_batch),
         m.small_sq_norm,

@@ -157,9 +157,11 @@ class Asked:
     def __init__(self) -> None:
         self.by_hand = False  # True for Ctrl-C
         self.why = ""  # the notice, in words; empty for a signal
+        self.was_asked = False  # True once training has looked, which is after its first steps
         self._event = threading.Event()
 
     def __call__(self) -> bool:
+        self.was_asked = True
         return self._event.is_set()
 
     def take(self, number: int) -> None:
@@ -173,7 +175,7 @@ class Asked:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Asked]:
-    """Yields an `Asked`, which returns True once the process is asked to stop. A second signal then acts as usual."""
+    """Yields an `Asked`, which returns True once the process is asked to stop. A second signal then ends it."""
     asked = Asked()
     watch_notices(asked.take_notice)
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
@@ -183,8 +185,8 @@ def stop_on_signals() -> Iterator[Asked]:
 
     def ask(number, frame):
         asked.take(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     try:
         for number in _SIGNALS:

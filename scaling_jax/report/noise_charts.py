@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.lines import Line2D
 
 from scaling_jax.report.chart import COLOURS, MODEL_COLOURS, Chart, batch_bar, count_axis, new_figure, plain
 from scaling_jax.report.critical_batch import whiskers
@@ -69,7 +70,7 @@ def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Char
             at, value = [w.tokens for w in resolved], np.array([w.noise.value for w in resolved])
             ends = np.array([(w.noise.low, w.noise.high) for w in resolved]).reshape(-1, 2)
             axis.errorbar(at, value, whiskers(value, ends), color=colour, elinewidth=0.7, alpha=0.4, fmt="none")
-            axis.plot(at, value, "o-", color=colour, ms=3, lw=0.8)
+            axis.plot(*_broken(run.record.noise), "o-", color=colour, ms=3, lw=0.8)
             chart.mark(axis, at, value, [_window_text(run, w) for w in resolved])
             bounds = [w for w in run.record.noise if not w.noise.resolved and w.noise.low > 0]
             at, low = [w.tokens for w in bounds], [w.noise.low for w in bounds]
@@ -83,8 +84,8 @@ def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Char
         axes[0].set_ylim(np.percentile(values, 2) / 3, np.percentile(values, 98) * 3)
     count_axis(axes[0].yaxis)
     axes[0].set_ylabel("noise scale tr(Σ)/|G|², tokens")
-    axes[0].plot([], [], "^", color="none", mec="0.4", ms=4, label="unresolved: at least")
-    axes[0].legend(loc="lower right", fontsize=8.5)
+    bound = Line2D([], [], ls="none", marker="^", mfc="none", mec="0.4", ms=4, label="unresolved: at least")
+    figure.legend(handles=[bound], loc="outside lower center", fontsize=8.5)
     return chart
 
 
@@ -111,13 +112,16 @@ def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
     values = []
     for axis, run in zip(axes, runs, strict=True):
         num_layers = len(run.record.noise_by_part) - 2
+        every = sorted({w.tokens for windows in run.record.noise_by_part.values() for w in windows})
         for k, (part, windows) in enumerate(run.record.noise_by_part.items()):
             at, value = [w.tokens for w in windows], np.array([w.value for w in windows])
             marker, colour = _ENDS.get(part, ("o", COLOURS(0.85 * (k - 1) / max(num_layers - 1, 1))))
             named = part in _ENDS or num_layers <= MOST_NAMED or k in (1, num_layers)
             ends = np.array([(w.low, w.high) for w in windows]).reshape(-1, 2)
             axis.errorbar(at, value, whiskers(value, ends), color=colour, elinewidth=0.7, alpha=0.4, fmt="none")
-            axis.plot(at, value, f"{marker}-", color=colour, ms=4, lw=1.1, label=part if named else None)
+            there = dict(zip(at, value, strict=True))  # a line doesn't cross windows that other parts resolve
+            drawn = [there.get(tokens, math.nan) for tokens in every]
+            axis.plot(every, drawn, f"{marker}-", color=colour, ms=4, lw=1.1, label=part if named else None)
             chart.mark(axis, at, value, [_part_text(run, part, w) for w in windows])
             values += list(value)
         whole = run.record.noise_of_all_parts
@@ -130,12 +134,20 @@ def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
         count_axis(axis.xaxis)
         axis.set_xlabel("tokens processed")
         axis.set_title(plain(run.name), loc="left")
-        axis.legend(fontsize=8.5)
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = sorted(entries, key=lambda label: (label == "whole model", label == "unembedding"))
+    figure.legend([entries[k] for k in order], order, loc="outside lower center", fontsize=8.5, ncols=3 + len(axes))
     if values:
         axes[0].set_ylim(min(values) / 1.5, max(values) * 1.5)
     count_axis(axes[0].yaxis)
     axes[0].set_ylabel("noise scale tr(Σ)/|G|², tokens")
     return chart
+
+
+def _broken(windows: Sequence[NoiseWindow]) -> tuple[list[float], list[float]]:
+    """(tokens, noise scale) of every window, NaN where it is unresolved: nobody knows where a line would go there."""
+    known = [w.noise.value if w.noise.resolved and w.noise.value > 0 else math.nan for w in windows]
+    return [w.tokens for w in windows], known
 
 
 def _window_text(run: CellRuns | SingleRun, window: NoiseWindow) -> str:

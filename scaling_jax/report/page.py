@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from scaling_jax.report.chart import Drawn
+
+_POWER = re.compile(r"\^(-?\d+(?:\.\d+)?|[a-z](?![a-z]))")
 
 
 class Section(NamedTuple):
@@ -69,11 +71,17 @@ def charts(drawn: Iterable[Drawn]) -> Markup:
     )
 
 
+def _raised(text: str) -> Markup:
+    """The text, escaped, with powers as superscripts: L^-4.66."""
+    return Markup(_POWER.sub(lambda power: f"<sup>{power[1].replace('-', '−')}</sup>", str(escape(text))))
+
+
 @functools.cache
 def _template() -> Any:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("scaling_jax.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["said"] = lambda value: without_home(str(value))
+    environment.filters["said"] = lambda value: _raised(without_home(str(value)))
+    environment.filters["plainly"] = lambda value: without_home(str(value))
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     return environment.get_template("report.html.jinja").module

@@ -31,6 +31,9 @@ _FLAG = MODEL_COLOURS[1]
 _MARKERS = "os^Dv"
 
 
+_RUN_LABEL = "a run; number: batch size, tokens"
+
+
 class Best(NamedTuple):
     """The learning rate with the fewest steps to a target loss."""
 
@@ -75,6 +78,18 @@ def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
                 for step, e, loss in zip(steps, processed, losses, strict=True)
             ]
             chart.mark(axis, steps, processed, texts)
+            if len(steps):
+                axis.annotate(
+                    f"{run.batch_tokens:,}",
+                    (steps[0], processed[0]),
+                    xytext=(-4, -1),
+                    textcoords="offset points",
+                    ha="right",
+                    va="top",
+                    fontsize=8,
+                    color="0.3",
+                )
+        axis.margins(x=0.12)  # room for the batch sizes
         for point in (p for p in analysis.fit.points if p.model == subject.model.name and p.shown):
             _draw_tradeoff(axis, point.tradeoff, COLOURS(norm(point.loss)))
         count_axis(axis.xaxis)
@@ -82,9 +97,11 @@ def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
         axis.set_title(plain(f"{subject.model.name}, {subject.model.num_params:,} parameters"), loc="left")
     count_axis(axes[0].yaxis)
     axes[0].set_ylabel("tokens processed")
-    axes[0].plot([], [], "--o", color="0.8", mfc="0.4", mec="none", ms=3.5, label="a run, one batch size")
-    axes[0].plot([], [], color="0.3", lw=1, label="fit at constant loss")
-    axes[0].legend(loc="upper left", fontsize=8.5)
+    handles = [
+        Line2D([], [], ls="--", marker="o", color="0.8", mfc="0.4", mec="none", ms=3.5, label=_RUN_LABEL),
+        Line2D([], [], color="0.3", lw=1, label="fit at constant loss"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", fontsize=8.5, ncols=2)
     return chart
 
 
@@ -145,12 +162,22 @@ def pareto_chart(analysis: Analysis) -> Chart:
                 for b, s, e in zip(fit.batch_tokens, steps, tokens, strict=True)
             ]
             chart.mark(axis, steps, tokens, texts)
-    for multiple in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
+    multiples = (8, 4, 2, 1, 1 / 2, 1 / 4, 1 / 8)
+    for multiple, right, up in zip(multiples, np.linspace(42, 28, 7), np.linspace(10, 29, 7), strict=True):
         name = f"{multiple:g}" if multiple >= 1 else f"1/{1 / multiple:g}"
         at = (1 + 1 / multiple, 1 + multiple)
         axis.plot(*at, "+", color=MODEL_COLOURS[1], ms=9)
-        label = "B = $B_{crit}$" if multiple == 1 else f"B = {name} $B_{{crit}}$"
-        axis.annotate(label, at, xytext=(7, 4), textcoords="offset points", fontsize=7.5)
+        label = "$B_{crit}$" if multiple == 1 else f"{name} $B_{{crit}}$"
+        axis.annotate(
+            label,
+            at,
+            xytext=(right, up),  # beyond the points around the curve, and apart from each other
+            textcoords="offset points",
+            fontsize=8,
+            ha="left" if multiple >= 1 else "center",
+            va="bottom" if multiple <= 1 else "center",
+            arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 1, "shrinkB": 5},
+        )
         text = f"{name} × B_crit\n{at[0]:.3g} × minimum steps, {at[1]:.3g} × minimum tokens"
         chart.mark(axis, at[:1], at[1:], [text])
     axis.set_xlim(0.75, 80)

@@ -27,9 +27,11 @@ from scaling_jax.report.spread_chart import law_spread_chart
 from scaling_jax.report.words import ending, law_in_words, law_lines
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, Results
+from scaling_jax.results.measurements import some_losses
 from scaling_jax.results.runs import few_enough, last_noise_scale
 from scaling_jax.scanning import Experiment
 from scaling_jax.scanning.experiment import DEMO, QUICK
+from scaling_jax.scanning.search import Tried
 
 _NOISE_INTRO = (
     "The noise scale comes from the training steps themselves. A point is a window of steps; windows get longer during "
@@ -180,29 +182,31 @@ def three_table(analysis: Analysis) -> Markup:
     """The table of noise scale, scan and branches at the losses of the scan."""
     rows = []
     for c in analysis.comparison:
-        noise = ("", "")
-        if not math.isnan(c.noise_scale):
-            noise = tokens(c.noise_scale), _interval(c.noise_scale_low, c.noise_scale_high)
-        branch = ("", "")
-        if not math.isnan(c.branches):
-            branch = tokens(c.branches), _interval(c.branches_low, c.branches_high)
-        local = ("", "") if math.isnan(c.local) else (tokens(c.local), _interval(c.local_low, c.local_high))
-        scan = ("", "") if math.isnan(c.scan) else (tokens(c.scan), _interval(c.scan_low, c.scan_high))
-        rows.append((c.model, f"{c.loss:.3f}", *noise, *local, *scan, *branch))
-    local_header = ("local B_crit, tokens", "95 % interval", "B_crit from the start, tokens", "95 % interval")
-    header = ("model", "loss", "noise scale, tokens", "middle half", *local_header)
-    if not analysis.branches:
-        return table(header, [row[:8] for row in rows])
-    return table((*header, "B_crit by branches, tokens", "interval"), rows)
+        columns = [
+            (c.local, c.local_low, c.local_high),
+            (c.noise_scale, c.noise_scale_low, c.noise_scale_high),
+            (c.scan, c.scan_low, c.scan_high),
+            (c.branches, c.branches_low, c.branches_high),
+        ]
+        # Values over their intervals: four columns side by side would leave a phone's screen.
+        cells = ["" if math.isnan(x) else f"{tokens(x)}\n{tokens(low)}–{tokens(high)}" for x, low, high in columns]
+        rows.append((c.model, f"{c.loss:.3f}", *cells))
+    header = (
+        "model",
+        "loss",
+        "local\nB_crit,\ntokens",
+        "noise\nscale,\ntokens",
+        "B_crit\nfrom the\nstart",
+        "B_crit by\nbranches",
+    )
+    return table(header, rows) if analysis.branches else table(header[:5], [row[:5] for row in rows])
 
 
 def runs_table(runs: Sequence[CellRuns]) -> Markup:
     """The table of all runs."""
     rows = []
     for cell in runs:
-        lowest = best_rate(cell, -1)
         for tried in cell.tried:
-            best = lowest is not None and tried.run.learning_rate == lowest.learning_rate
             result = tried.result
             loss = "not finite" if result.test_loss is None else f"{result.test_loss:.4f}"
             rows.append(
@@ -215,10 +219,20 @@ def runs_table(runs: Sequence[CellRuns]) -> Markup:
                     tokens(result.tokens),
                     loss,
                     ending(tried.run, result),
-                    ("best, at an edge" if lowest is not None and lowest.at_edge else "best") if best else "",
+                    _best_for(cell, tried),
                 )
             )
-    header = ("model", "batch, tokens", "seed", "learning rate", "steps", "tokens", "last test loss", "ended", "")
+    header = (
+        "model",
+        "batch, tokens",
+        "seed",
+        "learning rate",
+        "steps",
+        "tokens",
+        "last test loss",
+        "ended",
+        "best rate for",
+    )
     return table(header, rows)
 
 
@@ -259,6 +273,21 @@ def _single_runs_table(results: Results) -> Markup:
     return table(header, rows)
 
 
+def _best_for(cell: CellRuns, tried: Tried) -> str:
+    """The target losses to which a run took the fewest steps of its cell: the best rate often depends on the loss."""
+    targets = cell.subject.target_losses
+    best = [best_rate(cell, k) for k in range(len(targets))]
+    own = [
+        (loss, found.at_edge)
+        for loss, found in zip(targets, best, strict=True)
+        if found is not None and found.learning_rate == tried.run.learning_rate
+    ]
+    if not own:
+        return ""
+    edge = ", at an edge of the rates" if any(at_edge for _, at_edge in own) else ""
+    return some_losses([loss for loss, _ in own], len(targets)) + edge
+
+
 def _narrow_intervals(results: Results) -> Markup:
     """One paragraph on the noise scales in the table whose interval may be too narrow."""
     ends = [(record.run_id, last_noise_scale(record.course)) for record in results.runs]
@@ -270,8 +299,9 @@ def _three_intro(analysis: Analysis) -> str:
     said = (
         "The noise scale, which one run measures by itself, beside the local B_crit of the scan: that of the steps "
         "from one loss to the next. Both ask which batch is worthwhile for the next bit of loss. A dot is the noise "
-        "scale of one run, with its 95 % interval; in the table, ∞ stands for unresolved. B_crit from the start is "
-        "an average over the whole way, so it lags behind."
+        "scale of one run, with its 95 % interval. B_crit from the start is an average over the whole way, so it lags "
+        "behind. In the table, an interval stands under each value: of B_crit the 95 % interval, of the noise scale "
+        "the middle half of the runs; ∞ stands for unresolved."
     )
     if not analysis.branches:
         return f"{said} No branches were measured."

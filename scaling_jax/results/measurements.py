@@ -87,31 +87,37 @@ def columns(measurements: Sequence[Measurement]) -> dict[str, Any]:
 def measurement_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
     """Notes on losses that were left out or not reached, and on learning rates that weren't tuned."""
     early = early_losses(measurements)
-    notes = [
-        f"model {model}: loss {loss:g} is left out, some run was below it when it was first evaluated"
-        for model, loss in sorted(early, reverse=True)
-    ]
-    used = [m for m in measurements if (m.model, m.target_loss) not in early]
-    for model in dict.fromkeys(m.model for m in measurements):
+    notes, models = [], list(dict.fromkeys(m.model for m in measurements))
+    for model in models:
+        losses = sorted((loss for name, loss in early if name == model), reverse=True)
+        if losses:
+            what = f"losses {losses[0]:g} to {losses[-1]:g} are" if losses[1:] else f"loss {losses[0]:g} is"
+            notes.append(f"model {model}: {what} left out, some run was below when it was first evaluated")
+    for model in models:
+        at_edge, missed = [], []  # places of this model, in words
         own = [m for m in measurements if m.model == model]
+        used = [m for m in own if (model, m.target_loss) not in early]
         if not any(math.isfinite(m.steps) for m in own):
-            high = max((m.target_loss for m in own if m in used), default=None)
+            high = max((m.target_loss for m in used), default=None)
             why = "runs were below all of them at first" if high is None else f"no run reached {high:g} or below"
             notes.append(f"model {model}: no target loss was measured ({why}): it has no part in the fits")
-    for model, batch, seed in dict.fromkeys((m.model, m.batch_tokens, m.seed) for m in used):
-        rows = [m for m in used if (m.model, m.batch_tokens, m.seed) == (model, batch, seed)]
-        where = f"model {model} at {batch:,} tokens" + (f", seed {seed}" if seed else "")
-        at_edge = [m for m in rows if math.isfinite(m.steps) and not m.tuned]
+        for batch, seed in dict.fromkeys((m.batch_tokens, m.seed) for m in used):
+            rows = [m for m in used if (m.batch_tokens, m.seed) == (batch, seed)]
+            where = f"{batch:,} tokens" + (f", seed {seed}" if seed else "")
+            edges = [m for m in rows if math.isfinite(m.steps) and not m.tuned]
+            if edges:
+                rates = ", ".join(dict.fromkeys(f"{m.learning_rate:g}" for m in edges))
+                at_edge.append(f"{where} ({rates}; {len(edges)} of {len(rows)} losses)")
+            if above := [m for m in rows if math.isnan(m.steps)]:
+                highest = max(m.target_loss for m in above)
+                missed.append(f"{where} ({highest:g} and below, in {above[0].steps_tried:,} steps)")
         if at_edge:
-            rates = ", ".join(dict.fromkeys(f"{m.learning_rate:g}" for m in at_edge))
             notes.append(
-                f"{where}: the best learning rate, {rates}, is at the edge of those tried at {len(at_edge)} of "
-                f"{len(rows)} losses"
+                f"model {model}: the best learning rate is at the edge of those tried at {'; '.join(at_edge)}. "
+                "A better one may lie beyond"
             )
-        missed = [m for m in rows if math.isnan(m.steps)]
         if missed:
-            highest = max(m.target_loss for m in missed)
-            notes.append(f"{where}: loss {highest:g} and below not reached in {missed[0].steps_tried:,} steps")
+            notes.append(f"model {model}: losses weren't reached at {'; '.join(missed)}")
     return tuple(notes)
 
 

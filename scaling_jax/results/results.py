@@ -68,7 +68,7 @@ class Results:
         for cell in experiment.cells:
             if cell not in found or finished_runs(experiment, cell, self.folder, self._outcome) is None:
                 raise UserError(
-                    f"{self.folder} isn't complete ({cell.name} is missing): run the same scan again to continue it"
+                    f"{self.folder} isn't finished ({cell.name} isn't done): run the same scan again to continue it"
                 )
         return [found[cell] for cell in experiment.cells]
 

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,12 @@ IN_SEQUENCES = {"batch_sequences", "batch_seqs", "sequences", "batch_size", "bat
 FEWEST_TOKENS = 64  # if all batches are smaller, they are probably in sequences
 LARGEST_GAP = 64  # between neighbouring batch sizes; a larger ratio is probably a change of unit
 LARGEST_LOSS = 15.0  # nats per token; the loss of guessing among three million tokens
+
+
+_FROM_CURVES = (
+    "the table is another one: give rows of steps to the same few losses at each batch size, from each run's curve "
+    "(fitting.steps_to_loss)"
+)
 
 
 class Table(NamedTuple):
@@ -112,16 +119,12 @@ def fit_table(path: Path, *, laws: bool = True, above_minimum: bool = False) -> 
 
 
 def write_fit(found: TableFit) -> Path:
-    """Writes fit.json next to the CSV, and returns its path. In the folder of a scan, the name is <table>.fit.json.
-
-    A scan has its own fit.json, with more in it.
+    """Writes <table>.fit.json next to the CSV, and returns its path. A folder's fit.json is that of its scan.
 
     Raises:
       UserError: if the file can't be written.
     """
-    folder = found.table.path.parent
-    own = (folder / "experiment.json").exists()
-    path = folder / (f"{found.table.path.stem}.fit.json" if own else "fit.json")
+    path = found.table.path.with_suffix(".fit.json")
     try:
         write_json(
             path,
@@ -170,9 +173,9 @@ def _without_early(lines: list[int], columns: dict[str, list]) -> tuple[list[int
     early = {key: line for line, key, passed in zip(lines, keys, passed_early, strict=True) if passed}
     kept = [i for i, key in enumerate(keys) if key not in early]
     notes = tuple(
-        f"line {line}, column passed_early: loss {loss:g} of model {model} is left out, some run was below it when it "
-        "was first evaluated"
-        for (model, loss), line in early.items()
+        f"{where}, column passed_early: {losses} of model {model} {'is' if single else 'are'} left out, some run was "
+        "below when it was first evaluated"
+        for model, where, losses, single in _of_models([(model, loss, line) for (model, loss), line in early.items()])
     )
     return [lines[i] for i in kept], {name: [column[i] for i in kept] for name, column in columns.items()}, notes
 
@@ -204,6 +207,11 @@ def _hint(column: str, header: list[str]) -> str:
     names = NAMES[column]
     close = [name for name in others if any(name in n or n in name for n in names if name)]
     close += [match for n in names for match in difflib.get_close_matches(n, others, n=1, cutoff=0.5)]
+    if close and column == "target_loss":
+        return (
+            f"; did you mean {close[0]!r}? Rename it to {column} only if steps counts the steps to this loss. If it is "
+            f"the loss at the end of a run, {_FROM_CURVES}"
+        )
     if close:
         return f"; did you mean {close[0]!r}? Rename it to {column}"
     return f" among {', '.join(header)}: a table needs {', '.join(NAMES)}"
@@ -286,6 +294,14 @@ def _check_batches(table: Table) -> None:
                 f"{table.path} line {table.lines[rows[0]]}, column batch_tokens: model {model} has {len(batches)} "
                 f"distinct batch size{'s' * (len(batches) > 1)} ({listed}); a fit needs at least 3, and 7 are better"
             )
+        by_loss: dict[float, set[float]] = {}
+        for i in rows:
+            by_loss.setdefault(table.target_loss[i], set()).add(table.batch_tokens[i])
+        if all(len(at) == 1 for at in by_loss.values()):
+            raise UserError(
+                f"{table.path} line {table.lines[rows[0]]}, column target_loss: model {model} has no loss at two batch "
+                f"sizes. If these are the losses at the end of runs, {_FROM_CURVES}"
+            )
         if all(math.isnan(table.steps[i]) for i in rows):
             raise UserError(
                 f"{table.path} line {table.lines[rows[0]]}, column steps: model {model} reached none of its targets; "
@@ -297,8 +313,24 @@ def _never_reached(table: Table) -> tuple[str, ...]:
     rows: dict[tuple[str, float], list[int]] = {}
     for i, key in enumerate(zip(table.model, table.target_loss, strict=True)):
         rows.setdefault(key, []).append(i)
-    return tuple(
-        f"line {table.lines[members[0]]}, column steps: no batch size of model {model} reached loss {loss:g}"
-        for (model, loss), members in rows.items()
+    never = [
+        (*key, table.lines[members[0]])
+        for key, members in rows.items()
         if all(math.isnan(table.steps[i]) for i in members)
+    ]
+    return tuple(
+        f"{where}, column steps: no batch size of model {model} reached {losses}"
+        for model, where, losses, _ in _of_models(never)
     )
+
+
+def _of_models(found: Sequence[tuple[str, float, int]]) -> Iterator[tuple[str, str, str, bool]]:
+    """(model, its lines, its losses, whether there is one) from (model, loss, line), for one note of each model."""
+    for model in dict.fromkeys(name for name, _, _ in found):
+        losses = sorted((loss for name, loss, _ in found if name == model), reverse=True)
+        lines = sorted(line for name, _, line in found if name == model)
+        if len(losses) == 1:
+            yield model, f"line {lines[0]}", f"loss {losses[0]:g}", True
+        else:
+            said = f"{len(losses)} losses, {losses[0]:g} to {losses[-1]:g}"
+            yield model, f"lines {lines[0]} to {lines[-1]}", said, False

@@ -44,7 +44,7 @@ def train_cell(
     Raises:
       Interrupted, UserError: see `train`.
     """
-    corpus = _corpus(experiment, cell)
+    corpus = corpus_of(experiment, cell)
 
     def train_one(run: Run) -> Outcome:
         found = _shared(lambda: find_outcome(run, workdir))
@@ -83,7 +83,7 @@ def train_alike(
     searches = {cell: _Search() for cell in cells}
     owner: dict[Run, tuple[Cell, int]] = {}
     waiting: deque[Run] = deque()
-    corpus = _corpus(experiment, cells[0])
+    corpus = corpus_of(experiment, cells[0])
 
     def take(cell: Cell, index: int, outcome: Outcome) -> None:
         targets = experiment.subject(cell.model).target_losses
@@ -132,7 +132,7 @@ def compile_ahead(experiment: Experiment, cells: Sequence[Cell], num_devices: in
       num_devices: over which `train_cell` splits each batch.
       seats_on: number of devices over which `train_alike` spreads the runs.
     """
-    corpus, run = _corpus(experiment, cells[0]), experiment.run(cells[0], 0)
+    corpus, run = corpus_of(experiment, cells[0]), experiment.run(cells[0], 0)
     if not is_resident(corpus):
         return
     held_out = held_out_rows(corpus.test_RxT1, run.eval_tokens)
@@ -145,7 +145,7 @@ def compile_ahead(experiment: Experiment, cells: Sequence[Cell], num_devices: in
 def can_run_together(experiment: Experiment, cell: Cell) -> bool:
     """True if `train_alike` can train the cell: one process, several runs at a time, and text that fits on a device."""
     several = len(experiment.seeds) * experiment.subject(cell.model).learning_rates.together > 1
-    return jax.process_count() == 1 and several and is_resident(_corpus(experiment, cell))
+    return jax.process_count() == 1 and several and is_resident(corpus_of(experiment, cell))
 
 
 def finished_runs(
@@ -258,5 +258,6 @@ class _Search:
         self.running = 0
 
 
-def _corpus(experiment: Experiment, cell: Cell) -> Corpus:
+def corpus_of(experiment: Experiment, cell: Cell) -> Corpus:
+    """The packed text of a cell."""
     return prepare(experiment.text, experiment.subject(cell.model).model.context, experiment.tokenizer)

@@ -1,8 +1,9 @@
-"""Plans a scan without training: the runs, tokens, FLOPs, memory and time that it needs at most."""
+"""Plans a scan without training: the runs, tokens, FLOPs, memory and time that it needs at most, and probably."""
 
 import math
 import os
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,19 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_jax.data import prepare
 from scaling_jax.data.feeding import is_resident
 from scaling_jax.io import UserError
 from scaling_jax.io.workers import available_cores
-from scaling_jax.scanning.cells import finished_runs, searched
+from scaling_jax.scanning.cells import can_run_together, corpus_of, finished_runs, searched
 from scaling_jax.scanning.experiment import FEWEST_STEPS, Cell, Experiment
 from scaling_jax.scanning.records import check_same_recipe
+from scaling_jax.scanning.speed import StepTime, time_steps
+from scaling_jax.training.attempt import check_corpus
 from scaling_jax.training.program import Program, program_for
 
 LEAST_RATES = 3  # the best learning rate between two others
 MOST_WORKERS = 8  # memory is the limit, because each worker loads its own JAX
 PROCESS_BYTES = 600 << 20  # memory of a worker before it holds a model
-EFFICIENCY = 0.3  # speed of training steps against a large matrix product; small models on CPUs reach 0.2 to 0.5
+EFFICIENCY = 0.3  # speed of training steps against a large matrix product, where no steps can be timed
+TYPICAL_B_CRIT = 2_000  # tokens, for small models at the losses that they reach
+DEMO_SHARE = 0.027  # `ScanPlan.share` of the demo: its runs took 1/17 of the tokens that they might have taken
 
 
 class CellPlan(NamedTuple):
@@ -33,7 +37,8 @@ class CellPlan(NamedTuple):
     most_runs: int
     most_tokens: int
     most_flops: float
-    bytes_needed: int  # on one device during training
+    bytes_needed: int  # on one device during training; on CPUs, of the whole process
+    most_seconds: float = math.nan  # of one worker; NaN where its steps weren't timed
 
 
 class EasyTargets(NamedTuple):
@@ -54,23 +59,56 @@ class ScanPlan(NamedTuple):
     bytes_available: int  # memory for one cell
     flops_per_second: float  # of this machine, in a large matrix product
     easy: tuple[EasyTargets, ...] = ()  # of models that have finished batches
+    timed: tuple[str, ...] = ()  # models of which steps were timed
+    share: float = DEMO_SHARE  # see `expected_share`
+    share_cells: int = 0  # finished cells that `share` is of; 0: it is the demo's
+
+    @property
+    def most_tokens(self) -> int:
+        return sum(p.most_tokens for p in self.cells)
 
     @property
     def most_seconds(self) -> float:
-        """Time at most, if training runs at `EFFICIENCY` times the speed of a large matrix product."""
-        return sum(p.most_flops for p in self.cells) / (self.flops_per_second * EFFICIENCY)
+        """Time at most. Cells that weren't timed are as fast for their FLOPs as the largest model that was."""
+        return self._seconds(1.0 for _ in self.cells)
+
+    @property
+    def expected_seconds(self) -> float:
+        """Time if runs end as early as those that `share` is of."""
+        return self._seconds(self.expected_share(p.cell.batch_tokens) for p in self.cells)
+
+    @property
+    def expected_tokens(self) -> float:
+        return sum(p.most_tokens * self.expected_share(p.cell.batch_tokens) for p in self.cells)
+
+    def expected_share(self, batch_tokens: int) -> float:
+        """Part of a cell's tokens at most that it will probably take: `share` times `tokens_by_batch`."""
+        return min(1.0, self.share * tokens_by_batch(batch_tokens))
+
+    def _seconds(self, parts: Iterable[float]) -> float:
+        timed = [p for p in self.cells if math.isfinite(p.most_seconds)]
+        per_flop = self.workers / (self.flops_per_second * EFFICIENCY)  # all devices share the matrix product
+        if timed:
+            largest = max(timed, key=lambda p: p.most_flops / p.most_tokens)
+            per_flop = largest.most_seconds / largest.most_flops
+        seconds = [
+            part * (p.most_seconds if p in timed else p.most_flops * per_flop)
+            for p, part in zip(self.cells, parts, strict=True)
+        ]
+        return max(sum(seconds) / self.workers, max(seconds, default=0.0))
 
 
 def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
     """What `scan` would still do in a folder, on this machine. Trains nothing, but packs the text if needed.
 
     Raises:
-      UserError: if a cell needs more memory than there is, or the folder holds another experiment.
+      UserError: if a cell needs more memory than there is, the text isn't there or doesn't fit a model, or the folder
+        holds another experiment.
     """
     check_same_recipe(workdir, experiment)
     on_cpu = jax.default_backend() == "cpu"
     workers = min(len(available_cores()), MOST_WORKERS) if on_cpu else 1
-    available = _cpu_bytes() // workers - PROCESS_BYTES if on_cpu else _accelerator_bytes()
+    available = _cpu_bytes() // workers if on_cpu else _accelerator_bytes()
     waiting = [cell for cell in experiment.cells if finished_runs(experiment, cell, workdir) is None]
     plans: list[CellPlan] = []
     of_kind: dict[tuple[str, int], CellPlan] = {}  # cells that differ only in their seed need the same
@@ -79,17 +117,29 @@ def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
             plans.append(of_kind[cell[:2]]._replace(cell=cell))
             continue
         subject = experiment.subject(cell.model)
-        corpus = prepare(experiment.text, subject.model.context, experiment.tokenizer)
+        corpus = corpus_of(experiment, cell)
+        check_corpus(experiment.run(cell, 0), corpus)
         seats = len(experiment.seeds) * subject.learning_rates.together
         together = 1 if on_cpu else math.ceil(seats / jax.local_device_count())
         resident = corpus.train_RxT1.nbytes if is_resident(corpus) else 0
-        plans.append(plan_cell(experiment, cell, resident, together))
+        plans.append(plan_cell(experiment, cell, resident + PROCESS_BYTES * on_cpu, together))
         of_kind[cell[:2]] = plans[-1]
     if plans:
         refuse_what_cannot_fit(plans, available)
-    done = len(experiment.cells) - len(waiting)
+    step_times: dict[str, StepTime] = {}
+    if on_cpu or not any(can_run_together(experiment, cell) for cell in waiting):
+        step_times = time_steps(experiment, waiting, available_cores()[:workers] if on_cpu else None)
+    done = [cell for cell in experiment.cells if cell not in waiting]
     return ScanPlan(
-        tuple(plans), done, workers, available, matmul_flops_per_second(), easy_targets(experiment, workdir)
+        tuple(p._replace(most_seconds=_most_seconds(p, step_times.get(p.cell.model))) for p in plans),
+        len(done),
+        workers,
+        available,
+        matmul_flops_per_second(),
+        easy_targets(experiment, workdir),
+        tuple(step_times),
+        _share(experiment, workdir, done) or DEMO_SHARE,
+        len(done),
     )
 
 
@@ -130,6 +180,29 @@ def plan_cell(experiment: Experiment, cell: Cell, corpus_bytes: int, together: i
         most_flops=most * tokens * flops_per_token(program),
         bytes_needed=corpus_bytes + together * (_state_bytes(program) + _step_bytes(program)),
     )
+
+
+def _most_seconds(plan: CellPlan, step_time: StepTime | None) -> float:
+    if step_time is None:
+        return math.nan
+    return plan.most_tokens / plan.cell.batch_tokens * step_time.seconds(plan.cell.batch_tokens)
+
+
+def _share(experiment: Experiment, workdir: Path, done: Sequence[Cell]) -> float | None:
+    """`ScanPlan.share` of the cells that are done; None without such cells."""
+    taken = sum(t.result.tokens for cell in done for t in searched(experiment, cell, workdir))
+    might = sum(
+        experiment.subject(cell.model).learning_rates.most
+        * (experiment.max_tokens + cell.batch_tokens)
+        * tokens_by_batch(cell.batch_tokens)
+        for cell in done
+    )
+    return taken / might if taken else None
+
+
+def tokens_by_batch(batch_tokens: int) -> float:
+    """Tokens to a loss with a batch, relative to small batches: 1 + B/B_crit (McCandlish et al. 2018)."""
+    return 1 + batch_tokens / TYPICAL_B_CRIT
 
 
 def refuse_what_cannot_fit(plans: list[CellPlan], bytes_available: int) -> None:

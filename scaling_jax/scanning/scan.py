@@ -23,7 +23,7 @@ from scaling_jax.parallel.processes import stop_on_signals
 from scaling_jax.scanning.cells import can_run_together, compile_ahead, finished_runs, train_alike, train_cell
 from scaling_jax.scanning.executors import ENGINES, parse_options
 from scaling_jax.scanning.experiment import Cell, Experiment
-from scaling_jax.scanning.plan import MOST_WORKERS
+from scaling_jax.scanning.plan import MOST_WORKERS, tokens_by_batch
 from scaling_jax.scanning.records import check_same_recipe, read_search, write_experiment, write_search
 from scaling_jax.scanning.worker import Event, train_in_workers
 from scaling_jax.training import Interrupted, Progress, Run
@@ -106,11 +106,10 @@ def scan(
 
 
 def relative_cost(experiment: Experiment, cell: Cell) -> float:
-    """Expected FLOPs of a cell up to a factor. Tokens to a loss grow as 1 + B/B_crit (McCandlish et al. 2018)."""
+    """Expected FLOPs of a cell up to a factor."""
     model = experiment.subject(cell.model).model
-    typical_b_crit = 2_000  # tokens, for small models at the losses that they reach
     per_token = model.num_params + 2 * model.vocab_size * model.d_model
-    return per_token * (1 + cell.batch_tokens / typical_b_crit)
+    return per_token * tokens_by_batch(cell.batch_tokens)
 
 
 def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:

@@ -56,7 +56,7 @@ def train_in_workers(
         [
             Command(
                 ("-c", _START, str(workdir)),
-                environment=_environment(platform),
+                environment=worker_environment(platform),
                 core=core,
                 log=workdir / "logs" / f"{log}-{core}.log",
                 lock=lock,
@@ -116,7 +116,7 @@ def main(workdir: Path) -> None:
     serve(work, stopping.set)
 
 
-def _environment(platform: str | None) -> dict[str, str]:
+def worker_environment(platform: str | None) -> dict[str, str]:
     """A worker's environment. On CPUs it has one thread and one device, whatever the parent's flags are."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
     chosen = dict(os.environ) if platform is None else os.environ | {"JAX_PLATFORMS": platform}

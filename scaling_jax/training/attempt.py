@@ -56,7 +56,7 @@ def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
     Raises:
       UserError: if the run was trained on other text, or the text doesn't fit the model or is shorter than a batch.
     """
-    _check_corpus(run, corpus)
+    check_corpus(run, corpus)
     folder, result, stages = Path(workdir) / "runs", None, _next_stages(run, [])
     with together():
         if is_first():
@@ -271,7 +271,8 @@ def _check_batches(stages: Sequence[Stage], text_tokens: int) -> None:
         )
 
 
-def _check_corpus(run: Run, corpus: Corpus) -> None:
+def check_corpus(run: Run, corpus: Corpus) -> None:
+    """Raises UserError if the text doesn't fit the model: its vocabulary, or the length of its rows."""
     if corpus.vocab_size > run.model.vocab_size:
         raise UserError(
             f"the tokenizer has {corpus.vocab_size:,} tokens but the model's vocab_size is {run.model.vocab_size:,}: "

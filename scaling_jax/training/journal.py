@@ -19,7 +19,7 @@ from scaling_jax.parallel import from_first, is_first
 from scaling_jax.training.live_ramp import next_stage
 from scaling_jax.training.program import StepMetrics
 from scaling_jax.training.records import MetricsLine, Status, append_clock, append_metrics, jsonable, read_metrics
-from scaling_jax.training.run import Run, next_boundary, next_evaluation
+from scaling_jax.training.run import Run, next_boundary, next_evaluation, stage_at
 
 EVALUATIONS_BELOW_TARGET = 2  # in a row, because one could be chance
 
@@ -91,6 +91,18 @@ def steps_left(run: Run, here: Position) -> int:
     return run.steps_left(here.step, here.tokens, here.now.batch_tokens)
 
 
+def last_step(run: Run, here: Position) -> int:
+    """The run's last step, through all stages of its ramp. With a `live_ramp`: the last one if the batch stays."""
+    step, tokens, batch_tokens = here.step, here.tokens, here.now.batch_tokens
+    while True:
+        left = run.steps_left(step, tokens, batch_tokens)
+        boundary = next_boundary(run.ramp, tokens)
+        if boundary is None or (in_stage := math.ceil((boundary - tokens) / batch_tokens)) >= left:
+            return step + max(left, 0)
+        step, tokens = step + in_stage, tokens + in_stage * batch_tokens
+        batch_tokens = stage_at(run.batch_tokens, run.ramp, tokens).batch_tokens
+
+
 def ending(run: Run, lines: Sequence[MetricsLine]) -> Status | None:
     """The status with which the run ended at its last line; None if it goes on."""
     last = lines[-1]
@@ -115,7 +127,7 @@ class Progress:
     seed: int
     run_id: str
     step: int
-    last_step: int
+    last_step: int  # if the run trains to its end; see `last_step`
     tokens: int
     test_loss: float
     tokens_per_second: float
@@ -175,12 +187,12 @@ class Journal:
         self.here = position(run, self.lines)
         if is_first():
             if evaluated:
-                self._report(steps_left(run, self.here), noise_scale() * context)
+                self._report(noise_scale() * context)
                 append_clock(self.folder, reached.step)
             append_metrics(self.folder, self.lines[-1])
         return ending(run, self.lines)
 
-    def _report(self, left: int, noise_scale_tokens: float) -> None:
+    def _report(self, noise_scale_tokens: float) -> None:
         run, line, (tokens, at), now = self.run, self.lines[-1], self._last_evaluation, time.monotonic()
         self._last_evaluation = line.tokens, now
         self._on_progress(
@@ -191,7 +203,7 @@ class Journal:
                 seed=run.seed,
                 run_id=self.folder.name,
                 step=line.step,
-                last_step=line.step + left,
+                last_step=last_step(run, self.here),
                 tokens=line.tokens,
                 test_loss=line.test_loss,
                 tokens_per_second=(line.tokens - tokens) / max(now - at, 1e-9),

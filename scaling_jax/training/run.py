@@ -183,7 +183,7 @@ class Run(Recipe):
             )
         check_stages(self.batch_tokens, self.ramp)
         for batch_tokens in (self.batch_tokens, *(stage.batch_tokens for stage in self.ramp)):
-            _check_whole_sequences(batch_tokens, self.model.context)
+            check_whole_sequences(batch_tokens, self.model.context)
 
     @property
     def batch_sequences(self) -> int:
@@ -283,9 +283,14 @@ def check_stages(batch_tokens: int, stages: Sequence[Stage]) -> None:
         ):
             raise UserError(
                 "each stage of a ramp must start later, with a larger batch and a positive learning rate: "
-                f"{stage} can't follow {before}"
+                f"{_as_json(stage)} can't follow {_as_json(before)}"
             )
         before = stage
+
+
+def _as_json(stage: Stage) -> str:
+    """As in the file of a ramp."""
+    return json.dumps(dataclasses.asdict(stage))
 
 
 def stage_at(batch_tokens: int, stages: Sequence[Stage], tokens: int) -> Stage:
@@ -333,11 +338,12 @@ def next_evaluation(step: int, growth: float) -> int:
     return evaluation
 
 
-def _check_whole_sequences(batch_tokens: int, context: int) -> None:
-    check_at_most("batch_tokens", batch_tokens, _MOST_BATCH_TOKENS)
+def check_whole_sequences(batch_tokens: int, context: int, name: str = "batch_tokens") -> None:
+    """Raises UserError unless a batch is two or more whole sequences. Names the nearest that are."""
+    check_at_most(name, batch_tokens, _MOST_BATCH_TOKENS)
     if batch_tokens % context or batch_tokens < 2 * context:
         below = max(2, batch_tokens // context) * context
         raise UserError(
-            f"batch_tokens = {batch_tokens:,} must be two or more whole sequences of {context} tokens: use {below:,} "
+            f"{name} = {batch_tokens:,} must be two or more whole sequences of {context} tokens: use {below:,} "
             f"or {below + context:,} tokens"
         )

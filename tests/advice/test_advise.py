@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,11 +53,28 @@ def test_advise_answers_for_a_table_and_for_its_folder(table, tmp_path, scaling_
     assert stages[0]["tokens"] == 0
 
 
+def test_a_ramp_that_train_would_refuse_is_refused_for_a_scan_and_noted_for_a_table(
+    table, made_up, tmp_path, scaling_jax
+):
+    """A table doesn't say how long a sequence is; a scan does."""
+    scan = shutil.copytree(made_up[1], tmp_path / "scan")
+    assert scaling_jax("fit", scan)[0] == 0
+    ramp = ("--target-loss", 2.2, "--write-ramp", tmp_path / "ramp.json", "--start-batch-tokens")
+    code, _, stderr = scaling_jax("advise", scan, *ramp, 64)
+    assert code == 2
+    assert "start_batch_tokens = 64 must be two or more whole sequences of 64 tokens: use 128" in stderr
+    assert not (tmp_path / "ramp.json").exists()
+    assert scaling_jax("advise", scan, *ramp, 128)[0] == 0
+    notes = {start: " ".join(scaling_jax("advise", table, *ramp, start)[1].split()) for start in (64, 128)}
+    assert "train takes two or more whole sequences" in notes[64]
+    assert "train takes two or more whole sequences" not in notes[128]
+
+
 def test_fit_takes_a_table(table, scaling_jax):
     code, stdout, stderr = scaling_jax("fit", table)
     assert code == 0, stderr
     assert "all runs at once" in stdout
-    assert json.loads((table.parent / "fit.json").read_text())["law"]
+    assert json.loads(table.with_suffix(".fit.json").read_text())["law"]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ def test_a_log_gets_a_line_a_cell_and_one_a_minute(clock):
     assert "\x1b" not in shown.file.getvalue()
 
 
+def test_a_cell_that_is_done_tells_its_lowest_loss_not_that_of_its_last_run_or_of_one_that_diverged(clock):
+    shown = console()
+    with ScanDisplay(EXPERIMENT, shown) as display:
+        for rate, loss in ((4e-2, float("nan")), (1e-2, 2.5), (1e-2, 2.75), (5e-3, 3.009)):
+            display.on_event(progress(CELLS[0], learning_rate=rate, test_loss=loss))
+        display.on_event(Event(CELLS[0]))
+    (done,) = shown.file.getvalue().splitlines()
+    assert "lowest loss 2.500" in done
+
+
 def test_a_continued_scan_counts_what_was_done_but_not_as_its_own_speed(clock):
     shown = console()
     with ScanDisplay(EXPERIMENT, shown, done=CELLS[1:]) as display:

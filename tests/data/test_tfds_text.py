@@ -104,6 +104,12 @@ def test_fields_are_different_corpora():
     assert "title 7" not in Bytes().decode(text.train_RxT1[:, 1:].reshape(-1))
 
 
+def test_another_version_than_those_that_are_there_names_them():
+    prepare("tfds:tiny_with_test", 16)
+    with pytest.raises(UserError, match=r"tfds:tiny_with_test:2\.0\.0.* only 1\.0\.0"):
+        prepare("tfds:tiny_with_test:2.0.0", 16)
+
+
 def test_a_data_set_that_cannot_be_prepared_says_what_to_do(monkeypatch):
     with pytest.raises(UserError, match=r"tfds:no_such_set can't be prepared here .*tfds build no_such_set") as caught:
         prepare("tfds:no_such_set", 16)

@@ -121,8 +121,11 @@ def test_gradients_tell_where_losses_agree_by_chance():
     batch = {**BATCH, "y": jnp.ones((B, T))}
     with pytest.raises(ValueError, match="gradients differ"):
         check_mean_loss(masked_mean, params, batch | {"mask": batch["mask"].at[4:8].set(1.0)})
-    with pytest.raises(ValueError, match="doesn't split into 3"):
+    with pytest.raises(ValueError, match=r"16 examples.* 3 equal parts: leave out 1, or pass num_parts=2"):
         check_mean_loss(mean_loss, params, batch, num_parts=3)
+    for rows, way_out in ((31, "leave out 1, or pass num_parts=31"), (1, "give a larger batch")):
+        with pytest.raises(ValueError, match=f"{rows} examples.* 2 equal parts: {way_out}"):
+            check_mean_loss(mean_loss, params, jax.tree.map(lambda x, n=rows: jnp.ones((n, *x.shape[1:])), batch))
 
 
 def average(params, batch):

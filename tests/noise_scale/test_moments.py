@@ -8,7 +8,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from experiments import noisy_quadratic as quadratic
-from scaling_jax.noise_scale import check_mean_loss, curvature, fixed_denominator, sq_norm, tracker, value_and_grad
+from scaling_jax.noise_scale import (
+    Moments,
+    check_mean_loss,
+    curvature,
+    fixed_denominator,
+    sq_norm,
+    tracker,
+    unbiased,
+    value_and_grad,
+)
 
 BATCH = 32
 VALUE_AND_GRAD, GRAD = jax.jit(jax.value_and_grad(quadratic.loss)), jax.jit(jax.grad(quadratic.loss))
@@ -247,3 +256,12 @@ def test_every_and_step_go_together():
         value_and_grad(quadratic.loss, every=2, num_microbatches=2)(quadratic.PARAMS, X)
     with pytest.raises(ValueError, match="every=0"):
         value_and_grad(quadratic.loss, every=0)
+
+
+def test_equal_batch_sizes_are_refused_in_words_and_steps_without_a_measurement_are_not():
+    for small, big in ((8, 8), (np.array([4.0, 8.0]), 8), (np.float32(8), np.array([8, 16]))):
+        with pytest.raises(ValueError, match="small_batch and big_batch are both 8 examples"):
+            unbiased(Moments(1.0, 1.0, small, big))
+    with np.errstate(all="ignore"):
+        g2, _ = unbiased(Moments(np.array([2.0, 0.0]), np.ones(2), np.array([4.0, 0.0]), np.array([8.0, 0.0])))
+    assert g2[0] == 0.0

@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from scaling_jax.io import UserError
 from scaling_jax.report import write_figures
@@ -69,6 +70,38 @@ def test_the_scan_has_a_panel_a_model_and_one_colour_bar(analysis):
     assert len(axes) == 3
     assert [axis.get_xlabel() for axis in axes[:2]] == ["optimizer steps"] * 2
     assert axes[2].get_ylabel() == "test loss, nats per token"
+
+
+def test_each_run_of_the_scan_says_its_batch_size_where_it_starts_and_nothing_covers_the_curves(analysis):
+    figure = batch_scan_chart(analysis, MODELS).figure
+    for axis in figure.axes[:2]:
+        assert [text.get_text() for text in axis.texts] == [f"{2**k:,}" for k in range(7, 14)]
+        assert axis.get_legend() is None
+    assert len(figure.legends) == 1
+
+
+def test_labels_of_costs_keep_apart_from_each_other_and_from_the_points(analysis):
+    figure = pareto_chart(analysis).figure
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without their arrows
+    assert len(boxes) == 7
+    assert not [1 for k, a in enumerate(boxes) for b in boxes[k + 1 :] if a.overlaps(b)]
+    curve = axis.transData.transform(np.transpose(axis.lines[0].get_data()))
+    assert not [1 for box in boxes for x, y in curve if box.contains(x, y)]
+
+
+def test_lines_of_noise_scales_break_where_it_is_unresolved(runs):
+    run = next(r for r in runs if r.model == "1x16")
+    windows = list(run.record.noise)
+    windows[3] = windows[3]._replace(noise=dataclasses.replace(windows[3].noise, resolved=False))
+    record = dataclasses.replace(run.record)
+    record.__dict__["noise"] = windows
+    figure = noise_chart([run._replace(record=record)], ["1x16"]).figure
+    (drawn,) = [x.get_ydata() for x in figure.axes[0].lines if x.get_linestyle() == "-" and len(x.get_xdata()) > 5]
+    assert np.flatnonzero(np.isnan(drawn)).tolist() == [3]
+    assert figure.axes[0].get_legend() is None
+    assert len(figure.legends) == 1
 
 
 def test_residuals_are_measured_over_fitted_steps_for_each_batch(analysis):

@@ -11,9 +11,9 @@ import pytest
 from scaling_jax.io import UserError
 from scaling_jax.report import write_report, write_runs_report
 from scaling_jax.report.chart import draw
-from scaling_jax.report.page import charts, page, table, without_home
-from scaling_jax.report.scan_charts import tradeoffs_chart
-from scaling_jax.report.sections import command, sections
+from scaling_jax.report.page import charts, code, page, paragraph, table, without_home
+from scaling_jax.report.scan_charts import best_rate, tradeoffs_chart
+from scaling_jax.report.sections import command, runs_table, sections
 from scaling_jax.report.words import ending, short
 from scaling_jax.results import analyse, read_results
 from scaling_jax.results.branches import read_branches
@@ -164,7 +164,8 @@ def test_the_law_is_said_in_words(document, analysis):
     law, said = analysis.fit.law, document.text("li")
     low, high = (short(float(end[0])) for end in analysis.fit.band([2.0]))
     assert [x for x in said if "2.00 nats per token" in x and f"{short(law(2.0))} [{low}, {high}] tokens" in x]
-    assert [x for x in said if f"{law.b_star:.3g} tokens" in x and f"L^{law.exponent:.2f}" in x]
+    assert [x for x in said if f"{law.b_star:.3g} tokens · L" in x]
+    assert f"{law.exponent:.2f}".replace("-", "−") in document.text("sup")
     lowest = min((p for p in analysis.fit.points if p.in_law), key=lambda p: p.loss).tradeoff
     dearer = short(lowest.tokens_at(4 * lowest.b_crit))
     assert [x for x in said if "4 times" in x and "2.5 times" in x and dearer in x]
@@ -179,6 +180,11 @@ def test_the_spread_of_the_law_is_a_table_and_a_chart(document, analysis):
             assert f"{part.exponent:.2f}" in cells
     floors = [floor for form in analysis.forms for floor, _ in form.floors[1:]]
     assert [cell for cell in cells if cell.startswith("of L - ")] == [f"of L - {floor:.2f}" for floor in floors]
+
+
+def test_powers_are_superscripts_but_not_in_what_is_copied():
+    assert "L<sup>−6.63</sup> (1 + (B/b)<sup>a</sup>) x^{2}" in str(paragraph("L^-6.63 (1 + (B/b)^a) x^{2}"))
+    assert "2^18" in str(code("--batch-tokens 2^18"))
 
 
 def test_flags_runs_versions_fingerprint_and_command_are_there(document, analysis, runs):
@@ -273,9 +279,25 @@ def test_a_damaged_branch_is_named_by_its_line(tmp_path, row):
         read_branches(tmp_path)
 
 
+def test_every_run_names_the_losses_for_which_its_rate_is_ringed_in_the_search_chart(analysis):
+    """The best rate may change from loss to loss, so one best rate for all contradicts a ring at one loss."""
+    cell = analysis.results.cells[0]
+    fast, slow = cell.tried[0], cell.tried[-1]
+    steps = [fast.steps_to_target.copy(), slow.steps_to_target.copy()]
+    steps[0][:3], steps[1][:3], steps[0][3:], steps[1][3:] = 10.0, 20.0, 40.0, 30.0
+    tried = [t._replace(steps_to_target=s) for t, s in zip((fast, slow), steps, strict=True)]
+    document = Document(str(runs_table([cell._replace(tried=tried)])))
+    said, targets = [text for text in document.text("td") if "losses" in text], cell.subject.target_losses
+    first, second = said
+    assert first.startswith(f"3 of 8 losses, {targets[0]:.4g} to {targets[2]:.4g}, at an edge")
+    assert second.startswith(f"5 of 8 losses, {targets[3]:.4g} to {targets[7]:.4g}, at an edge")
+    middle = best_rate(cell._replace(tried=tried), 4)  # what the search chart rings
+    assert middle.learning_rate == slow.run.learning_rate
+
+
 def test_an_old_report_outlives_a_failure(analysis, tmp_path):
     (tmp_path / "report.html").write_text("old")
     results = dataclasses.replace(analysis.results, runs=())
-    with pytest.raises(UserError, match="isn't complete"):
+    with pytest.raises(UserError, match="isn't finished"):
         write_report(dataclasses.replace(analysis, results=results), tmp_path)
     assert (tmp_path / "report.html").read_text() == "old"

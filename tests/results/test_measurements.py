@@ -9,7 +9,7 @@ import pytest
 from scaling_jax.fitting import fit_scan
 from scaling_jax.io import UserError
 from scaling_jax.results import Results, analyse, read_results
-from scaling_jax.results.measurements import SeedSpread, few_steps_notes, seed_notes
+from scaling_jax.results.measurements import Measurement, SeedSpread, few_steps_notes, measurement_notes, seed_notes
 from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.tasks import ModelConfig
 from tests.made_up_scan import evaluated_lines, write_run, write_scan
@@ -95,6 +95,21 @@ def test_a_scan_whose_targets_were_all_passed_early_asks_for_lower_ones(tmp_path
     assert all(m.passed_early for m in easy.measurements)
     with pytest.raises(UserError, match=f"{tmp_path}.* lower target"):
         analyse(easy)
+
+
+def measured(batch, loss, steps=100.0, tuned=True):
+    return Measurement("a", batch, 0, loss, steps, steps * batch, 1e-3, tuned, 5_000, False)
+
+
+def test_like_notes_are_one_note_for_each_model():
+    """Thirteen batch sizes whose best rate is at the edge were thirteen notes."""
+    batches = [2**k for k in range(7, 20)]
+    rows = [measured(batch, loss, tuned=False) for batch in batches for loss in (3.0, 2.5)]
+    rows += [measured(batch, 2.2, steps=math.nan) for batch in batches[:2]]
+    edge, missed = measurement_notes(rows)
+    for batch in batches:
+        assert f"{batch:,} tokens (0.001; 2 of {3 if batch in batches[:2] else 2} losses)" in edge
+    assert "128 tokens (2.2 and below, in 5,000 steps); 256 tokens" in missed
 
 
 def points_of(s_min, batch_tokens=(128, 256, 512, 1_024, 2_048, 4_096), b_crit=700):

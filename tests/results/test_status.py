@@ -12,8 +12,10 @@ from rich.console import Console
 from scaling_jax.console.tables import status_table
 from scaling_jax.io import UserError
 from scaling_jax.report.words import clock
+from scaling_jax.results import read_results
 from scaling_jax.results.status import read_status
 from scaling_jax.scanning import Cell
+from scaling_jax.scanning.branches import plan_branches
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run
 from tests.made_up_scan import evaluated_lines, write_run
@@ -95,6 +97,17 @@ def test_a_running_scan_shows_its_newest_losses_speed_and_time_left(scan):
     assert 300 < status.seconds_left < 600
     assert re.search("made-up: 12 of 14 .*done.* 1 running.* 1 not begun", printed(status))
     assert f"{lines[-1]['test_loss']:.3f}" in printed(status)
+
+
+def test_trunks_and_branches_are_no_learning_rates_of_a_cell(scan):
+    """A trunk is the best run once more; a branch has the same first rate."""
+    before = [part.rates_tried for part in read_status(scan).parts]
+    results = read_results(scan)
+    plan = plan_branches(results.cells[0].best, most_points=1)
+    for run in (plan.trunk, plan.branch(plan.points[0], 2, 1), plan.continued(plan.points[0], 1)):
+        other = dataclasses.replace(run, learning_rate=1.5 * run.learning_rate)
+        write_run(scan, other, evaluated_lines(other, [(100, 3.5)]), "exhausted")
+    assert [part.rates_tried for part in read_status(scan).parts] == before
 
 
 def test_a_scan_that_died_says_how_to_go_on(scan):

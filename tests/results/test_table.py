@@ -45,7 +45,7 @@ def planted(path, **variant):
 def test_a_table_of_ones_own_is_fitted_and_its_fit_lies_beside_it(tmp_path):
     found = fit_table(planted(tmp_path / "mine.csv"))
     written = write_fit(found)
-    assert written == tmp_path / "fit.json"
+    assert written == tmp_path / "mine.fit.json"
     fit = json.loads(written.read_text(), parse_constant=lambda c: pytest.fail(c))
     assert fit["law"]["exponent_interval"][0] < -4.8 < fit["law"]["exponent_interval"][1]
     assert fit["joint_law"]["exponent_interval"][0] < -4.8 < fit["joint_law"]["exponent_interval"][1]
@@ -57,6 +57,14 @@ def test_a_table_of_ones_own_is_fitted_and_its_fit_lies_beside_it(tmp_path):
     before = written.read_bytes()
     write_fit(fit_table(tmp_path / "mine.csv"))
     assert written.read_bytes() == before
+
+
+def test_two_tables_in_one_folder_keep_both_fits(tmp_path):
+    first = write_fit(fit_table(write(tmp_path / "a.csv")))
+    before = first.read_bytes()
+    second = write_fit(fit_table(write(tmp_path / "b.csv", [row.replace("m,", "other,") for row in ROWS])))
+    assert (first, second) == (tmp_path / "a.fit.json", tmp_path / "b.fit.json")
+    assert first.read_bytes() == before
 
 
 def test_a_scans_own_fit_is_not_overwritten_by_that_of_its_table(tmp_path):
@@ -112,6 +120,10 @@ def test_a_target_that_nobody_reached_is_named_and_left_out(tmp_path):
         ),
         ([f"m,{b},3.0," for b in (256, 512, 1024)], "line 2, column steps: model m reached none of its targets"),
         ([], "has no rows"),
+        (
+            [f"m,{256 * 2**k},{2.5 + 0.1 * k},1000" for k in range(5)],
+            "line 2, column target_loss: .* end of runs, .*curve",
+        ),
         (offsets(3, "-1"), "line 3, column offset_steps is -1: "),
         (offsets(3, "inf"), "line 3, column offset_steps is inf"),
         (offsets(3, "some"), "line 3, column offset_steps is 'some': .*number"),
@@ -135,6 +147,7 @@ def test_mistakes_are_named_by_line_and_column(rows, message, tmp_path):
         ("model,batch_sequences,target_loss,steps", "no column batch_tokens; .*batch_sequences .*tokens per sequence"),
         ("model,batch_size,target_loss,steps", "no column batch_tokens; .*batch_size .*tokens per sequence"),
         ("model,batch_tokens,val_loss,steps", "no column target_loss; did you mean 'val_loss'"),
+        ("model,batch_tokens,final_loss,steps", "'final_loss'.* only if .*loss at the end of a run, .*curve"),
         ("model,batch_tokens,target_loss,iterations", "no column steps among model, batch_tokens"),
         ("name,batch_tokens,target_loss,steps", "no column model"),
         ("model,batch_tokens,steps,steps", "column steps is there twice"),

@@ -47,6 +47,12 @@ def test_machines_get_json(cli, scanned, measured):
         assert done.errors == ""
 
 
+def test_a_dry_run_refuses_what_the_run_would_refuse(refuses):
+    train = ("train", "--batch-tokens", 128, "--learning-rate", 1e-3, "--max-steps", 9, "--dry-run")
+    refuses(*train, "--text", "files:/nowhere/*.txt", names="matches no file")
+    refuses(*train, "--set", "model.vocab_size=100", names="vocab_size is 100")
+
+
 def test_debug_shows_where_an_error_came_from(cli):
     with pytest.raises(UserError, match=r"none\.py"):
         cli("scan", "none.py", "--debug")

@@ -55,7 +55,7 @@ def test_a_damaged_result_is_named_with_the_way_out(refuses, scanned, run):
 
 def test_a_missing_result_is_a_run_that_is_missing(refuses, scanned, run):
     with replaced(run / "result.json", None):
-        refuses("fit", scanned, names="1x16 · 128 tokens is missing", watched=(scanned,))
+        refuses("fit", scanned, names="1x16 · 128 tokens isn't done", watched=(scanned,))
 
 
 def damaged_lines(line):

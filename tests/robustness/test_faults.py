@@ -61,7 +61,7 @@ def test_a_file_that_grows_too_large_for_the_disk_leaves_the_old_one(tmp_path):
 
 
 def test_a_fit_that_cannot_be_written_is_refused_and_leaves_the_old_one(refuses, measured, monkeypatch):
-    (measured.parent / "fit.json").write_text("the old one")
+    measured.with_suffix(".fit.json").write_text("the old one")
     monkeypatch.setattr(os, "fsync", full_disk)
     refuses("fit", measured, names="No space left on device", watched=(measured.parent,))
 

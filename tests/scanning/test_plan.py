@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import math
 
 import jax
 import pytest
@@ -7,13 +8,17 @@ from rich.console import Console
 
 from scaling_jax.console.tables import plan_table
 from scaling_jax.io import UserError
-from scaling_jax.scanning import Experiment, LearningRates, Subject
+from scaling_jax.results import read_results
+from scaling_jax.scanning import Experiment, LearningRates, Subject, scan, speed
+from scaling_jax.scanning.experiment import DEMO
 from scaling_jax.scanning.plan import (
+    CellPlan,
     EasyTargets,
     ScanPlan,
     easy_targets,
     flops_per_token,
     plan_cell,
+    plan_scan,
     refuse_what_cannot_fit,
 )
 from scaling_jax.tasks import batch_loss, model_config
@@ -54,6 +59,51 @@ def test_what_cannot_fit_is_refused_with_what_to_make_smaller():
     refuse_what_cannot_fit(plans, 16 << 30)
     with pytest.raises(UserError, match=r"12x768 · 8,192 tokens .* 2\.\d GiB .* 1\.0: .*microbatch_tokens"):
         refuse_what_cannot_fit(plans, 1 << 30)
+
+
+def test_the_expected_time_is_that_of_batches_whose_runs_end_early_and_less_than_the_limit():
+    """Two timed cells of equal speed: 1 s for 1,000 tokens; small batches take fewer tokens to a loss."""
+    small, large = (
+        CellPlan(cell, 3, 5, 5_000_000, 1e12, 1 << 30, 5_000.0) for cell in (EXPERIMENT.cells[0], EXPERIMENT.cells[2])
+    )
+    plan = ScanPlan((small, large), 0, 2, 1 << 32, 1e9, (), ("2x64",), share=0.02)
+    assert plan.most_seconds == 5_000  # each has a worker of its own
+    assert plan.expected_tokens == pytest.approx(5e6 * 0.02 * (1 + 128 / 2_000 + 1 + 8_192 / 2_000))
+    assert plan.expected_seconds == pytest.approx(5_000 * 0.02 * (1 + 8_192 / 2_000))  # the longer one
+    alone = plan._replace(workers=1)
+    assert alone.expected_seconds == pytest.approx(alone.expected_tokens / 1_000)
+    untimed = large._replace(most_seconds=math.nan, most_flops=3e12)
+    assert plan._replace(cells=(small, untimed)).most_seconds == pytest.approx(15_000)
+
+
+def test_the_demos_share_is_what_the_demo_took():
+    """65.6 million tokens in 68 runs, of 140 runs of 8 million tokens."""
+    cells = [plan_cell(DEMO, cell, 0, 1) for cell in DEMO.cells]
+    assert ScanPlan(tuple(cells), 0, 2, 1 << 32, 1e9).expected_tokens == pytest.approx(65.6e6, rel=0.02)
+
+
+def test_a_plan_times_steps_and_takes_the_share_of_the_cells_that_are_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALING_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(speed, "START_SECONDS", 120.0)
+    (tmp_path / "text").mkdir()
+    for k in range(20):
+        (tmp_path / "text" / f"{k}.txt").write_text("some text, some words. " * 200)
+    subject = Subject(model_config("1x16"), (5.0, 4.5), LearningRates(1e-2, 1_000, most=1))
+    experiment = Experiment(
+        "timed", (subject,), (128, 256, 512, 1_024), 10_000, text=f"files:{tmp_path}/text/*", eval_tokens=512
+    )
+    first = dataclasses.replace(experiment, batch_tokens=(128, 256, 512))
+    scan(first, tmp_path / "scan")
+    plan = plan_scan(experiment, tmp_path / "scan")
+    assert (plan.cells_done, plan.share_cells, plan.timed) == (3, 3, ("1x16",))
+    assert 0 < plan.expected_seconds <= plan.most_seconds < 600
+    tokens = [record.result.tokens for record in read_results(tmp_path / "scan").runs]
+    assert plan.share == pytest.approx(sum(tokens) / sum((10_000 + b) * (1 + b / 2_000) for b in first.batch_tokens))
+    wrong = dataclasses.replace(subject, model=dataclasses.replace(subject.model, vocab_size=100))
+    with pytest.raises(UserError, match=r"257 .*vocab_size is 100"):
+        plan_scan(dataclasses.replace(experiment, subjects=(wrong,)), tmp_path / "other")
+    with pytest.raises(UserError, match="matches no file"):
+        plan_scan(dataclasses.replace(experiment, text="files:/nowhere/*.txt"), tmp_path / "other")
 
 
 def test_a_plan_names_the_targets_that_a_folders_largest_batch_reached_in_few_steps(made_up, tmp_path):

@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import math
+import re
 
 import pytest
 
@@ -37,6 +39,13 @@ def test_stages_start_at_their_tokens_and_count_them_right(tmp_path, corpus):
     assert 10_000 - 256 < tokens <= 10_000
 
 
+def test_the_total_of_steps_is_the_runs_own_through_all_stages(tmp_path, corpus):
+    """At the present batch size alone, it would fall with each stage."""
+    seen = []
+    result = train(RUN, tmp_path, corpus=corpus, num_devices=1, on_progress=seen.append)
+    assert {p.last_step for p in seen} == {result.steps}
+
+
 def test_a_ramp_sees_every_example_once_and_in_order(tmp_path, corpus, monkeypatch):
     seen = []
 
@@ -51,6 +60,14 @@ def test_a_ramp_sees_every_example_once_and_in_order(tmp_path, corpus, monkeypat
         assert start == position
         position += count
     assert position * 16 == result.tokens
+
+
+def test_a_stage_that_cannot_follow_is_shown_as_the_file_shows_it():
+    """So that a reader finds it there."""
+    with pytest.raises(UserError) as caught:
+        dataclasses.replace(RUN, ramp=(Stage(1_000, 32, 1.0),))
+    shown = re.findall(r"\{.*?\}", str(caught.value))
+    assert [json.loads(each)["batch_tokens"] for each in shown] == [32, 64]
 
 
 @pytest.mark.parametrize("run", [RUN, LIVE], ids=["schedule", "live"])

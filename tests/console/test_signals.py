@@ -1,0 +1,85 @@
+"""Signals while a command starts, compiles and trains: said at once, and ended with the promised code."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+PREAMBLE = """
+import signal, sys, time
+from scaling_jax.console.signals import before_training, heard_at_once, leave
+def say(line):
+    print(line, flush=True)
+def deaf(seconds):
+    "As a compilation: no Python instruction ends meanwhile."
+    import ctypes
+    end = time.monotonic() + seconds
+    ctypes.CDLL(None).usleep(int(seconds * 1e6))  # returns early on a signal
+    while time.monotonic() < end:
+        ctypes.CDLL(None).usleep(int((end - time.monotonic()) * 1e6) + 1)
+"""
+
+
+def ends(code, number, tmp_path):
+    """(exit code, output, seconds) of a process that gets a signal once it says that it is ready."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PATH": "/bin", "PYTHONPATH": ":".join(sys.path), "SCALING_JAX_SAVED": str(tmp_path / "saved")},
+    )
+    assert started.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    start = time.monotonic()
+    started.send_signal(number)
+    output, _ = started.communicate(timeout=60)
+    return started.returncode, output, time.monotonic() - start
+
+
+def test_sigterm_before_training_ends_with_0_and_is_marked_as_saved(tmp_path):
+    code = """
+        with before_training():
+            say("ready")
+            time.sleep(50)
+    """
+    status, output, _ = ends(code, signal.SIGTERM, tmp_path)
+    assert status == 0
+    assert "same command" in output
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_during_the_first_compilation_ends_it_at_once(number, status, tmp_path):
+    code = """
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: None)
+        with heard_at_once(say, lambda: True):
+            say("ready")
+            deaf(50)
+    """
+    found, output, seconds = ends(code, number, tmp_path)
+    assert found == status
+    assert seconds < 20
+    assert "before the first step" in output
+    assert (tmp_path / "saved").exists() == (number == signal.SIGTERM)
+
+
+def test_a_signal_that_has_to_wait_is_said_at_once(tmp_path):
+    code = """
+        came = []
+        signal.signal(signal.SIGINT, lambda *_: came.append(1))
+        with heard_at_once(say):
+            say("ready")
+            deaf(3)
+            say(f"call ended {len(came)}")
+        say("saved")
+    """
+    status, output, seconds = ends(code, signal.SIGINT, tmp_path)
+    assert status == 0
+    assert seconds > 2
+    assert [line.split(":")[0].split(" ")[0] for line in output.splitlines()] == ["Ctrl-C", "call", "saved"]
+    assert "saving" in output.splitlines()[0]
