@@ -7,6 +7,7 @@ import scaling_jax.cli.data
 import scaling_jax.cli.results
 import scaling_jax.cli.running  # noqa: F401  each registers its commands
 from scaling_jax.cli import app, joined
+from scaling_jax.console.terminal import escaped, print_any_character
 from scaling_jax.io import UserError
 
 DESCRIPTION = """Measure, fit and plan the critical batch size of language-model training.
@@ -34,6 +35,7 @@ _COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "tcsh", "fish"
 
 def main() -> None:
     """Runs the command in the arguments; `DESCRIPTION` lists the exit codes."""
+    print_any_character()
     arguments = joined([argument for argument in sys.argv[1:] if argument != "--debug"])
     if arguments == ["--version"]:
         print(f"scaling-jax {importlib.metadata.version('scaling-jax')}")
@@ -45,7 +47,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         kept = ": finished work is kept; run the same command again to continue" if isinstance(error, OSError) else ""
-        print(f"scaling-jax: {error}{kept}".replace("\n", " "), file=sys.stderr)
+        print(escaped(f"scaling-jax: {error}{kept}".replace("\n", " ")), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
