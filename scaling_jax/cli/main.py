@@ -1,7 +1,10 @@
 """The entry point of the command line: dispatch, error messages and exit codes."""
 
 import importlib.metadata
+import os
 import sys
+import traceback
+from typing import NoReturn
 
 import scaling_jax.cli.data
 import scaling_jax.cli.results
@@ -47,11 +50,27 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         kept = ": finished work is kept; run the same command again to continue" if isinstance(error, OSError) else ""
-        print(escaped(f"scaling-jax: {error}{kept}".replace("\n", " ")), file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{error}{kept}")
+    except (RuntimeError, AssertionError) as error:
+        if "--debug" in sys.argv or not _no_platform(error):
+            raise
+        what = str(error) or "no such platform here"
+        chosen = os.environ["JAX_PLATFORMS"]
+        _refuse(f"JAX can't start with JAX_PLATFORMS={chosen} ({what}): unset it, or name a platform of this machine")
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse(why: str) -> NoReturn:
+    print(escaped(f"scaling-jax: {why}".replace("\n", " ")), file=sys.stderr)
+    sys.exit(2)
+
+
+def _no_platform(error: BaseException) -> bool:
+    """True if JAX raised the error while it started the platforms of JAX_PLATFORMS."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(os.environ.get("JAX_PLATFORMS")) and any(frame.filename.endswith("xla_bridge.py") for frame in frames)
 
 
 def _check_shell(arguments: list[str]) -> None:
