@@ -16,7 +16,9 @@ from rich.segment import Segment
 from rich.text import Text
 
 # Control characters but tab and line end, line separators, marks that turn the direction of writing, surrogates.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _PLAIN = {
     "…": "...",
     "·": "*",  # also in formulas

@@ -50,8 +50,8 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
       process_id: 0 … num_processes - 1.
 
     Raises:
-      UserError: if only some arguments are given, if they are out of range, if the processes don't connect within two minutes, or if they have
-        different numbers of devices.
+      UserError: if only some arguments are given, if they are out of range, if the processes don't connect within two
+        minutes, or if they have different numbers of devices.
     """
     if jax.distributed.is_initialized():
         return

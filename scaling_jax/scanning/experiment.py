@@ -8,6 +8,7 @@ from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig, model_config
 from scaling_jax.training import Deadline, Recipe, Run
 
+_MOST_RATES = 10_000  # a typing error shouldn't fill the memory
 FEWEST_STEPS = 100  # to a target with very large batches; below, warm-up, first evaluations and rounding weigh
 
 
@@ -37,13 +38,19 @@ class LearningRates:
             if value is not None and not value > 1:
                 raise UserError(f"learning_rates.{field} = {value} must be above 1")
 
+        for field in ("most", "places", "together"):
+            if getattr(self, field) > _MOST_RATES:
+                raise UserError(f"learning_rates.{field} = {getattr(self, field)} must be at most {_MOST_RATES:,}")
         if self.catch_up is not None and not 0 <= self.catch_up < 1:
             raise UserError(f"learning_rates.catch_up = {self.catch_up} must be from 0 to 1, or None")
 
     def rate(self, batch_tokens: int, index: int) -> float:
         """The rate `index` grid places above the rule, to three digits."""
         rule = self.peak / math.sqrt(1 + self.reference_batch_tokens / batch_tokens)
-        return float(f"{rule * self.factor ** (index / self.places):.3g}")
+        try:
+            return float(f"{rule * self.factor ** (index / self.places):.3g}")
+        except OverflowError:
+            raise UserError(f"learning_rates.factor = {self.factor} is too large to go up {index} places") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Experiment(Recipe):
         super().__post_init__()
         if len(set(self.batch_tokens)) < 3:
             raise UserError(f"batch_tokens = {self.batch_tokens} must have at least 3 batch sizes; 7 are better")
+        if min(self.batch_tokens) < 1:
+            raise UserError(f"batch_tokens = {self.batch_tokens} must be positive")
         for field in ("batch_tokens", "seeds"):
             values = getattr(self, field)
             if len(set(values)) < len(values) or not values:

@@ -37,8 +37,8 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in ("n_layer", "d_model", "n_head", "vocab_size", "context"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} = {getattr(self, field)} must be positive")
+            if not 0 < getattr(self, field) < 2**31:
+                raise UserError(f"{field} = {getattr(self, field)} must be positive, and below 2^31")
         if self.d_model % self.n_head:
             raise UserError(f"d_model = {self.d_model} must be a multiple of n_head = {self.n_head}")
         if self.attention == "cudnn" and self.compute_dtype != "bfloat16":

@@ -7,14 +7,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_jax.io.files import write_json, write_rows
+from scaling_jax.io.files import write_rows
 from scaling_jax.results.branches import BranchMeasurement
 from scaling_jax.scanning import Cell, Experiment, LearningRates, Subject
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training.records import MetricsLine
 from tests.made_up_scan import b_crit, s_min, write_run, write_scan
 
-NUMBERS = (-1, 0, 1, 3, 0.5, -1e308, 1e308, 1e-308, 2**53 + 1, 2**63, 2**64, 10**30, 10**400, float("nan"), float("inf"))
+NUMBERS = (
+    -1,
+    0,
+    1,
+    3,
+    0.5,
+    -1e308,
+    1e308,
+    1e-308,
+    2**53 + 1,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    float("nan"),
+    float("inf"),
+)
 OTHERS = (None, True, "", "x", "1", "\ud800", "[/b]\x1b[31m", "../..", [], [None], ["x"], [1], [[1]], {}, {"x": 1})
 CELLS = ("", " ", "nan", "inf", "-1", "0", "1e308", "1e-308", "9" * 400, "x", "\x1b[31m[/b]", "0x1", "1_0", "٣", "True")
 MISSING = object()
@@ -146,6 +162,3 @@ def _said(other: Any) -> str:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
-
-
-__all__ = ["Hostile", "hostile_files", "small_scan", "write_json"]
