@@ -29,7 +29,6 @@ def prepare_data(
       workers: number of processes; by default one per core.
       check: if the text is already packed, compare all checksums.
     """
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -39,11 +38,12 @@ def prepare_data(
         TimeRemainingColumn,
     )
 
+    from scaling_jax.console.terminal import Terminal
     from scaling_jax.data import prepare
     from scaling_jax.data.packing import summary
 
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Terminal()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as progress:
@@ -56,7 +56,7 @@ def prepare_data(
             check=check,
             on_progress=lambda p: progress.update(task, description=p.phase, completed=p.done, total=p.total),
         )
-    console.print("\n".join(summary(corpus)), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(summary(corpus)), soft_wrap=True)
 
 
 @data.command(name="inspect")
@@ -71,6 +71,7 @@ def inspect_data(source: tyro.conf.Positional[str], tokenizer: str = "bytes", co
       context: tokens per row.
       rows: number of rows to show from each split.
     """
+    from scaling_jax.console.terminal import escaped
     from scaling_jax.data.packing import inspect
 
-    print(inspect(source, context, tokenizer, rows))
+    print(escaped(inspect(source, context, tokenizer, rows)))

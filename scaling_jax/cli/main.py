@@ -2,13 +2,17 @@
 
 import contextlib
 import importlib.metadata
+import os
 import sys
+import traceback
+from typing import NoReturn
 
 import scaling_jax.cli.data
 import scaling_jax.cli.results
 import scaling_jax.cli.running  # noqa: F401  each registers its commands
 from scaling_jax.cli import app, joined
 from scaling_jax.console.signals import before_training
+from scaling_jax.console.terminal import escaped, print_any_character
 from scaling_jax.io import UserError
 
 DESCRIPTION = """Measure, fit and plan the critical batch size of language-model training.
@@ -37,6 +41,7 @@ _COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "tcsh", "fish"
 
 def main() -> None:
     """Runs the command in the arguments; `DESCRIPTION` lists the exit codes."""
+    print_any_character()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     for flag in ("--set", "--executor-options"):
         arguments = joined(arguments, flag)
@@ -52,13 +57,29 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         kept = ": finished work is kept; run the same command again to continue" if isinstance(error, OSError) else ""
-        print(f"scaling-jax: {error}{kept}".replace("\n", " "), file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{error}{kept}")
+    except (RuntimeError, AssertionError) as error:
+        if "--debug" in sys.argv or not _no_platform(error):
+            raise
+        what = str(error) or "no such platform here"
+        chosen = os.environ["JAX_PLATFORMS"]
+        _refuse(f"JAX can't start with JAX_PLATFORMS={chosen} ({what}): unset it, or name a platform of this machine")
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
     finally:
         stack.close()
+
+
+def _refuse(why: str) -> NoReturn:
+    print(escaped(f"scaling-jax: {why}".replace("\n", " ")), file=sys.stderr)
+    sys.exit(2)
+
+
+def _no_platform(error: BaseException) -> bool:
+    """True if JAX raised the error while it started the platforms of JAX_PLATFORMS."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(os.environ.get("JAX_PLATFORMS")) and any(frame.filename.endswith("xla_bridge.py") for frame in frames)
 
 
 def _check_shell(arguments: list[str]) -> None:

@@ -18,9 +18,8 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
       results: a folder that a scan or `train` writes, or gs://bucket/folder.
       json: print JSON.
     """
-    from rich.console import Console
-
     from scaling_jax.console.tables import status_table
+    from scaling_jax.console.terminal import Terminal
     from scaling_jax.io.files import as_json
     from scaling_jax.results.status import read_status
 
@@ -28,7 +27,7 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     if json:
         print(as_json(found))
     else:
-        Console().print(status_table(found), highlight=False)
+        Terminal().print(status_table(found))
 
 
 @app.command
@@ -44,9 +43,8 @@ def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: 
       above_minimum: where a table's tokens are U-shaped over batch sizes, fit the batches above the minimum.
       json: print what is written instead of a table.
     """
-    from rich.console import Console
-
     from scaling_jax.console.tables import print_fit, summary
+    from scaling_jax.console.terminal import Terminal
     from scaling_jax.io.stores import working_copy
     from scaling_jax.results import analyse
     from scaling_jax.results.table import fit_table, write_fit
@@ -67,7 +65,7 @@ def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: 
     if json:
         print(written.read_text(), end="")
     else:
-        Console().print(table, highlight=False)
+        Terminal().print(table)
 
 
 @app.command
@@ -130,11 +128,10 @@ def advise(
       extrapolate: allow a loss outside the measured range.
       json: print JSON.
     """
-    from rich.console import Console
-
     from scaling_jax.advice import advise as advice_on
     from scaling_jax.advice.choices import Hardware
     from scaling_jax.console.advice import advice_table
+    from scaling_jax.console.terminal import Terminal
     from scaling_jax.io.files import as_json
     from scaling_jax.io.stores import working_copy
 
@@ -160,27 +157,26 @@ def advise(
     if json:
         print(as_json(advice))
     else:
-        Console().print(advice_table(advice), highlight=False)
+        Terminal().print(advice_table(advice))
 
 
 def show(folder: Path) -> None:
     """Fits a finished scan, prints its summary, and writes figures and a report. Single runs only get a report."""
-    from rich.console import Console
-
     from scaling_jax.console.tables import summary
+    from scaling_jax.console.terminal import Terminal
     from scaling_jax.io.stores import address, in_bucket
     from scaling_jax.report import write_figures, write_report, write_runs_report
     from scaling_jax.results import analyse, read_results
 
-    console = Console()
+    console = Terminal()
     results = read_results(folder)
     if results.experiment is None:
         report = write_runs_report(results)
     else:
         analysis = analyse(results)
         figures = write_figures(analysis)
-        console.print(summary(analysis, figures), highlight=False)
+        console.print(summary(analysis, figures))
         report = write_report(analysis)
-    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
     if in_bucket(results.folder):
-        console.print(f"all files are in {address(results.folder)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"all files are in {address(results.folder)}", soft_wrap=True)

@@ -240,12 +240,11 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", ex
     with together():
         results = working_copy(results or Path("results") / experiment.name, is_first())
     if dry_run:
-        from rich.console import Console
-
         from scaling_jax.console.tables import plan_table
+        from scaling_jax.console.terminal import Terminal
         from scaling_jax.scanning.plan import plan_scan
 
-        Console().print(plan_table(plan_scan(experiment, results)), highlight=False)
+        Terminal().print(plan_table(plan_scan(experiment, results)))
         return
     engine = {"executor": executor, "executor_options": executor_options}
     commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **engine)
@@ -269,19 +268,18 @@ def compile_ahead(
       topology: the slice: v4, v5e, v5p or v6e, and a shape, such as v5e:4x4 or v5p:4x4x8.
       sharding: as for train; fsdp divides the model over the chips.
     """
-    from rich.console import Console
-
     from scaling_jax.compile.ahead_of_time import compile_runs, planned_runs
     from scaling_jax.compile.topologies import topology as find_topology
     from scaling_jax.console.tables import print_compiled
+    from scaling_jax.console.terminal import Terminal
     from scaling_jax.scanning.records import load_plan
 
-    runs, slice_, console = planned_runs(load_plan(experiment)), find_topology(topology), Console()
+    runs, slice_, console = planned_runs(load_plan(experiment)), find_topology(topology), Terminal()
     with console.status(f"compiling for {slice_.name}") as status:
         batches = []
         for batch in compile_runs(runs, slice_, sharding):
             batches.append(batch)
             status.update(f"compiling for {slice_.name}: {len(batches)} of {len(runs)} batch sizes done")
-    console.print(print_compiled(batches, slice_), highlight=False)
+    console.print(print_compiled(batches, slice_))
     if not all(batch.fits for batch in batches):
         sys.exit(1)

@@ -17,6 +17,7 @@ from rich.text import Text
 from scaling_jax.console.dashboards import Follower, Writer
 from scaling_jax.console.grid import Grid
 from scaling_jax.console.signals import heard_at_once, leave, sigterm_interrupts
+from scaling_jax.console.terminal import Terminal
 from scaling_jax.data import Corpus
 from scaling_jax.io import UserError
 from scaling_jax.parallel import Sharding, is_first, together
@@ -49,8 +50,8 @@ def scan_on_console(
       UserError, KeyboardInterrupt: see `scan`.
       SystemExit: with code 0, after SIGTERM stopped the scan, in this process or another one of the scan.
     """
-    console = Console(quiet=not is_first())
-    console.print(f"{experiment.name}: results in {results}", highlight=False, markup=False, soft_wrap=True)
+    console = Terminal(quiet=not is_first())
+    console.print(f"{experiment.name}: results in {results}", soft_wrap=True)
     done: list[Cell] = []
     followers: list[Follower] = []
     with contextlib.ExitStack() as stack:
@@ -85,7 +86,7 @@ def train_on_console(
       KeyboardInterrupt: after Ctrl-C, once the run is saved.
       SystemExit: with code 0 after SIGTERM, in this process or another one of the run, once the run is saved.
     """
-    console = Console()
+    console = Terminal()
 
     of = "of at most" if run.live_ramp is not None and run.max_steps is None else "of"
 
@@ -94,7 +95,6 @@ def train_on_console(
         console.print(
             f"step {p.step:,} {of} {p.last_step:,}  {short(p.tokens)} tokens  test loss {p.test_loss:.4f}  "
             f"{short(p.tokens_per_second)} tokens/s  noise scale {noise} tokens",
-            highlight=False,
             soft_wrap=True,
         )
         for follower in followers:
@@ -107,7 +107,7 @@ def train_on_console(
 
     keep_compiled_programs()
     if is_first() and (note := _note_of_others(run, results)):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
     with contextlib.ExitStack() as stack:
         followers = [stack.enter_context(Follower(results, writer)) for writer in writers]
         asked = stack.enter_context(stop_on_signals())
@@ -126,7 +126,7 @@ def train_on_console(
         *_noise_scale_lines(folder),
         f"records: {folder}",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def branch_on_console(
@@ -147,10 +147,10 @@ def branch_on_console(
     """
     check_tolerance(tolerance)
     plans = _branch_plans(results, models, batch_tokens, **options)
-    console = Console()
+    console = Terminal()
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
     num_runs, tokens = sum(plan.num_runs for plan in plans), sum(plan.num_tokens for plan in plans)
     say(f"{num_runs:,} runs of {short(tokens)} tokens in all; those that are done aren't trained again")
@@ -229,7 +229,7 @@ class ScanDisplay:
             self._printed = time.monotonic()
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
     def _running(self) -> list[str]:
         return [

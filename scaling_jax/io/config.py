@@ -18,6 +18,8 @@ from scaling_jax.io.files import read_whole
 
 C = TypeVar("C")
 
+_BEYOND = 2**63  # whole numbers from here on fit in no array
+_LONGEST = 80  # characters of a value in a message
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _SIZE = re.compile(
     r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|[\d_]*\.?\d+)(?:[eE][+-]?\d+)?)"  # refuses 1,5, which may mean 1.5
@@ -37,7 +39,7 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
       UserError: if a key is unknown or missing, or its value has the wrong type. Names the key and what is expected.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where.rstrip('.') or cls.__name__} = {values!r}: expected an object of keys and values")
+        raise UserError(f"{where.rstrip('.') or cls.__name__} = {_said(values)}: expected an object of keys and values")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -199,7 +201,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise UserError(f"{where} = {value!r}: choose from {', '.join(map(str, args))}")
+        raise UserError(f"{where} = {_said(value)}: choose from {', '.join(map(str, args))}")
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
@@ -211,9 +213,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         value = float(value) if abs(value) < 2**1023 else math.inf
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} = {value}: expected a finite number")
+    if hint is int and isinstance(value, int) and abs(value) >= _BEYOND:
+        raise UserError(f"{where} = {_said(value)}: expected a whole number below 2^63")
     if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
-    raise UserError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}")
+    raise UserError(f"{where} = {_said(value)}: expected {getattr(hint, '__name__', hint)}")
+
+
+def _said(value: Any) -> str:
+    """The value for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _number(text: str, where: str) -> float:

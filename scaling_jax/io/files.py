@@ -105,9 +105,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file so that `path` always holds the whole old or the whole new content. Text is in UTF-8."""
+    """Writes a file so that `path` always holds the whole old or the whole new content. Text is in UTF-8.
+
+    What UTF-8 can't hold, such as bytes of other names of folders, is written as an escape.
+    """
     with whole_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:

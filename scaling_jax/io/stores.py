@@ -37,11 +37,19 @@ _claims: dict[Path, str] = {}
 
 
 def cache_folder() -> Path:
-    """Folder for files that can be made again: `$SCALING_JAX_CACHE`, else `scaling_jax` in the user's cache folder."""
+    """Folder for files that can be made again: `$SCALING_JAX_CACHE`, else `scaling_jax` in the user's cache folder.
+
+    Raises:
+      UserError: if the folder is in the home of a user that isn't there.
+    """
     chosen = os.environ.get("SCALING_JAX_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaling_jax"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaling_jax"
+    except RuntimeError as error:
+        said = f"SCALING_JAX_CACHE={chosen}" if chosen else "the cache folder"
+        raise UserError(f"{said} has no home ({error}): set SCALING_JAX_CACHE to a folder") from None
 
 
 def working_copy(results: str | Path, fetch: bool = True) -> Path:

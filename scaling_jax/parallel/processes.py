@@ -50,8 +50,8 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
       process_id: 0 … num_processes - 1.
 
     Raises:
-      UserError: if only some arguments are given, if the processes don't connect within two minutes, or if they have
-        different numbers of devices.
+      UserError: if only some arguments are given, if they are out of range, if the processes don't connect within two
+        minutes, or if they have different numbers of devices.
     """
     if jax.distributed.is_initialized():
         return
@@ -59,6 +59,13 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     missing = [flag for flag, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
         raise UserError(f"give --coordinator, --num-processes and --process-id together: {', '.join(missing)} missing")
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        _check_address(coordinator)
+        if not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--process-id {process_id} with --num-processes {num_processes}: processes have numbers from 0 to "
+                "--num-processes - 1"
+            )
     if num_processes == 1 or (missing and _first_of(_LAUNCHED) == "1"):
         return
     if coordinator is not None and process_id:
@@ -225,10 +232,14 @@ def _first_of(variables: tuple[str, ...]) -> str | None:
     return next((os.environ[name] for name in variables if name in os.environ), None)
 
 
+def _check_address(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator {coordinator!r} must be host:port, such as 10.0.0.1:1234")
+
+
 def _wait_for(coordinator: str) -> None:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator {coordinator!r} must be host:port, such as 10.0.0.1:1234")
     until = time.monotonic() + _CONNECT_SECONDS
     while True:
         try:

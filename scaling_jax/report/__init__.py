@@ -1,9 +1,11 @@
 """Figures and HTML reports of results. Trains nothing."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scaling_jax.io import UserError
 from scaling_jax.results import Analysis, Results
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list
       workdir: results folder to write to; None takes the scan's folder.
     """
     from scaling_jax.io.stores import publish, working_copy
+
+    _check_matplotlib()
     from scaling_jax.report.chart import save
 
     folder = analysis.results.folder if workdir is None else working_copy(workdir, fetch=False)
@@ -33,6 +37,8 @@ def write_report(analysis: Analysis, workdir: str | Path | None = None) -> Path:
     """
     from scaling_jax.io.files import write_whole
     from scaling_jax.io.stores import publish, working_copy
+
+    _check_matplotlib()
     from scaling_jax.report.page import page
     from scaling_jax.report.sections import sections
 
@@ -47,6 +53,8 @@ def write_runs_report(results: Results) -> Path:
     """Writes report.html for a folder of single runs, and returns its path."""
     from scaling_jax.io.files import write_whole
     from scaling_jax.io.stores import publish
+
+    _check_matplotlib()
     from scaling_jax.report.page import page
     from scaling_jax.report.sections import run_sections
 
@@ -54,6 +62,15 @@ def write_runs_report(results: Results) -> Path:
     write_whole(path, page(f"Runs: {results.folder.resolve().name}", run_sections(results)))
     publish(results.folder)
     return path
+
+
+def _check_matplotlib() -> None:
+    """Raises UserError if matplotlib refuses the environment's MPLBACKEND, which it does when it is imported."""
+    try:
+        import matplotlib  # noqa: F401
+    except ValueError as error:
+        what = str(error).splitlines()[0].partition(";")[0]
+        raise UserError(f"MPLBACKEND={os.environ.get('MPLBACKEND')} ({what}): unset it, or set it to agg") from None
 
 
 def _charts(analysis: Analysis) -> "Iterator[Chart]":

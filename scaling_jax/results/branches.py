@@ -296,6 +296,13 @@ def _read_row(row: dict[str, str]) -> BranchMeasurement:
     found = BranchMeasurement(**values)
     if any(math.isnan(value) for value in (found.loss, found.b_crit, found.low, found.high)):
         raise ValueError("a value is nan")
+    for name in ("batch_tokens", "loss", "b_crit", "high"):
+        if not getattr(found, name) > 0:
+            raise ValueError(f"{name} = {getattr(found, name)} isn't positive")
+    if not (
+        found.low >= 0 and found.loss < math.inf and max(found.batch_tokens, abs(found.seed), found.tokens) < 2**63
+    ):
+        raise ValueError("a value is out of range")
     if "replicates" not in row and found.low == found.high == found.batch_tokens:
         raise ValueError("version 0.1 measured nothing here")  # it evaluated the run at other tokens than its branches
     return found

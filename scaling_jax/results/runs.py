@@ -20,8 +20,8 @@ from scaling_jax.noise_scale.estimate import fieller
 from scaling_jax.scanning import Cell, Experiment, Subject
 from scaling_jax.scanning.search import Outcome, Tried, best_of, look_at
 from scaling_jax.tasks import part_names
-from scaling_jax.training import Run, RunResult, read_metrics, read_result
-from scaling_jax.training.records import Course, course, read_run_config
+from scaling_jax.training import Run, RunResult, read_result
+from scaling_jax.training.records import Course, read_course, read_run_config
 
 WINDOWS = 24  # of a run, for its noise scale over training
 FEWEST_STEPS = 4  # in such a window
@@ -243,7 +243,7 @@ def ratio_of_means(
 
 def _read_run(folder: Path) -> RunRecord:
     config, result = read_run_config(folder), read_result(folder)
-    return RunRecord(folder, config.run, config.corpus, result, course(read_metrics(folder, result)))
+    return RunRecord(folder, config.run, config.corpus, result, read_course(folder, result))
 
 
 def _curve(run: Run) -> Run:

@@ -99,6 +99,8 @@ class Experiment(Recipe):
         super().__post_init__()
         if len(set(self.batch_tokens)) < 3:
             raise UserError(f"batch_tokens = {self.batch_tokens} must have at least 3 batch sizes; 7 are better")
+        if min(self.batch_tokens) < 1:
+            raise UserError(f"batch_tokens = {self.batch_tokens} must be positive")
         for field in ("batch_tokens", "seeds"):
             values = getattr(self, field)
             if len(set(values)) < len(values) or not values:

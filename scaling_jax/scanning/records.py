@@ -71,7 +71,13 @@ def read_search(workdir: Path, cell: Cell) -> SearchRecord | None:
     path = workdir / "cells" / f"{cell.file_name}.json"
     if not path.exists():
         return None
-    return read_config(SearchRecord, path, "remove it, then the same scan command writes it again")
+    remedy = "remove it, then the same scan command writes it again"
+    record = read_config(SearchRecord, path, remedy)
+    if (held := Cell(record.model, record.batch_tokens, record.seed)) != cell:
+        raise UserError(f"{path} is damaged (it holds the search of {held.name}): {remedy}")
+    if wrong := [run for run in record.runs if Path(run).name != run or "\0" in run]:
+        raise UserError(f"{path} is damaged (runs: {wrong[0]!r} isn't the name of a run): {remedy}")
+    return record
 
 
 def write_experiment(workdir: Path, experiment: Experiment) -> None:

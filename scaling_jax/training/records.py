@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +29,8 @@ Status = Literal["reached", "exhausted", "given up", "diverged"]
 
 _NORMS = ("small_sq_norm", "big_sq_norm")
 _NORMS_BY_PART = ("small_sq_norm_by_layer", "big_sq_norm_by_layer")
+_PIECE = 10_000  # lines of metrics.jsonl that are in memory at a time
+_LARGEST = 1e100  # losses and norms come from float32; far larger values overflow in products
 _NUMBERS = {float, int, type(None)}
 _DAMAGE = (ValueError, TypeError, KeyError, RecursionError, OverflowError)  # raised by reading damaged values
 
@@ -97,7 +99,9 @@ class MetricsLine:
         if any(len(norm) != len(train_loss) for norm in norms):
             raise ValueError("train_loss, small_sq_norm and big_sq_norm differ in length")
         loss = values.get("test_loss")
-        if loss is not None and (isinstance(loss, bool) or not isinstance(loss, float | int) or not loss > 0):
+        if loss is not None and (
+            isinstance(loss, bool) or not isinstance(loss, float | int) or not 0 < loss < _LARGEST
+        ):
             raise ValueError(f"test_loss = {loss!r} isn't a positive number")
         epoch, bits = values.get("epoch"), values.get("test_bits_per_byte")
         step, tokens, batch_tokens, small_batch_tokens = counts
@@ -245,13 +249,29 @@ def read_metrics(folder: Path, result: RunResult | None = None) -> list[MetricsL
     Raises:
       UserError: if a line is damaged, or the lines and the result disagree. Names the line or both steps.
     """
+    return list(_each_line(folder, result))
+
+
+def read_course(folder: Path, result: RunResult | None = None) -> Course:
+    """The columns of `read_metrics`, read in pieces, because lines take far more memory. Raises what it raises."""
+    lines, pieces = _each_line(folder, result), []
+    while piece := list(itertools.islice(lines, _PIECE)):
+        pieces.append(course(piece))
+    return course([]) if not pieces else Course(*map(_joined, zip(*pieces, strict=True)))  # type: ignore[arg-type]
+
+
+def _joined(columns: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    return None if any(c is None for c in columns) else np.concatenate(columns)  # type: ignore[arg-type]
+
+
+def _each_line(folder: Path, result: RunResult | None) -> Iterator[MetricsLine]:
     path = folder / "metrics.jsonl"
-    lines: list[MetricsLine] = []
+    last = 0
     num_parts: set[int] = set()
     for number, text in read_lines(path):
         try:
             line = MetricsLine.read(parse_json(text))
-            if line.step - line.num_steps != (lines[-1].step if lines else 0):
+            if line.step - line.num_steps != last:
                 raise ValueError(f"{line.num_steps} steps up to step {line.step} don't follow the line before")
             num_parts |= {len(x) for x in (line.small_sq_norm_by_part, line.big_sq_norm_by_part) if x is not None}
             if len(num_parts) > 1:
@@ -260,13 +280,12 @@ def read_metrics(folder: Path, result: RunResult | None = None) -> list[MetricsL
                 )
         except _DAMAGE as error:
             raise UserError(f"{path} line {number} is damaged ({error}): {_train_again(folder)}") from None
-        lines.append(line)
-    last = lines[-1].step if lines else 0
+        last = line.step
+        yield line
     if result is not None and last != result.steps:
         raise UserError(
             f"{path} ends at step {last:,} but the run ended at step {result.steps:,}: {_train_again(folder)}"
         )
-    return lines
 
 
 def append_metrics(folder: Path, line: MetricsLine) -> None:
@@ -316,7 +335,10 @@ def _numbers(values: dict[str, Any], name: str) -> np.ndarray:
     listed = values[name]
     if not isinstance(listed, list) or not set(map(type, listed)) <= _NUMBERS:
         raise ValueError(f"{name} isn't a list of numbers")
-    return np.array(listed, float)  # None becomes NaN
+    numbers = np.array(listed, float)  # None becomes NaN
+    if np.any(np.abs(numbers) > _LARGEST):
+        raise ValueError(f"{name} has a value of {np.nanmax(np.abs(numbers)):.3g}")
+    return numbers
 
 
 def _nulls(array: np.ndarray) -> list[float | None]:

@@ -1,179 +1,178 @@
-"""A corpus of flags, overrides and environments that nobody should give: no traceback, no hang, an answer or one line.
+"""Results folders in which one value of one file can't be: every reading command ends well or with one line."""
 
-A sample runs by default, all of it with -m long.
-"""
-
-import itertools
-import os
-import signal
-import subprocess
-import sys
-import time
+import io
+import random
+import shutil
 
 import pytest
 
-from scaling_jax.console import commands
-from scaling_jax.io.files import write_json
-from tests.robustness.conftest import contents
+from scaling_jax.advice.advise import advise
+from scaling_jax.console.advice import advice_table
+from scaling_jax.console.commands import _branch_plans
+from scaling_jax.console.tables import status_table, summary
+from scaling_jax.console.terminal import Terminal
+from scaling_jax.io import UserError
+from scaling_jax.io.files import as_json, write_rows
+from scaling_jax.results import analyse, read_results
+from scaling_jax.results.measurements import Measurement, columns, measurement_notes, noise_notes, seed_notes
+from scaling_jax.results.runs import last_noise_scale
+from scaling_jax.results.status import read_status
+from scaling_jax.scanning.cells import find_outcome, finished_runs, searched
+from scaling_jax.scanning.records import check_same_recipe, load_experiment, load_run, read_experiment
+from scaling_jax.training.records import read_metrics, read_run_config, run_folder
+from tests.robustness.conftest import replaced
+from tests.robustness.hostile import hostile_files, small_scan
 
-SECONDS = 20  # of processor time, for each
-SAMPLE = 16  # one in so many runs by default
-VALUES = (
-    *("0", "-1", "1", "0.5", "-0.0", "nan", "inf", "-inf", "1e-308", "1e19", "1e308", "1e400", "2^64", "9" * 40),
-    *("", " ", "x", "½", "[]", "[[]]", "{}", "null", "true", "0x10", "1,5", "[0]", "[-1,1e300,nan]", '"1"', "\u202e1"),
-)
-TRAIN = ("learning-rate", "batch-tokens", "context", "max-tokens", "max-steps", "target-loss", "seed", "model", "text")
-ADVISE = (
-    *("target-loss", "budget-tokens", "start-batch-tokens", "max-batch-tokens", "ramp-fraction", "model"),
-    *("reference-batch-tokens", "devices", "tokens-per-second", "device-batch-tokens"),
-)
-BRANCH = ("batch-tokens", "points", "replicates", "tolerance", "betas", "model")
-KEYS = (
-    *("batch_tokens", "seeds", "max_tokens", "name", "subjects", "warmup_steps", "warmup_tokens", "eval_tokens"),
-    *("microbatch_tokens", "steps_per_call", "eval_growth", "eval_every_tokens", "average_half_life_tokens"),
-    *(f"optimizer.{key}" for key in ("name", "beta1", "beta2_half_life_tokens", "clip_norm", "weight_decay")),
-    *(f"subjects.0.model.{key}" for key in ("n_layer", "d_model", "n_head", "vocab_size", "context", "compute_dtype")),
-    *(f"subjects.0.learning_rates.{key}" for key in ("peak", "reference_batch_tokens", "factor", "places", "most")),
-    *(f"subjects.0.learning_rates.{key}" for key in ("together", "give_up_factor", "catch_up")),
-    "subjects.0.target_losses",
-)
-RUN_KEYS = (
-    "ramp",
-    "live_ramp.threshold",
-    "live_ramp.sequences",
-    "live_ramp.max_batch_tokens",
-    "snapshot_tokens",
-    "skip",
-)
+SAMPLE, CORPUS = 24, 600  # files; by default, and in the long test
 
 
-def command_lines():
-    """Each command line as words; {…} stands for what the test has."""
-    start = {"learning-rate": "1e-3", "batch-tokens": "128", "max-steps": "3", "model": "1x16"}
-    for flag, value in itertools.product(TRAIN, VALUES):
-        given = {key: old for key, old in start.items() if (key, flag) != ("max-steps", "max-tokens")} | {flag: value}
-        yield ["train", "--dry-run", *(f"--{key}={said}" for key, said in given.items())]
-    for key, value in itertools.product(RUN_KEYS, VALUES):
-        given = [f"--{flag}={said}" for flag, said in start.items()]
-        yield ["train", "--dry-run", *given, "--set", f"{key}={value}", "live_ramp.max_batch_tokens=256"]
-    for key, value in itertools.product(KEYS, VALUES):
-        yield ["scan", "{experiment}", "--dry-run", "--set", f"{key}={value}"]
-    for flag, value in itertools.product(ADVISE, VALUES):
-        given = {"target-loss": "2.5", "devices": "8", "tokens-per-second": "1e5"} | {flag: value}
-        yield ["advise", "{measured}", "--extrapolate", *(f"--{key}={said}" for key, said in given.items())]
-    for flag, value in itertools.product(BRANCH, VALUES):
-        yield [
-            "branch",
-            "{scanned}",
-            *(f"--{key}={said}" for key, said in ({"batch-tokens": "512"} | {flag: value}).items()),
-        ]
-    for command, value in itertools.product(("fit", "report", "status", "compile", "scan", "train"), VALUES[14:]):
-        yield [command, f"./{value}"]
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(experiment, folder) of a small finished scan."""
+    folder = tmp_path_factory.mktemp("small") / "scan"
+    experiment = small_scan(folder)
+    write_rows(folder / "measurements.csv", Measurement, read_results(folder).measurements)
+    return experiment, folder
 
 
-ALL = list(command_lines())
+def shown(what):
+    Terminal(file=io.StringIO()).print(what)
 
 
-def marked():
-    for number, words in enumerate(ALL):
-        marks = () if number % SAMPLE == SAMPLE // 2 else (pytest.mark.long,)
-        yield pytest.param(words, marks=marks, id=f"{number}")
+def status(_, folder):
+    found = read_status(folder)
+    shown(status_table(found))
+    as_json(found)
 
 
-@pytest.fixture
-def places(tmp_path, measured, scanned, monkeypatch):
-    """What {…} stands for. Nothing trains: branches that may be trained are told instead."""
-    text = tmp_path / "text"
-    text.mkdir()
-    for k in range(30):
-        (text / f"{k}.txt").write_text("how now brown cow " * 400)
-    rates = {"peak": 1e-2, "reference_batch_tokens": 1_000}
-    model = {"n_layer": 1, "d_model": 16, "n_head": 1}
-    write_json(
-        tmp_path / "experiment.json",
-        {
-            "schema": 3,
-            "name": "hostile",
-            "text": f"files:{text}/*",
-            "subjects": [{"model": model, "target_losses": [3.0, 2.0], "learning_rates": rates}],
-            "batch_tokens": [128, 256, 512],
-            "max_tokens": 10_000,
-        },
-    )
-    monkeypatch.setattr(commands, "train_branches", lambda *_, **__: None)
-    monkeypatch.setattr(commands, "write_branches", lambda *_: None)
-    monkeypatch.setattr("scaling_jax.cli.running.show", lambda *_: None)
-    monkeypatch.setenv("SCALING_JAX_CACHE", str(tmp_path / "cache"))
-    return {"experiment": tmp_path / "experiment.json", "measured": measured, "scanned": scanned}
+def report(_, folder):
+    """What fits, tables and charts are made of."""
+    results = read_results(folder)
+    for record in results.runs:
+        assert record.noise is not None
+        assert record.noise_by_part is not None
+        last_noise_scale(record.course)
+    assert results.curves
+    if results.experiment is not None:
+        assert len(columns(results.measurements)["steps"]) <= len(results.measurements)
+        measurement_notes(results.measurements)
+        seed_notes(results.seeds)
+        noise_notes(results.cells)
+        assert results.noise_scale is not None
 
 
-@pytest.fixture
-def in_time():
-    """Ends what hangs in Python."""
-
-    def fail(*_):
-        pytest.fail(f"it hung {15 * SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(15 * SECONDS)  # others may use the processor, too
-    started = time.process_time()
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-    assert time.process_time() - started < SECONDS
+def branch(_, folder):
+    _branch_plans(read_results(folder), ["1x16"], 128, most_points=4, replicates=2, betas="run")
 
 
-@pytest.mark.parametrize("words", marked())
-def test_what_nobody_should_give_gets_an_answer(words, places, cli, in_time):
-    before = contents(places["scanned"])
-    done = cli(*(places.get(word.strip("{}"), word) if word.startswith("{") else word for word in words))
-    assert done.code in (0, 2), (words, done)
-    assert "Traceback" not in done.errors
-    if done.code == 2:
-        assert done.errors.strip(), words
-        assert done.errors.count("\n") == 1 or "--help" in " ".join(done.errors.split()), done.errors
-    if words[0] == "branch":
-        assert contents(places["scanned"]) == before
+def resume(experiment, folder):
+    """What scan and train read before they train."""
+    check_same_recipe(folder, experiment)
+    finished_runs(experiment, experiment.cells[0], folder)
+    searched(experiment, experiment.cells[0], folder)
+    run = experiment.run(experiment.cells[0], 0)
+    find_outcome(run, folder)
+    read_metrics(run_folder(folder, run))
 
 
-def test_the_corpus_is_as_large_as_it_should_be():
-    assert len(ALL) >= 300
-    assert len({tuple(words) for words in ALL}) > 0.95 * len(ALL)
+def files(_, folder):
+    load_experiment(folder / "experiment.json")
+    for run in (folder / "runs").iterdir():
+        load_run(run / "config.json")
 
 
-ENVIRONMENTS = [
-    {"SCALING_JAX_CACHE": "/dev/null/x"},
-    {"SCALING_JAX_CACHE": "/proc/x"},
-    {"JAX_PLATFORMS": "nonsense"},
-    {"JAX_COMPILATION_CACHE_DIR": "/dev/null/x"},
-    {"JAX_NUM_CPU_DEVICES": "x"},
-    {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
-    {"HOME": "/nowhere"},
-    {"TMPDIR": "/nowhere"},
-    {"LANG": "xx", "LC_ALL": "xx"},
-    {"COLUMNS": "1"},
-    {"NO_COLOR": "1", "TERM": "dumb"},
-    {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
-]
+def fit(_, folder):
+    shown(summary(analyse(folder)))
+
+
+def advice(_, folder):
+    shown(advice_table(advise(folder, 2.5)))
+
+
+READERS = (status, report, branch, resume, files)
+
+
+def check(small, hostile, readers):
+    """Every reader takes the file, or names it in one line."""
+    experiment, folder = small
+    with replaced(folder / hostile.name, hostile.content):
+        for read in readers:
+            if read is advice and hostile.name != "measurements.csv":
+                continue
+            try:
+                read(experiment, folder)
+            except UserError as refused:
+                said = str(refused)
+                assert "\n" not in said
+                assert len(said) < 700, said
+                assert str(folder) in said, (hostile, read.__name__, said)
+            except Exception as error:  # any other would be a traceback
+                raise AssertionError(f"{read.__name__} with {hostile.name}, {hostile.where}") from error
+
+
+def sample(folder, count, seed=0):
+    return random.Random(seed).sample(list(hostile_files(folder)), count)
+
+
+def test_a_sample_of_hostile_files_ends_no_reader_in_a_traceback(small):
+    for hostile in sample(small[1], SAMPLE):
+        check(small, hostile, READERS)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda e: " ".join(f"{k}={v}" for k, v in e.items()))
-def test_an_environment_that_nobody_should_have_ends_in_a_run_or_in_one_line(environment, tmp_path):
-    text = tmp_path / "text"
-    text.mkdir()
-    for k in range(30):
-        (text / f"{k}.txt").write_text("how now brown cow " * 40)
-    flags = f"--learning-rate 1e-3 --batch-tokens 256 --context 16 --max-steps 3 --model 1x16 --text files:{text}/*"
-    command = [sys.executable, "-m", "scaling_jax.cli.main", "train", *flags.split(), "--results", str(tmp_path / "r")]
-    usual = {"SCALING_JAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
-    done = subprocess.run(
-        command,
-        env=os.environ | usual | environment,
-        capture_output=True,
-        text=True,
-        timeout=15 * SECONDS,
-        cwd=tmp_path,
-    )
-    assert done.returncode in (0, 2), done.stderr
-    assert "Traceback" not in done.stderr
+def test_no_hostile_file_ends_a_reader_in_a_traceback(small):
+    for k, hostile in enumerate(sample(small[1], CORPUS, seed=1)):
+        check(small, hostile, (*READERS, advice, *([fit] if k % 5 == 0 else [])))
+        shutil.rmtree(small[1] / "figures", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "names"),
+    [
+        ("experiment.json", "subjects.0.model.n_layer = 1" + "0" * 19, "subjects[0].model.n_layer"),
+        ("experiment.json", "subjects.0.learning_rates.reference_batch_tokens = 1" + "0" * 19, "reference_batch"),
+        ("experiment.json", "subjects.0.learning_rates.most = 9223372036854775808", "most"),
+        ("experiment.json", "batch_tokens.4 = 0", "batch_tokens"),
+        ("cells/1x16-b128-s0.json", "model = 'x'", "1x16-b128-s0.json is damaged"),
+        ("cells/1x16-b128-s0.json", "runs.0 = '../..'", "'../..' isn't the name of a run"),
+    ],
+)  # fmt: skip
+def test_what_once_was_a_traceback_names_file_and_field(name, where, names, small):
+    experiment, folder = small
+    (hostile,) = [one for one in hostile_files(folder) if (one.name, one.where) == (name, where)][:1]
+    for read in READERS[:3]:
+        with replaced(folder / name, hostile.content), pytest.raises(UserError) as refused:
+            read(experiment, folder)
+        assert names in str(refused.value)
+        assert str(folder / name) in str(refused.value)
+
+
+@pytest.mark.parametrize("column", ["loss", "b_crit", "batch_tokens"])
+def test_branches_that_are_not_positive_are_left_out(column, small):
+    _, folder = small
+    for hostile in hostile_files(folder):
+        if hostile.name == "branches.csv" and hostile.where == f"line 2 column {column} = '-1'":
+            with replaced(folder / hostile.name, hostile.content):
+                found = read_results(folder)
+            assert found.branches == ()
+            assert f"branches.csv line 2 isn't a branch measurement ({column} = -1" in found.notes[0]
+            return
+    raise AssertionError("no such file")
+
+
+def test_a_value_of_many_digits_is_cut_in_the_message(small):
+    _, folder = small
+    content = b'{"schema": 3, "name": ' + b"[" * 300 + b"]" * 300 + b"}"
+    with replaced(folder / "experiment.json", content), pytest.raises(UserError) as refused:
+        read_experiment(folder)
+    assert len(str(refused.value)) < 500
+
+
+def test_runs_of_the_corpus_are_really_read(small):
+    """The corpus would prove nothing about files that no reader opens."""
+    experiment, folder = small
+    for name in {hostile.name for hostile in hostile_files(folder)} - {"measurements.csv"}:
+        if not name.endswith(("clock.jsonl", "branches.csv")):
+            with replaced(folder / name, b"[]\n"), pytest.raises(UserError, match=name.rpartition("/")[2]):
+                report(experiment, folder)
+    assert read_run_config(sorted((folder / "runs").iterdir())[0])
