@@ -72,6 +72,20 @@ def append_line(path: Path, value: Any) -> None:
         file.write(json.dumps(value) + "\n")
 
 
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a power cut."""
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+        return
+    with contextlib.suppress(OSError):  # not every system can open or wait for a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_lines(path: Path, values: Iterable[Any]) -> None:
     """Writes a file of JSON lines, whole or not at all."""
     write_whole(path, "".join(json.dumps(value) + "\n" for value in values))

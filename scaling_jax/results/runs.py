@@ -21,7 +21,8 @@ from scaling_jax.scanning import Cell, Experiment, Subject
 from scaling_jax.scanning.search import Outcome, Tried, best_of, look_at
 from scaling_jax.tasks import part_names
 from scaling_jax.training import Run, RunResult, read_metrics, read_result
-from scaling_jax.training.records import Course, course, read_run_config
+from scaling_jax.training.metrics import Course, course
+from scaling_jax.training.records import read_run_config
 
 WINDOWS = 24  # of a run, for its noise scale over training
 FEWEST_STEPS = 4  # in such a window

@@ -1,0 +1,112 @@
+"""Tells whole records and states from damaged ones: checksums, and what the records of a finished run must say."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling_jax.training.metrics import MetricsLine
+
+if TYPE_CHECKING:
+    from scaling_jax.training.records import RunResult
+
+
+class LinesHash:
+    """The SHA-256 of metrics.jsonl after each of its lines, as this version writes them."""
+
+    def __init__(self, lines: Sequence[MetricsLine] = ()):
+        self._sha256 = hashlib.sha256()
+        self.at_step: dict[int, str] = {}
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: MetricsLine) -> None:
+        self._sha256.update(json.dumps(line.json()).encode() + b"\n")
+        self.at_step[line.step] = self.digest
+
+    @property
+    def digest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def records_checksum(config: str, metrics: str, result: Mapping[str, Any]) -> str:
+    """The checksum in result.json.
+
+    Args:
+      config, metrics: SHA-256 of config.json and of metrics.jsonl.
+      result: the other values of result.json.
+    """
+    values = {name: value for name, value in result.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps([config, metrics, values], sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file; that of nothing if there is no file."""
+    if not path.exists():
+        return hashlib.sha256().hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def disagreement(lines: Sequence[MetricsLine], result: "RunResult") -> str | None:
+    """What the lines of a finished run say against its result; None if they agree. Needs no checksum."""
+    if (last := lines[-1].step if lines else 0) != result.steps:
+        return f"ends at step {last:,} but the run ended at step {result.steps:,}"
+    if not lines:
+        return "has no line"
+    if lines[-1].tokens != result.tokens:
+        return f"ends at {lines[-1].tokens:,} tokens but the run ended at {result.tokens:,}"
+    final = lines[-1].test_loss if math.isfinite(lines[-1].test_loss) else None
+    if final != result.test_loss:
+        return f"ends with a test loss of {final} but the run ended with {result.test_loss}"
+    for line in lines[:-1] if result.status == "diverged" else lines:
+        if not np.all(np.isfinite(line.train_loss)) or (line.evaluated and not math.isfinite(line.test_loss)):
+            return f"has a loss that isn't finite at step {line.step:,}, but the run went on"
+    return None
+
+
+def state_checksum(state: Any) -> str:
+    """A checksum of all bits of a pytree of arrays. It doesn't depend on how they lie on devices and in processes.
+
+    Any single changed bit changes it; other damage goes unseen once in 2⁶⁴ times. The devices compute it, so that no
+    array is copied to the host. With several processes, all must call this.
+    """
+    return "".join(f"{int(total):08x}" for total in np.asarray(_weighted_sums(jax.tree.leaves(state))))
+
+
+@jax.jit
+def _weighted_sums(leaves: list[jax.Array]) -> jax.Array:
+    """Two sums of all bits as 32-bit words, each times an odd weight of its place, modulo 2³²."""
+    totals = jnp.zeros(2, jnp.uint32)
+    for number, leaf in enumerate(leaves):
+        words = _words(leaf)
+        # Not reshape(-1): that would gather arrays that are split over devices.
+        place = jnp.zeros(words.shape, jnp.uint32)
+        for axis in range(words.ndim):
+            strides = math.prod(words.shape[axis + 1 :]) % 2**32
+            place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(strides)
+        place = _mixed(place + jnp.uint32(0x9E3779B9 * (number + 1) % 2**32))
+        sums = [jnp.sum(words * (weight | 1), dtype=jnp.uint32) for weight in (place, _mixed(place + 1))]
+        totals += jnp.stack(sums)
+    return totals
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+    """An array's bits, in unsigned numbers of 32 bits; shorter numbers get one each."""
+    if leaf.dtype == bool:
+        return leaf.astype(jnp.uint32)
+    bits = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A hash of each 32-bit number (the finalizer of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
