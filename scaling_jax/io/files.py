@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -91,12 +91,17 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
     write_whole(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each complete line. Leaves out a last line without a line end, cut off by a crash."""
+def read_lines(path: Path, on_line: Callable[[bytes], object] = lambda _: None) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of each complete line. Leaves out a last line without a line end, cut off by a crash.
+
+    Args:
+      on_line: called with every line, also with such a last one.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            on_line(line)
             if line.endswith(b"\n"):
                 yield number, line
 

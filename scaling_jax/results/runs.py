@@ -22,7 +22,7 @@ from scaling_jax.scanning.search import Outcome, Tried, best_of, look_at
 from scaling_jax.tasks import part_names
 from scaling_jax.training import Run, RunResult, read_metrics, read_result
 from scaling_jax.training.metrics import Course, course
-from scaling_jax.training.records import read_run_config
+from scaling_jax.training.records import read_run_config, whole_result
 
 WINDOWS = 24  # of a run, for its noise scale over training
 FEWEST_STEPS = 4  # in such a window
@@ -126,6 +126,12 @@ def read_runs(workdir: Path) -> tuple[RunRecord, ...]:
     return tuple(_read_run(folder) for folder in folders if (folder / "config.json").exists())
 
 
+def check_runs(workdir: Path) -> None:
+    """Raises UserError if the records of a finished run in `workdir/runs` are damaged. Names it."""
+    for path in sorted((workdir / "runs").glob("*/result.json")):
+        whole_result(path.parent)
+
+
 def deal_by_cell(experiment: Experiment, records: Sequence[RunRecord]) -> dict[Cell, list[RunRecord]]:
     """{cell: its runs}, finished or not, for the cells that have runs."""
     cells = {_curve(experiment.run(cell, 0)): cell for cell in experiment.cells}
@@ -222,7 +228,8 @@ def ratio_of_means(
 
 def _read_run(folder: Path) -> RunRecord:
     config, result = read_run_config(folder), read_result(folder)
-    return RunRecord(folder, config.run, config.corpus, result, course(read_metrics(folder, result)))
+    lines = read_metrics(folder, result, config.sha256)
+    return RunRecord(folder, config.run, config.corpus, result, course(lines))
 
 
 def _curve(run: Run) -> Run:

@@ -130,7 +130,10 @@ class Attempt:
 
     def save(self, state: TrainState) -> None:
         """Saves a checkpoint, and publishes the records to the bucket if the results are in one."""
-        self._publish()  # before the checkpoint, because continuing from it needs the records up to it
+        # Before the checkpoint, because continuing from it needs the records up to it.
+        if is_first():
+            records_to_disk(self.folder)
+        self._publish()
         self._checkpoints.save(state, self.journal.written.digest)
 
     def keep_snapshot(self, state: TrainState) -> None:
@@ -173,9 +176,6 @@ class Attempt:
             self._close_checkpoints()
 
     def _publish(self) -> None:
-        """Records reach the disk, and the bucket if the results are in one."""
-        if is_first() and self.journal.lines:
-            records_to_disk(self.folder)
         if in_bucket(self.folder):
             with together():
                 if is_first():
@@ -212,7 +212,7 @@ def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainSt
 
 def _keep_until(folder: Path, step: int) -> None:
     """Removes metrics after `step`. A run that resumes from there writes them again."""
-    if is_first():
+    if is_first() and (folder / "metrics.jsonl").exists():
         write_metrics(folder, [line for line in whole_lines(folder) if line.step <= step])
 
 

@@ -19,8 +19,8 @@ from scaling_jax.training.program import TrainState
 class Checkpoints:
     """Saved states of a run in a folder, named by their step.
 
-    Beside each state lie its checksum and the SHA-256 of metrics.jsonl up to its step. States of versions before 0.2
-    have neither.
+    Beside each state lie its checksum and the SHA-256 of metrics.jsonl up to its step. States of the
+    first version have neither, and are used as they are.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int | None = 2):

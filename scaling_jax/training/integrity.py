@@ -77,24 +77,22 @@ def state_checksum(state: Any) -> str:
     Any single changed bit changes it; other damage goes unseen once in 2⁶⁴ times. The devices compute it, so that no
     array is copied to the host. With several processes, all must call this.
     """
-    return "".join(f"{int(total):08x}" for total in np.asarray(_weighted_sums(jax.tree.leaves(state))))
+    leaves = enumerate(jax.tree.leaves(state), 1)
+    sums = [_weighted_sums(leaf, np.uint32(0x9E3779B9 * number % 2**32)) for number, leaf in leaves]
+    totals = np.stack([np.asarray(x) for x in sums]).sum(axis=0, dtype=np.uint32)
+    return "".join(f"{total:08x}" for total in totals.tolist())
 
 
 @jax.jit
-def _weighted_sums(leaves: list[jax.Array]) -> jax.Array:
-    """Two sums of all bits as 32-bit words, each times an odd weight of its place, modulo 2³²."""
-    totals = jnp.zeros(2, jnp.uint32)
-    for number, leaf in enumerate(leaves):
-        words = _words(leaf)
-        # Not reshape(-1): that would gather arrays that are split over devices.
-        place = jnp.zeros(words.shape, jnp.uint32)
-        for axis in range(words.ndim):
-            strides = math.prod(words.shape[axis + 1 :]) % 2**32
-            place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(strides)
-        place = _mixed(place + jnp.uint32(0x9E3779B9 * (number + 1) % 2**32))
-        sums = [jnp.sum(words * (weight | 1), dtype=jnp.uint32) for weight in (place, _mixed(place + 1))]
-        totals += jnp.stack(sums)
-    return totals
+def _weighted_sums(leaf: jax.Array, start: jax.Array) -> jax.Array:
+    """Two sums of an array's bits as 32-bit words, each times an odd weight of its place, modulo 2³²."""
+    words = _words(leaf)
+    place = jnp.full(words.shape, start)
+    for axis in range(words.ndim):  # not reshape(-1), which would gather arrays that are split over devices
+        strides = math.prod(words.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(strides)
+    place = _mixed(place)
+    return jnp.stack([jnp.sum(words * (weight | 1), dtype=jnp.uint32) for weight in (place, _mixed(place + 1))])
 
 
 def _words(leaf: jax.Array) -> jax.Array:

@@ -10,15 +10,16 @@ reader here. config.json holds the `SCHEMA` with which it was written. All older
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from scaling_jax.io import UserError
-from scaling_jax.io.config import from_dict, read_config, to_dict
+from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.files import append_line, parse_json, read_lines, to_disk, write_json, write_lines, write_whole
 from scaling_jax.training.integrity import disagreement, file_sha256, records_checksum
 from scaling_jax.training.metrics import MetricsLine
@@ -45,6 +46,7 @@ class RunConfig:
     run: Run
     corpus: dict[str, Any]  # the manifest of the text
     schema: int = SCHEMA
+    sha256: str = ""  # of the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class RunResult:
     tokens: int
     test_loss: float | None  # the last one, nats per token; None if it wasn't finite
     corpus_sha256: str
-    checksum: str | None = None  # of all records, see `integrity.records_checksum`; None before version 0.2
+    checksum: str | None = None  # of all records, see `integrity.records_checksum`; None in older results
 
 
 def run_folder(workdir: str | Path, run: Run) -> Path:
@@ -93,13 +95,15 @@ def read_run_config(folder: Path) -> RunConfig:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        values = json.loads(content)
         schema = values.get("schema", 1)
         if not isinstance(schema, int) or schema > SCHEMA:
             raise ValueError(f"schema {schema} is from a later version; this version reads up to {SCHEMA}")
         if not isinstance(values["corpus"], dict):
             raise ValueError("no corpus")
-        return RunConfig(from_dict(Run, values["run"]), values["corpus"], schema)
+        sha256 = hashlib.sha256(content).hexdigest()
+        return RunConfig(from_dict(Run, values["run"]), values["corpus"], schema, sha256)
     except (OSError, AttributeError, *_DAMAGE) as error:  # UserError is a ValueError
         raise DamagedRecords(f"{path} is damaged ({error})", folder) from None
 
@@ -115,10 +119,16 @@ def read_result(folder: Path) -> RunResult | None:
     if not path.exists():
         return None
     try:
-        parse_json(path.read_bytes())
-    except _DAMAGE as error:
+        values = parse_json(path.read_bytes())
+    except (OSError, *_DAMAGE) as error:
         raise DamagedRecords(f"{path} is damaged ({error})", folder) from None
-    return read_config(RunResult, path, f"remove {folder}, then the same scan or train command trains it again")
+    try:
+        return from_dict(RunResult, values)
+    except UserError as error:
+        raise UserError(
+            f"{path} is from another version, or damaged ({error}): remove {folder}, then the same scan or train "
+            "command trains it again"
+        ) from None
 
 
 def whole_result(folder: Path) -> RunResult | None:
@@ -132,7 +142,8 @@ def whole_result(folder: Path) -> RunResult | None:
     if result is not None and result.checksum is None:
         read_metrics(folder, result)
     elif result is not None:
-        _check_checksum(folder, result)
+        files = file_sha256(folder / "config.json"), file_sha256(folder / "metrics.jsonl")
+        _check_checksum(folder, result, *files)
     return result
 
 
@@ -147,20 +158,23 @@ def records_to_disk(folder: Path) -> None:
     to_disk(folder)
 
 
-def read_metrics(folder: Path, result: RunResult | None = None) -> list[MetricsLine]:
+def read_metrics(folder: Path, result: RunResult | None = None, config_sha256: str | None = None) -> list[MetricsLine]:
     """A run's metrics lines in order, without a last line that a crash cut off.
 
     Args:
       result: of a finished run; the lines must be all that it wrote.
+      config_sha256: of its config.json, if you know it.
 
     Raises:
       DamagedRecords: if a line is damaged, or the lines and the result disagree. Names the line or what differs.
     """
-    lines = list(_lines(folder))
+    sha256 = hashlib.sha256()
+    lines = list(_lines(folder, sha256.update))
     if result is not None:
         if (problem := disagreement(lines, result)) is not None:
             raise DamagedRecords(f"{folder / 'metrics.jsonl'} {problem}", folder)
-        _check_checksum(folder, result)
+        config_sha256 = config_sha256 or file_sha256(folder / "config.json")
+        _check_checksum(folder, result, config_sha256, sha256.hexdigest())
     return lines
 
 
@@ -173,10 +187,10 @@ def whole_lines(folder: Path) -> list[MetricsLine]:
     return lines
 
 
-def _lines(folder: Path) -> Iterator[MetricsLine]:
+def _lines(folder: Path, on_line: Callable[[bytes], object] = lambda _: None) -> Iterator[MetricsLine]:
     path, before = folder / "metrics.jsonl", (0, 0)
     num_parts: set[int] = set()
-    for number, text in read_lines(path):
+    for number, text in read_lines(path, on_line):
         try:
             line = MetricsLine.read(parse_json(text))
             if line.step - line.num_steps != before[0]:
@@ -194,11 +208,8 @@ def _lines(folder: Path) -> Iterator[MetricsLine]:
         yield line
 
 
-def _check_checksum(folder: Path, result: RunResult) -> None:
-    if result.checksum is None:
-        return
-    files = file_sha256(folder / "config.json"), file_sha256(folder / "metrics.jsonl")
-    if records_checksum(*files, to_dict(result)) != result.checksum:
+def _check_checksum(folder: Path, result: RunResult, config_sha256: str, metrics_sha256: str) -> None:
+    if result.checksum not in (None, records_checksum(config_sha256, metrics_sha256, to_dict(result))):
         what = "config.json, metrics.jsonl or result.json isn't as the run wrote it (checksum)"
         raise DamagedRecords(f"{folder}: {what}", folder)
 

@@ -250,3 +250,14 @@ def test_a_finished_run_that_lost_only_its_result_is_not_trained_again(whole, tm
     trained(tmp_path / "results", on_progress=seen.append)
     assert seen == []
     assert records(tmp_path / "results") == records(whole)
+
+
+def test_every_command_that_reads_refuses_a_folder_with_a_damaged_run(refuses, scanned, tmp_path):
+    """`advise` too, which takes its numbers from measurements.csv."""
+    shutil.copytree(scanned, tmp_path / "results")
+    folder = tmp_path / "results"
+    run = max((folder / "runs").iterdir())
+    for content in (b"", None):
+        with replaced(run / "metrics.jsonl", content):
+            for command in (("fit",), ("report",), ("status",), ("advise", "--target-loss", "2.5")):
+                refuses(command[0], folder, *command[1:], names=str(run), watched=(folder,))
