@@ -28,7 +28,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # takes seconds
 
         self._ocp: Any = ocp
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and what `restore` says in a line
         self._folder = epath.Path(folder)
         self._manager = self._ocp.CheckpointManager(
             self._folder, options=self._ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -68,7 +68,7 @@ class Checkpoints:
             try:
                 state, checksums = self._read(step, like)
             except Exception as error:  # Orbax may raise anything
-                _ignore_closed_loops()
+                _ignore_late_failures()
                 problem = f"is damaged ({type(error).__name__})"
         if agree(bool(problem))[0]:
             return None, problem or "is damaged (in another process)"
@@ -111,12 +111,14 @@ class Checkpoints:
 
 
 @functools.cache
-def _ignore_closed_loops() -> None:
-    """After a failed read, threads of TensorStore may still report to Orbax's event loop, which is closed by then."""
+def _ignore_late_failures() -> None:
+    """After a failed read, Python would print a traceback for each of Orbax's other reads, whenever they end."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
     sys.unraisablehook = hook
@@ -124,14 +126,12 @@ def _ignore_closed_loops() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax from printing what is wrong, and asyncio the tracebacks of its other tasks after one has failed."""
-    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [log.level for log in logs]
+    """Keeps asyncio from printing the tracebacks of Orbax's other tasks after one has failed."""
+    log = logging.getLogger("asyncio")
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
     try:
-        for log in logs:
-            log.setLevel(logging.CRITICAL + 1)
         yield
     finally:
-        gc.collect()  # asyncio prints when the tasks are collected
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)
+        gc.collect()  # it prints when the tasks are collected
+        log.setLevel(before)
