@@ -18,7 +18,7 @@ import numpy as np
 from scaling_jax.parallel import replicate
 from scaling_jax.tasks import model_config
 from scaling_jax.training import Run
-from scaling_jax.training.attempt import Checkpoints
+from scaling_jax.training.checkpoints import Checkpoints
 from scaling_jax.training.program import program_for
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -54,7 +54,7 @@ def measure(run: Run, folder: Path, pairs: int) -> tuple[list[float], list[float
         nonlocal state
         start = time.perf_counter()
         if save:
-            checkpoints.save(state)
+            checkpoints.save(state, "")
         waited = time.perf_counter() - start
         for _ in range(calls):
             state, _ = program.steps(state, rows, order, run.learning_rate, 10)

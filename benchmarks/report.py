@@ -23,7 +23,8 @@ from scaling_jax.scanning.records import write_experiment, write_search
 from scaling_jax.scanning.search import Outcome, search
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run, RunResult
-from scaling_jax.training.records import MetricsLine, course, write_metrics, write_result, write_run_config
+from scaling_jax.training.metrics import MetricsLine, course
+from scaling_jax.training.records import write_metrics, write_result, write_run_config
 
 STEPS = ("read", "fit", "report")
 

@@ -39,7 +39,7 @@ from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.results.table import fit_table
 from scaling_jax.tasks import model_config
 from scaling_jax.training import LiveRamp, Run, read_metrics, run_folder, train
-from scaling_jax.training.records import course
+from scaling_jax.training.metrics import course
 
 FRACTION = 0.2  # of B_crit: a fifth more tokens than the fewest, at the very most
 TARGET_LOSS = 2.0

@@ -32,7 +32,7 @@ from scaling_jax.data import prepare
 from scaling_jax.fitting import published, steps_to_loss
 from scaling_jax.tasks import model_config
 from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, read_metrics, train
-from scaling_jax.training.records import course
+from scaling_jax.training.metrics import course
 
 FRACTION = 0.5  # of B_crit
 TARGET_LOSS = 3.2

@@ -38,7 +38,7 @@ from scaling_jax.scanning.search import Outcome, search
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, RunResult, next_evaluation
 from scaling_jax.training.journal import ending
-from scaling_jax.training.records import MetricsLine, course, jsonable
+from scaling_jax.training.metrics import MetricsLine, course, jsonable
 
 DRAWS = range(6)
 LOSSES = (0.25, 0.15, 0.1)  # of 1 at the start

@@ -12,7 +12,8 @@ from scaling_jax.scanning.records import write_experiment, write_search
 from scaling_jax.scanning.search import Outcome, search
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run, RunResult
-from scaling_jax.training.records import MetricsLine, Status, course, write_metrics, write_result, write_run_config
+from scaling_jax.training.metrics import MetricsLine, course
+from scaling_jax.training.records import Status, write_metrics, write_result, write_run_config
 
 B_STAR, EXPONENT = 1e5, -5.0
 # Of the whole model's |G|² and tr(Σ); parts: embedding, the layer, unembedding

@@ -11,6 +11,7 @@ from scaling_jax.advice.rates import best_rates
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most
 from scaling_jax.io.files import write_json
+from scaling_jax.results.runs import check_runs
 from scaling_jax.results.table import fit_table
 from scaling_jax.scanning.records import read_experiment
 from scaling_jax.tasks import ModelConfig
@@ -62,7 +63,7 @@ def advise(
       extrapolate: allow a loss outside the measured range.
 
     Raises:
-      UserError: if the data can't answer. The message says which data could.
+      UserError: if the data can't answer; the message says which data could. If a run in the folder is damaged.
     """
     asked = {
         "budget_tokens": budget_tokens,
@@ -79,6 +80,8 @@ def advise(
     path = results / "measurements.csv" if results.is_dir() else results
     if not path.exists():
         raise UserError(f"there is no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")
+    if results.is_dir():
+        check_runs(results)
     found = fit_table(path, laws=False)
     budget = math.inf if budget_tokens is None else budget_tokens
     to = goal(found.fit, target_loss, model, extrapolate=extrapolate)

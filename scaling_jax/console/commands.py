@@ -32,7 +32,7 @@ from scaling_jax.scanning import Cell, Event, Experiment, relative_cost, scan
 from scaling_jax.scanning.branches import BranchPlan, plan_branches, train_branches
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.training import Interrupted, Progress, Run, read_metrics, run_folder, train
-from scaling_jax.training.records import course
+from scaling_jax.training.metrics import course
 
 LOG_SECONDS = 60.0  # between lines if the output is no terminal
 

@@ -14,7 +14,8 @@ from scaling_jax.io import UserError
 from scaling_jax.io.config import to_dict
 from scaling_jax.io.files import Tail, refuse_links
 from scaling_jax.noise_scale import Moments, MovingAverage, unbiased
-from scaling_jax.training.records import MetricsLine, read_run_config
+from scaling_jax.training.metrics import MetricsLine
+from scaling_jax.training.records import read_run_config
 
 _SECONDS = 2.0  # between looks at the folder while runs train
 _HALF_LIFE = 20.0  # in steps, of the averages of both moments

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
@@ -146,13 +146,30 @@ def append_line(path: Path, value: Any) -> None:
         file.write(json.dumps(value) + "\n")
 
 
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a power cut."""
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+        return
+    with contextlib.suppress(OSError):  # not every system can open or wait for a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_lines(path: Path, values: Iterable[Any]) -> None:
     """Writes a file of JSON lines, whole or not at all."""
     write_whole(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, on_line: Callable[[bytes], object] = lambda _: None) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line) of each complete line. Leaves out a last line without a line end, cut off by a crash.
+
+    Args:
+      on_line: called with every line, also with such a last one.
 
     Raises:
       UserError: if it isn't a plain file, or a line is longer than `LONGEST_LINE`.
@@ -161,6 +178,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         return
     with open_plain(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            on_line(line)
             if line.endswith(b"\n"):
                 yield number, line
             elif len(line) == LONGEST_LINE:

@@ -21,7 +21,8 @@ from scaling_jax.scanning import Cell, Experiment, Subject
 from scaling_jax.scanning.search import Outcome, Tried, best_of, look_at
 from scaling_jax.tasks import part_names
 from scaling_jax.training import Run, RunResult, read_result
-from scaling_jax.training.records import Course, read_course, read_run_config
+from scaling_jax.training.metrics import Course
+from scaling_jax.training.records import read_course, read_run_config, whole_result
 
 WINDOWS = 24  # of a run, for its noise scale over training
 FEWEST_STEPS = 4  # in such a window
@@ -128,6 +129,12 @@ def read_runs(workdir: Path) -> tuple[RunRecord, ...]:
     """
     folders = sorted((workdir / "runs").glob("*/"))
     return tuple(_read_run(folder) for folder in folders if (folder / "config.json").exists())
+
+
+def check_runs(workdir: Path) -> None:
+    """Raises UserError if the records of a finished run in `workdir/runs` are damaged. Names it."""
+    for path in sorted((workdir / "runs").glob("*/result.json")):
+        whole_result(path.parent)
 
 
 def deal_by_cell(experiment: Experiment, records: Sequence[RunRecord]) -> dict[Cell, list[RunRecord]]:
@@ -243,7 +250,7 @@ def ratio_of_means(
 
 def _read_run(folder: Path) -> RunRecord:
     config, result = read_run_config(folder), read_result(folder)
-    return RunRecord(folder, config.run, config.corpus, result, read_course(folder, result))
+    return RunRecord(folder, config.run, config.corpus, result, read_course(folder, result, config.sha256))
 
 
 def _curve(run: Run) -> Run:

@@ -11,7 +11,7 @@ import jax
 
 from scaling_jax.data import Corpus, prepare
 from scaling_jax.data.feeding import is_resident, resident_rows
-from scaling_jax.io import UserError
+from scaling_jax.io import UserError, note
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.stores import publish
 from scaling_jax.parallel import from_first, is_first, together
@@ -19,10 +19,11 @@ from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.records import is_without_searches, read_search, write_search
 from scaling_jax.scanning.search import Outcome, Tried, look_at, next_wave, search
 from scaling_jax.tasks import held_out_rows
-from scaling_jax.training import Progress, Run, RunResult, read_metrics, read_result, run_folder, train, train_many
+from scaling_jax.training import Progress, Run, RunResult, read_metrics, run_folder, train, train_many
+from scaling_jax.training.metrics import course
 from scaling_jax.training.population import slots_for
 from scaling_jax.training.program import program_for
-from scaling_jax.training.records import course, read_run_config
+from scaling_jax.training.records import DamagedRecords, read_run_config, whole_result
 
 
 def train_cell(
@@ -158,7 +159,8 @@ def finished_runs(
     """
     record = read_search(workdir, cell)
     if record is not None:
-        complete = all((workdir / "runs" / run / "result.json").exists() for run in record.runs)
+        done = _is_done if find is None else _has_result  # what `find` knows was read, and is whole
+        complete = all(done(workdir / "runs" / run) for run in record.runs)
         return record.runs if complete and record.answers(experiment) else None
     if not is_without_searches(workdir):
         return None
@@ -184,21 +186,38 @@ def searched(experiment: Experiment, cell: Cell, workdir: Path) -> list[Tried]:
     names = record.runs if record is not None else finished_runs(experiment, cell, workdir) or ()
     folders = [workdir / "runs" / name for name in names]
     targets = experiment.subject(cell.model).target_losses
-    results = [(folder, result) for folder in folders if (result := read_result(folder)) is not None]
+    results = [(folder, result) for folder in folders if (result := _result(folder)) is not None]
     return [look_at(targets, _outcome(folder, read_run_config(folder).run, result)) for folder, result in results]
 
 
 def find_outcome(run: Run, workdir: Path) -> Outcome | None:
     """The outcome of a run, or of one that differs only in where it ends and trained at least as far; else None."""
     own = run_folder(workdir, run)
-    if (result := read_result(own)) is not None:
+    if (result := _result(own)) is not None:
         return _outcome(own, run, result)
     for folder in sorted((workdir / "runs").glob(f"{glob.escape(run.label)}-*")):
         with contextlib.suppress(UserError):  # an empty or damaged folder
-            other, result = read_run_config(folder).run, read_result(folder)
+            other, result = read_run_config(folder).run, whole_result(folder)
             if result is not None and other.without_limits == run.without_limits and _went_as_far(other, result, run):
                 return _outcome(folder, run, result)
     return None
+
+
+def _has_result(folder: Path) -> bool:
+    return (folder / "result.json").exists()
+
+
+def _is_done(folder: Path) -> bool:
+    return _result(folder) is not None
+
+
+def _result(folder: Path) -> RunResult | None:
+    """The result of a run; None if the run isn't done or its records are damaged, which a note says."""
+    try:
+        return whole_result(folder)
+    except DamagedRecords as damage:
+        note(f"{damage.what}: this run is trained again")
+        return None
 
 
 def _write_down(tried: Iterable[Tried], experiment: Experiment, cell: Cell, workdir: Path) -> None:

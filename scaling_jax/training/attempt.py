@@ -1,34 +1,36 @@
 """A run's folder while the run trains: its lock, checkpoints, snapshots and journal, and its result at the end."""
 
 import contextlib
-import logging
+import dataclasses
+import hashlib
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-from etils import epath
-
 from scaling_jax.data import Corpus
-from scaling_jax.io import UserError
+from scaling_jax.io import UserError, note
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.files import refuse_links
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import address, claim, in_bucket, publish
 from scaling_jax.parallel import agree, from_first, is_first, together
-from scaling_jax.training.journal import Journal, Progress
+from scaling_jax.training.checkpoints import Checkpoints
+from scaling_jax.training.integrity import LinesHash, records_checksum
+from scaling_jax.training.journal import Journal, Progress, ending
 from scaling_jax.training.live_ramp import next_stage
+from scaling_jax.training.metrics import MetricsLine, jsonable
 from scaling_jax.training.program import TrainState
 from scaling_jax.training.records import (
-    MetricsLine,
+    DamagedRecords,
     RunResult,
     Status,
-    jsonable,
+    config_text,
     read_metrics,
-    read_result,
+    records_to_disk,
     run_folder,
+    whole_lines,
+    whole_result,
     write_metrics,
     write_result,
     write_run_config,
@@ -53,6 +55,8 @@ class Place(NamedTuple):
 def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
     """The folder, the result and the next stages of a run, as the first process sees them.
 
+    A run whose records are damaged isn't done: it is to be trained again, and a note says so.
+
     Raises:
       UserError: if the run was trained on other text, or the text doesn't fit the model or is shorter than a batch.
     """
@@ -61,9 +65,12 @@ def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
     with together():
         if is_first():
             folder = run_folder(workdir, run)
-            result = read_result(folder)
-            if result is None and (folder / "metrics.jsonl").exists():
-                stages = _next_stages(run, read_metrics(folder))
+            try:
+                result = whole_result(folder)
+            except DamagedRecords as damage:
+                note(f"{damage.what}: this run is trained again")
+            if result is None:
+                stages = _next_stages(run, whole_lines(folder))
     said = {"result": None if result is None else to_dict(result), "stages": [to_dict(stage) for stage in stages]}
     found: Any = from_first({"name": folder.name, **said})
     folder = Path(workdir) / "runs" / found["name"]
@@ -87,6 +94,7 @@ class Attempt:
     Args:
       folder: of the run, see `find_place`.
       state: the run's state before its first step.
+        A result there is of damaged records, and is removed.
       branch_of: a finished run that has the same steps up to a snapshot that it kept. Training starts from the last
         such snapshot instead of `state`.
 
@@ -111,11 +119,15 @@ class Attempt:
                     refuse_links(self.folder.parent, self.folder, *inside)
                     lock.enter_context(locked(self.folder / ".lock", f"run {folder.name} in {folder.parents[1]}"))
                     claim(self.folder)
+                    (self.folder / "result.json").unlink(missing_ok=True)
                     write_run_config(self.folder, run, corpus.manifest)
             self._checkpoints = Checkpoints(address(self.folder / "checkpoints"))
             snapshots = address(self.folder / "snapshots")
             self._snapshots = Checkpoints(snapshots, keep=None) if run.snapshot_tokens else None
-            saved = self._checkpoints.restore(state)
+            saved = self._checkpoints.restore(state, _hashes(self.folder, self._checkpoints.steps))
+            if is_first() and self._checkpoints.passed_over:
+                start = f"from step {int(saved.step):,}" if saved is not None else "from its start"
+                note(f"{'; '.join(self._checkpoints.passed_over)}: training continues {start}")
             if saved is not None:
                 self.state = saved
                 _keep_until(self.folder, int(saved.step))
@@ -126,17 +138,22 @@ class Attempt:
                 self.state = state
                 _keep_until(self.folder, 0)
             self.journal = Journal(run, self.folder, corpus, on_progress)
+            # Not None if only the result was lost: the saved state is the last one.
+            self.ended = ending(run, self.journal.lines) if self.journal.lines else None
             self._lock = lock.pop_all()
 
     def save(self, state: TrainState) -> None:
         """Saves a checkpoint, and publishes the records to the bucket if the results are in one."""
-        self._publish()  # before the checkpoint, because continuing from it needs the records up to it
-        self._checkpoints.save(state)
+        # Before the checkpoint, because continuing from it needs the records up to it.
+        if is_first():
+            records_to_disk(self.folder)
+        self._publish()
+        self._checkpoints.save(state, self.journal.written.digest)
 
     def keep_snapshot(self, state: TrainState) -> None:
         """Saves a state permanently, so that branches can start from it."""
         if self._snapshots is not None:
-            self._snapshots.save(state)
+            self._snapshots.save(state, self.journal.written.digest)
 
     def finish(self, status: Status, keep_checkpoint: bool, state: TrainState) -> RunResult:
         """Writes the run's result, and releases the lock."""
@@ -153,7 +170,11 @@ class Attempt:
             test_loss=jsonable(last.test_loss),
             corpus_sha256=self._corpus.manifest["sha256"],
         )
+        config = hashlib.sha256(config_text(self.run, self._corpus.manifest).encode()).hexdigest()
+        checksum = records_checksum(config, self.journal.written.digest, to_dict(result))
+        result = dataclasses.replace(result, checksum=from_first(checksum))
         if is_first():
+            records_to_disk(self.folder)  # before what says that they are complete
             write_result(self.folder, result)
         self._publish()
         if not keep_checkpoint and is_first():
@@ -180,61 +201,11 @@ class Attempt:
                 checkpoints.close()
 
 
-class Checkpoints:
-    """Saved states of a run in a folder, named by their step."""
-
-    def __init__(self, folder: epath.PathLike, keep: int | None = 2):
-        """`folder` is an absolute path or in a bucket. Keeps the newest `keep` states; None keeps all."""
-        import orbax.checkpoint as ocp  # takes seconds
-
-        self._ocp: Any = ocp
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
-        self._folder = epath.Path(folder)
-        self._manager = self._ocp.CheckpointManager(
-            self._folder, options=self._ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        )
-
-    def restore(self, like: TrainState) -> TrainState | None:
-        """The newest readable state, or None. Warns about each state that can't be read."""
-        damaged: list[int] = []
-        for step in from_first(sorted(self._manager.all_steps(), reverse=True)):
-            state, problem = None, ""
-            try:
-                state = self.restore_step(step, like)
-            except Exception as error:  # Orbax may raise anything
-                problem = type(error).__name__
-            if not agree(bool(problem))[0]:
-                for newer in damaged:  # as long as it is there, Orbax saves no earlier step
-                    self._manager.delete(newer)
-                return state
-            damaged.append(step)
-            folder = self._folder / str(step)
-            problem = problem or "in another process"
-            warnings.warn(f"{folder} is damaged ({problem}): using an earlier state", stacklevel=2)
-        return None
-
-    def restore_step(self, step: int, like: TrainState) -> TrainState:
-        """The state of one step. `like` gives shapes, types and placement."""
-        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        restored = self._manager.restore(
-            step, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
-        )
-        return restored["state"]
-
-    def save(self, state: TrainState) -> None:
-        """Starts to save a state; `close` waits for it."""
-        self._manager.save(int(state.step), args=self._ocp.args.Composite(state=self._ocp.args.StandardSave(state)))
-
-    def close(self) -> None:
-        """Waits until all states are on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-
 def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainState:
     """The last snapshot of `parent` before the run's first ramp stage or skip; copies the metrics up to it."""
     branch_tokens = run.parted_at
-    lines = [line for line in read_metrics(parent) if line.tokens <= branch_tokens]
+    whole = read_metrics(parent, whole_result(parent))
+    lines = [line for line in whole if line.tokens <= branch_tokens]
     there = address(parent / "snapshots")
     kept = from_first([line.step for line in lines if (there / str(line.step)).exists()])
     if not kept:
@@ -243,9 +214,11 @@ def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainSt
         )
     snapshots = Checkpoints(there, keep=None)
     try:
-        state = snapshots.restore_step(kept[-1], like)
+        state, problem = snapshots.restore_step(kept[-1], like, LinesHash(lines).at_step)
     finally:
         snapshots.close()
+    if state is None:
+        raise UserError(f"{there / str(kept[-1])} {problem}: remove {parent}, then the same command trains it again")
     if is_first():
         write_metrics(folder, [line for line in lines if line.step <= kept[-1]])
     return state
@@ -253,8 +226,15 @@ def _snapshot(run: Run, parent: Path, folder: Path, like: TrainState) -> TrainSt
 
 def _keep_until(folder: Path, step: int) -> None:
     """Removes metrics after `step`. A run that resumes from there writes them again."""
-    if is_first():
-        write_metrics(folder, [line for line in read_metrics(folder) if line.step <= step])
+    if is_first() and (folder / "metrics.jsonl").exists():
+        write_metrics(folder, [line for line in whole_lines(folder) if line.step <= step])
+
+
+def _hashes(folder: Path, steps: Sequence[int]) -> dict[int, str]:
+    """{step: SHA-256 of metrics.jsonl up to there} for those steps at which a line ends."""
+    there = LinesHash(whole_lines(folder)).at_step if is_first() else {}
+    known: list[Any] = from_first([[step, there[step]] for step in steps if step in there])
+    return {step: sha256 for step, sha256 in known}
 
 
 def _next_stages(run: Run, lines: Sequence[MetricsLine]) -> tuple[Stage, ...]:

@@ -16,9 +16,11 @@ import numpy as np
 from scaling_jax.data import Corpus, bits_per_byte
 from scaling_jax.data.feeding import Span
 from scaling_jax.parallel import from_first, is_first
+from scaling_jax.training.integrity import LinesHash
 from scaling_jax.training.live_ramp import next_stage
+from scaling_jax.training.metrics import MetricsLine, jsonable
 from scaling_jax.training.program import StepMetrics
-from scaling_jax.training.records import MetricsLine, Status, append_clock, append_metrics, jsonable, read_metrics
+from scaling_jax.training.records import Status, append_clock, append_metrics, read_metrics
 from scaling_jax.training.run import Run, next_boundary, next_evaluation, stage_at
 
 EVALUATIONS_BELOW_TARGET = 2  # in a row, because one could be chance
@@ -141,6 +143,7 @@ class Journal:
         self.run, self.folder = run, folder
         found = from_first([line.json() for line in read_metrics(folder)] if is_first() else [])
         self.lines = [MetricsLine.read(values) for values in found]
+        self.written = LinesHash(self.lines)
         self.here: Position = position(run, self.lines)
         self._corpus, self._on_progress = corpus, on_progress
         self._last_evaluation = self.here.tokens, time.monotonic()
@@ -184,6 +187,7 @@ class Journal:
             if loss is not None and (bits := bits_per_byte(loss, self._corpus.manifest)):
                 values["test_bits_per_byte"] = jsonable(bits)
         self.lines.append(MetricsLine.read(values))  # rounded, exactly as a resumed run will read it
+        self.written.add(self.lines[-1])
         self.here = position(run, self.lines)
         if is_first():
             if evaluated:

@@ -16,8 +16,8 @@ import optax
 from scaling_jax.io import UserError
 from scaling_jax.noise_scale import Moments, adam_norms, curvature, estimate, geometries, unbiased, value_and_grad
 from scaling_jax.tasks import ModelConfig, batch_loss
+from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import TrainState
-from scaling_jax.training.records import MetricsLine, course
 from scaling_jax.training.run import LiveRamp, Metric, Stage, stage_at
 
 PARTS = 8  # gradients that a measurement compares

@@ -17,8 +17,9 @@ from scaling_jax.tasks import held_out_rows
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.journal import Progress, next_call, span
 from scaling_jax.training.live_ramp import measure
+from scaling_jax.training.metrics import jsonable
 from scaling_jax.training.program import Program, TrainState, check_memory, noise_scale_so_far, program_for
-from scaling_jax.training.records import RunResult, Status, jsonable
+from scaling_jax.training.records import RunResult, Status
 from scaling_jax.training.run import Run
 
 
@@ -105,6 +106,8 @@ def _train_until_done(
     between_calls: Callable[[TrainState], None],
 ) -> tuple[TrainState, Status]:
     run, journal, state = attempt.run, attempt.journal, attempt.state
+    if attempt.ended is not None:
+        return state, attempt.ended
     held_out = held_out_rows(corpus.test_RxT1, run.eval_tokens)
     while True:
         here, call = journal.here, next_call(run, journal.here)

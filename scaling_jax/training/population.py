@@ -82,7 +82,11 @@ def train_many(
                 if program != population.slots.program or run.ramp or run.live_ramp:
                     raise ValueError(f"{run.run_id} doesn't share the population's program: train it with `train`")
                 state = population.slots.program.init(run.seed)
-                population.start(Attempt(run, folder, corpus, state, on_progress), len(corpus.train_RxT1))
+                attempt = Attempt(run, folder, corpus, state, on_progress)
+                if attempt.ended is not None:
+                    on_result(run, attempt.finish(attempt.ended, False, attempt.state))
+                    continue
+                population.start(attempt, len(corpus.train_RxT1))
             if population is None or not population.seats:
                 if stopping:
                     raise Interrupted(str(workdir))

@@ -16,7 +16,8 @@ from scaling_jax.results.runs import last_noise_scale
 from scaling_jax.scanning.experiment import QUICK
 from scaling_jax.scanning.records import write_experiment
 from scaling_jax.training import read_metrics, read_result
-from scaling_jax.training.records import course, read_run_config
+from scaling_jax.training.metrics import course
+from scaling_jax.training.records import read_run_config
 from tests.io.test_stores import move_to_another_machine, objects
 
 WORDS = ("how", "now", "brown", "cow", "the", "quick", "fox", "jumps", "over", "a", "lazy", "dog")

@@ -8,7 +8,7 @@ import pytest
 from scaling_jax.console.dashboards import Follower, Scalars, asked_for
 from scaling_jax.io import UserError
 from scaling_jax.noise_scale.tracker import ema
-from scaling_jax.training.records import MetricsLine
+from scaling_jax.training.metrics import MetricsLine
 
 
 def line(step, count, test_loss=None):

@@ -16,7 +16,8 @@ from scaling_jax.results import read_results
 from scaling_jax.scanning import Event, Experiment, LearningRates, Subject, powers_of_two
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, Progress, Run, RunResult, run_folder
-from scaling_jax.training.records import MetricsLine, write_metrics
+from scaling_jax.training.metrics import MetricsLine
+from scaling_jax.training.records import write_metrics
 
 EXPERIMENT = Experiment(
     name="small",

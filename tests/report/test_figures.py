@@ -22,7 +22,8 @@ from scaling_jax.report.scan_charts import (
 from scaling_jax.results.branches import BranchMeasurement
 from scaling_jax.results.runs import part_windows, ratio_of_means
 from scaling_jax.training import read_metrics, run_folder
-from scaling_jax.training.records import MetricsLine, course, write_metrics
+from scaling_jax.training.metrics import MetricsLine, course
+from scaling_jax.training.records import write_metrics
 from tests.made_up_scan import PART_GRAD_SHARES, PART_NOISE_SHARES
 
 MODELS = ["1x16", "1x32"]

@@ -21,7 +21,7 @@ from scaling_jax.results.runs import last_noise_scale
 from scaling_jax.scanning.experiment import DEMO, QUICK
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run, run_folder
-from scaling_jax.training.records import course
+from scaling_jax.training.metrics import course
 from tests.made_up_scan import evaluated_lines, write_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

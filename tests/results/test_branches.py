@@ -21,7 +21,7 @@ from scaling_jax.results.runs import read_runs
 from scaling_jax.scanning.branches import BranchPlan, run_branches
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run
-from scaling_jax.training.records import MetricsLine
+from scaling_jax.training.metrics import MetricsLine
 from tests.made_up_scan import write_run
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)

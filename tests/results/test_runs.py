@@ -22,7 +22,7 @@ from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.records import read_experiment, write_experiment, write_search
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run, read_metrics
-from scaling_jax.training.records import MetricsLine, course
+from scaling_jax.training.metrics import MetricsLine, course
 from tests.made_up_scan import write_run, write_scan
 
 MODEL = ModelConfig(1, 16, 1, context=16)

@@ -13,7 +13,8 @@ from scaling_jax.results.branches import read_branches
 from scaling_jax.results.status import read_status
 from scaling_jax.scanning import Cell
 from scaling_jax.scanning.records import read_search
-from scaling_jax.training.records import MetricsLine, course, read_clock, read_metrics, read_result, read_run_config
+from scaling_jax.training.metrics import MetricsLine, course
+from scaling_jax.training.records import read_clock, read_metrics, read_result, read_run_config
 from scaling_jax.training.run import read_stages
 from tests.robustness.conftest import contents, replaced
 

@@ -12,8 +12,8 @@ from scaling_jax.noise_scale import Moments, geometries, unbiased, value_and_gra
 from scaling_jax.tasks import ModelConfig, batch_loss
 from scaling_jax.training import Interrupted, LiveRamp, OptimizerConfig, Run, read_metrics, run_folder, train
 from scaling_jax.training.live_ramp import _MEASURES, confidence_at, measure, next_stage
+from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import Program
-from scaling_jax.training.records import MetricsLine, course
 from scaling_jax.training.run import METRICS
 
 MODEL = ModelConfig(1, 16, 1, context=16)

@@ -13,11 +13,10 @@ from scaling_jax.io import UserError
 from scaling_jax.io.config import config_hash, differing, to_dict
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, RunResult, Stage, read_metrics, read_result, run_folder
+from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.records import (
     SCHEMA,
-    MetricsLine,
     append_clock,
-    course,
     read_clock,
     read_run_config,
     write_metrics,
@@ -254,10 +253,10 @@ def test_a_last_line_that_a_crash_cut_off_is_none(tmp_path):
 def test_a_finished_run_whose_metrics_end_elsewhere_is_refused(tmp_path, steps):
     result = RunResult(RUN.run_id, "exhausted", steps, 128 * steps, 3.0, "made up")
     write_result(tmp_path, result)
-    write_lines(tmp_path, [line_at(8), line_at(16), line_at(24)])
+    write_lines(tmp_path, [line_at(8), line_at(16), line_at(24, test_loss=3.0)])
     with pytest.raises(UserError, match=rf"{tmp_path / 'metrics.jsonl'} .*24.*{steps}.*remove {tmp_path}"):
         read_metrics(tmp_path, read_result(tmp_path))
-    whole = dataclasses.replace(result, steps=24)
+    whole = dataclasses.replace(result, steps=24, tokens=24 * 128)
     assert [line.step for line in read_metrics(tmp_path, whole)] == [8, 16, 24]
 
 

@@ -1,0 +1,181 @@
+"""A line of metrics.jsonl, and the course of a whole run: the columns of its lines."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_NORMS = ("small_sq_norm", "big_sq_norm")
+_NORMS_BY_PART = ("small_sq_norm_by_layer", "big_sq_norm_by_layer")
+_LARGEST = 1e100  # losses and norms come from float32; far larger values overflow in products
+_NUMBERS = {float, int, type(None)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MetricsLine:
+    """A line of metrics.jsonl: one call of the compiled program, with some steps and maybe an evaluation at the end.
+
+    Losses are in nats per token; losses that weren't finite are NaN. Batches are in tokens; all steps of a line have
+    one batch size. Norms are of the gradient before clipping. Norms by part of the model (`tasks.part_names`) are means
+    over the line's steps.
+    """
+
+    step: int  # the last step of the line
+    tokens: int  # processed up to this step
+    epoch: float
+    batch_tokens: int
+    small_batch_tokens: int
+    train_loss: np.ndarray  # [steps]
+    small_sq_norm: np.ndarray  # [steps]
+    big_sq_norm: np.ndarray  # [steps]
+    small_sq_norm_by_part: np.ndarray | None  # [parts]; None if not measured
+    big_sq_norm_by_part: np.ndarray | None  # [parts]; None if not measured
+    live: np.ndarray | None  # the measurement of a live ramp's metric, see `live_ramp.measure`
+    evaluated: bool
+    test_loss: float  # NaN also without an evaluation
+    test_bits_per_byte: float | None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.train_loss)
+
+    @classmethod
+    def read(cls, values: Any) -> "MetricsLine":
+        """A line from its JSON values.
+
+        Raises:
+          ValueError, TypeError, KeyError: if the values don't form a line.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        counts = [_count(values, name) for name in ("step", "tokens", "batch_tokens", "small_batch_tokens")]
+        train_loss = _numbers(values, "train_loss")
+        norms = [_numbers(values, name) for name in _NORMS]
+        if any(len(norm) != len(train_loss) for norm in norms):
+            raise ValueError("train_loss, small_sq_norm and big_sq_norm differ in length")
+        loss = values.get("test_loss")
+        if loss is not None and (
+            isinstance(loss, bool) or not isinstance(loss, float | int) or not 0 < loss < _LARGEST
+        ):
+            raise ValueError(f"test_loss = {loss!r} isn't a positive number")
+        epoch, bits = values.get("epoch"), values.get("test_bits_per_byte")
+        step, tokens, batch_tokens, small_batch_tokens = counts
+        by_part = [_numbers(values, name) if name in values else None for name in (*_NORMS_BY_PART, "live")]
+        return cls(
+            step=step,
+            tokens=tokens,
+            epoch=math.nan if epoch is None else float(epoch),
+            batch_tokens=batch_tokens,
+            small_batch_tokens=small_batch_tokens,
+            train_loss=train_loss,
+            small_sq_norm=norms[0],
+            big_sq_norm=norms[1],
+            small_sq_norm_by_part=by_part[0],
+            big_sq_norm_by_part=by_part[1],
+            live=by_part[2],
+            evaluated="test_loss" in values,
+            test_loss=math.nan if loss is None else float(loss),
+            test_bits_per_byte=None if bits is None else float(bits),
+        )
+
+    def json(self) -> dict[str, Any]:
+        """The JSON values that `read` takes. NaN becomes null, because JSON has no NaN."""
+        values: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "epoch": jsonable(self.epoch),
+            "batch_tokens": self.batch_tokens,
+            "small_batch_tokens": self.small_batch_tokens,
+            "train_loss": _nulls(self.train_loss),
+        }
+        arrays = (self.small_sq_norm, self.big_sq_norm, self.small_sq_norm_by_part, self.big_sq_norm_by_part, self.live)
+        for name, array in zip((*_NORMS, *_NORMS_BY_PART, "live"), arrays, strict=True):
+            if array is not None:
+                values[name] = _nulls(array)
+        if self.evaluated:
+            values["test_loss"] = None if math.isnan(self.test_loss) else self.test_loss
+        if self.test_bits_per_byte is not None:
+            values["test_bits_per_byte"] = self.test_bits_per_byte
+        return values
+
+
+class Course(NamedTuple):
+    """The metrics of a whole run as columns: by step, by line and by evaluation."""
+
+    batch_tokens: np.ndarray  # [steps]
+    small_batch_tokens: np.ndarray  # [steps]
+    small_sq_norm: np.ndarray  # [steps]
+    big_sq_norm: np.ndarray  # [steps]
+    line_steps: np.ndarray  # [lines], number of steps in each line
+    line_batch_tokens: np.ndarray  # [lines]
+    line_small_batch_tokens: np.ndarray  # [lines]
+    small_sq_norm_by_part: np.ndarray | None  # [lines, parts]; None unless all lines have them
+    big_sq_norm_by_part: np.ndarray | None  # [lines, parts]; None unless all lines have them
+    eval_steps: np.ndarray  # [evaluations]; only evaluations with a finite loss
+    eval_tokens: np.ndarray  # [evaluations]
+    eval_losses: np.ndarray  # [evaluations]
+
+
+def course(lines: Sequence[MetricsLine]) -> Course:
+    """The columns of a run's lines. Each step has the batch sizes of its line."""
+    steps = np.array([line.num_steps for line in lines], int)
+    batch, small_batch = (
+        np.array([getattr(line, name) for line in lines], float) for name in ("batch_tokens", "small_batch_tokens")
+    )
+    small, big = (np.concatenate([getattr(line, name) for line in lines] or [np.zeros(0)]) for name in _NORMS)
+    by_part = [[getattr(line, f"{size}_by_part") for line in lines] for size in _NORMS]
+    complete = bool(lines) and all(norms is not None for of_size in by_part for norms in of_size)
+    evaluations = [line for line in lines if line.evaluated and math.isfinite(line.test_loss)]
+    return Course(
+        batch_tokens=np.repeat(batch, steps),
+        small_batch_tokens=np.repeat(small_batch, steps),
+        small_sq_norm=small,
+        big_sq_norm=big,
+        line_steps=steps,
+        line_batch_tokens=batch,
+        line_small_batch_tokens=small_batch,
+        small_sq_norm_by_part=np.array(by_part[0]) if complete else None,
+        big_sq_norm_by_part=np.array(by_part[1]) if complete else None,
+        eval_steps=np.array([line.step for line in evaluations], int),
+        eval_tokens=np.array([line.tokens for line in evaluations], int),
+        eval_losses=np.array([line.test_loss for line in evaluations], float),
+    )
+
+
+def joined(pieces: Sequence[Course]) -> Course:
+    """The course of a run from those of its pieces, in order."""
+    if not pieces:
+        return course([])
+    return Course(*map(_joined, zip(*pieces, strict=True)))  # type: ignore[arg-type]
+
+
+def _joined(columns: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    return None if any(c is None for c in columns) else np.concatenate(columns)  # type: ignore[arg-type]
+
+
+def jsonable(value: float) -> float | None:
+    """The value with eight digits, enough for a float32; None for NaN and infinity, which JSON doesn't have."""
+    return float(f"{value:.8g}") if math.isfinite(value) else None
+
+
+def _count(values: dict[str, Any], name: str) -> int:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
+        raise ValueError(f"{name} = {value!r} isn't a positive whole number")
+    return value
+
+
+def _numbers(values: dict[str, Any], name: str) -> np.ndarray:
+    listed = values[name]
+    if not isinstance(listed, list) or not set(map(type, listed)) <= _NUMBERS:
+        raise ValueError(f"{name} isn't a list of numbers")
+    numbers = np.array(listed, float)  # None becomes NaN
+    if np.any(np.abs(numbers) > _LARGEST):
+        raise ValueError(f"{name} has a value of {np.nanmax(np.abs(numbers)):.3g}")
+    return numbers
+
+
+def _nulls(array: np.ndarray) -> list[float | None]:
+    return [x if math.isfinite(x) else None for x in array.tolist()]
