@@ -52,7 +52,7 @@ def file_sha256(path: Path) -> str:
     if not path.exists():
         return hashlib.sha256().hexdigest()
     with open_plain(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def is_finite(line: MetricsLine) -> bool:
