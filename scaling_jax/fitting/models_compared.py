@@ -50,6 +50,8 @@ def compare_models(table: ScanTable, confidence: float = 0.95) -> ModelsCompared
     slopes = centred_slopes(table, fits)
     weights = np.maximum(fits.information, 1e-12)
     design = np.stack([*(names == model for model in models), np.log(table.losses) - float(line.centre)], axis=1)
+    if np.linalg.matrix_rank(design) < design.shape[1]:  # one loss of each model
+        return None
     on_line = np.linalg.solve(design.T @ (weights[:, None] * design), (weights[:, None] * design).T)
     levels = on_line @ fits.log_b_crit
     influence = table.by_run(on_line[:, :, None] * (slopes / weights[:, None]))

@@ -120,8 +120,10 @@ def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
             ends = np.array([(w.low, w.high) for w in windows]).reshape(-1, 2)
             axis.errorbar(at, value, whiskers(value, ends), color=colour, elinewidth=0.7, alpha=0.4, fmt="none")
             there = dict(zip(at, value, strict=True))  # a line doesn't cross windows that other parts resolve
-            drawn = [there.get(tokens, math.nan) for tokens in every]
-            axis.plot(every, drawn, f"{marker}-", color=colour, ms=4, lw=1.1, label=part if named else None)
+            drawn = [there.get(tokens, math.nan) for tokens in every] if there else []
+            axis.plot(
+                every if there else [], drawn, f"{marker}-", color=colour, ms=4, lw=1.1, label=part if named else None
+            )
             chart.mark(axis, at, value, [_part_text(run, part, w) for w in windows])
             values += list(value)
         whole = run.record.noise_of_all_parts

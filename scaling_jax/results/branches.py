@@ -292,6 +292,8 @@ def _read(path: Path) -> tuple[list[BranchMeasurement], list[str]]:
 
 def _read_row(row: dict[str, str]) -> BranchMeasurement:
     kinds = typing.get_type_hints(BranchMeasurement)
+    if None in row.values():
+        raise ValueError("the line is cut off")
     values: dict[str, Any] = {name: kind(cell_text(row[name])) for name, kind in kinds.items() if name in row}
     found = BranchMeasurement(**values)
     if any(math.isnan(value) for value in (found.loss, found.b_crit, found.low, found.high)):

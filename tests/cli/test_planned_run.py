@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from scaling_jax.training.records import write_run_config
 
 FLAGS = ("--learning-rate", "1e-3", "--batch-tokens", "256", "--max-steps", "30")
 GIVEN = Run(model_config("2x64"), 256, 1e-3, max_steps=30)
+
+TEXT = f"files:{Path(__file__).parent}/*.py"  # there must be some
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def run_file(tmp_path):
     path = tmp_path / "run.py"
     path.write_text(
         "from scaling_jax import OptimizerConfig, Run, model_config\n"
-        "RUN = Run(model_config('1x16', context=32), 512, 5e-3, seed=3, text='files:/x/*', max_tokens=9_000,\n"
+        f"RUN = Run(model_config('1x16', context=32), 512, 5e-3, seed=3, text='{TEXT}', max_tokens=9_000,\n"
         "          optimizer=OptimizerConfig(beta2=0.95))\n"
     )
     return path
@@ -67,7 +70,7 @@ IN_FILE = Run(
     512,
     5e-3,
     seed=3,
-    text="files:/x/*",
+    text=TEXT,
     max_tokens=9_000,
     optimizer=OptimizerConfig(beta2=0.95),
 )
@@ -75,9 +78,9 @@ IN_FILE = Run(
 
 def test_flags_alone_say_a_run(planned):
     assert planned(*FLAGS) == GIVEN
-    others = ("--model", "1x32", "--context", "32", "--text", "files:/x/*", "--target-loss", "2.5", "--seed", "7")
+    others = ("--model", "1x32", "--context", "32", "--text", TEXT, "--target-loss", "2.5", "--seed", "7")
     model = model_config("1x32", context=32)
-    changed = dataclasses.replace(GIVEN, model=model, text="files:/x/*", target_loss=2.5, seed=7)
+    changed = dataclasses.replace(GIVEN, model=model, text=TEXT, target_loss=2.5, seed=7)
     assert planned(*FLAGS, *others) == changed
 
 
@@ -128,7 +131,7 @@ def test_an_earlier_runs_config_says_it_again(planned, tmp_path):
             {"live_ramp": LiveRamp(2.0, 1_024, metric="l1")},
         ),
         (["max_tokens=2^18"], {"max_tokens": 2**18, "max_steps": None}),
-        (["seed=4", "text=files:/x/*"], {"seed": 4, "text": "files:/x/*"}),
+        (["seed=4", f"text={TEXT}"], {"seed": 4, "text": TEXT}),
     ],
 )
 def test_any_value_is_set_in_one_list_or_in_several(words, changed, planned):

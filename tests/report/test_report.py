@@ -198,11 +198,9 @@ def test_flags_runs_versions_fingerprint_and_command_are_there(document, analysi
 
 
 def test_branches_stand_beside_the_scan_at_the_same_loss(document):
-    headers = document.text("th")
-    assert "B_crit by branches, tokens" in headers
+    assert "B_crit by branches" in [" ".join(header.split()) for header in document.text("th")]
     cells = document.text("td")
-    assert cells.count("1.3k") >= 1
-    assert "900 – ∞" in cells
+    assert "1.3k\n900–∞" in cells
 
 
 def test_a_scan_without_branches_or_law_is_reported_and_hostile_names_stay_text(analysis, monkeypatch):

@@ -102,7 +102,9 @@ _opened: list[Path] | None = None
 
 
 def _note(event: str, arguments: tuple) -> None:
-    if event == "open" and _opened is not None and isinstance(arguments[0], str | Path):
+    # `os.open` inside of `open` tells it again, without a mode.
+    named = event == "open" and arguments[1] is not None and isinstance(arguments[0], str | Path)
+    if named and _opened is not None:
         _opened.append(Path(arguments[0]))
 
 

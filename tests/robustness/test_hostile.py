@@ -134,7 +134,7 @@ def test_no_hostile_file_ends_a_reader_in_a_traceback(small):
         ("experiment.json", "subjects.0.learning_rates.most = 9223372036854775808", "most"),
         ("experiment.json", "batch_tokens.4 = 0", "batch_tokens"),
         ("cells/1x16-b128-s0.json", "model = 'x'", "1x16-b128-s0.json is damaged"),
-        ("cells/1x16-b128-s0.json", "runs.0 = '../..'", "'../..' isn't the name of a run"),
+        ("cells/1x16-b128-s0.json", "runs.0 = '../..'", "'../..', which isn't the name of a run's folder"),
     ],
 )  # fmt: skip
 def test_what_once_was_a_traceback_names_file_and_field(name, where, names, small):

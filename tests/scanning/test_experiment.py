@@ -71,8 +71,8 @@ def test_spacings():
 
 def test_larger_models_and_batches_are_expected_to_cost_more():
     costs = {(cell.model, cell.batch_tokens): relative_cost(DEMO, cell) for cell in DEMO.cells}
-    assert costs["2x64", 128] > costs["1x32", 128]
-    assert costs["2x64", 8_192] > 3 * costs["2x64", 128]
+    assert costs["2x64", 256] > costs["1x32", 256]
+    assert costs["2x64", 16_384] > 3 * costs["2x64", 256]
 
 
 def test_an_experiment_file_is_loaded(tmp_path):
@@ -96,5 +96,5 @@ def test_a_scan_has_no_warm_up_unless_it_asks_for_one_while_a_run_has_its_own():
     assert DEMO.run(cell, 0).steps_of_warmup == QUICK.run(QUICK.cells[0], 0).steps_of_warmup == 0
     assert dataclasses.replace(DEMO, warmup_steps=20).run(cell, 0).steps_of_warmup == 20
     in_tokens = dataclasses.replace(DEMO, warmup_steps=None, warmup_tokens=1_000)
-    assert in_tokens.run(cell, 0).steps_of_warmup == 8  # of 128 tokens
+    assert in_tokens.run(cell, 0).steps_of_warmup == 4  # of 256 tokens
     assert Run(model=DEMO.subjects[0].model, batch_tokens=128, learning_rate=1e-3, max_steps=9).steps_of_warmup == 10

@@ -99,8 +99,8 @@ def test_adams_half_lives_stay_what_they_are_in_tokens():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ramp": (Stage(1_000, 128), Stage(900, 256))}, r"later.*Stage\(tokens=900.*Stage\(tokens=1000"),
-        ({"ramp": (Stage(1_000, 32),)}, r"larger.*batch_tokens=32.*batch_tokens=64"),
+        ({"ramp": (Stage(1_000, 128), Stage(900, 256))}, r"later.*\"tokens\": 900, .* can't follow .*\"tokens\": 1000"),
+        ({"ramp": (Stage(1_000, 32),)}, r"larger.*\"batch_tokens\": 32, .* can't follow .*\"batch_tokens\": 64"),
         ({"ramp": (Stage(1_000, 100),)}, "batch_tokens = 100 .*96 or 112"),
         ({"live_ramp": LiveRamp(1.0, 256)}, "ramp .*live_ramp"),
     ],
