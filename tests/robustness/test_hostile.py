@@ -105,7 +105,8 @@ def check(small, hostile, readers):
                 said = str(refused)
                 assert "\n" not in said
                 assert len(said) < 700, said
-                assert str(folder) in said, (hostile, read.__name__, said)
+                # A table that can be may hold no answer; then advice names the model and the loss.
+                assert str(folder) in said or (read is advice and "model 1x16" in said), (hostile.where, said)
             except Exception as error:  # any other would be a traceback
                 raise AssertionError(f"{read.__name__} with {hostile.name}, {hostile.where}") from error
 
