@@ -29,7 +29,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.made_up_scan", "tests.buckets"]
 
-_LONGEST = ("test_demo.py", "test_cli.py", "test_report.py", "test_figures.py", "test_truth.py")
+_LONGEST = ("test_accelerator.py", "test_demo.py", "test_cli.py", "test_report.py", "test_figures.py", "test_truth.py")
 
 
 def pytest_collection_modifyitems(items):

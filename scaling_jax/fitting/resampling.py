@@ -25,6 +25,7 @@ from scaling_jax.fitting.tradeoff import fit_rows
 Variable = Literal["loss", "data"]
 
 CHUNK = 500  # resamples fitted at once; small enough for a core's cache
+FEWER = 1_000  # resamples for laws beside the main one
 MOST_POINTS = 1_000_000  # table entries fitted at once; limits the memory of large tables
 
 

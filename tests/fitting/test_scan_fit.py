@@ -6,7 +6,7 @@ import pytest
 
 from scaling_jax.fitting import fit_loss_law, fit_scan, fit_tradeoff
 from scaling_jax.fitting.joint import fit_joint_rows, joint_errors
-from scaling_jax.fitting.resampling import law_errors
+from scaling_jax.fitting.resampling import fit_chain, law_errors
 from scaling_jax.fitting.scan_table import scan_table
 from tests.fitting.planted import Planted
 
@@ -136,19 +136,15 @@ def test_seeds_narrow_the_interval():
 
 
 def coverage(repetitions, resamples=RESAMPLES, **variant):
-    """Of the exponent, by `fit_scan` and by `fit_loss_law` which takes points as independent."""
+    """Of the exponent, by the errors of `fit_scan` and by `fit_loss_law` which takes points as independent."""
     planted, rng = Planted(**variant), np.random.default_rng(11)
     hits = []
     for seed in range(repetitions):
-        fit = fit_scan(**planted.columns(rng), resamples=resamples, seed=seed)
-        used = [point for point in fit.points if point.in_law]
-        naive = fit_loss_law([point.loss for point in used], [point.tradeoff.b_crit for point in used])
-        hits.append(
-            [
-                covered_by(fit.law.exponent_interval, planted.exponent),
-                covered_by(naive.exponent_interval, planted.exponent),
-            ]
-        )
+        columns = planted.columns(rng)
+        table = scan_table(*(columns[name] for name in ("model", "batch_tokens", "target_loss", "steps", "run")))
+        law = law_errors(table, resamples, seed).law(0.95, table.losses)
+        naive = fit_loss_law(table.losses, np.exp(fit_chain(table).hyperbolas.log_b_crit))
+        hits.append([covered_by(found.exponent_interval, planted.exponent) for found in (law, naive)])
     return np.mean(hits, axis=0)
 
 
