@@ -88,8 +88,9 @@ def state_checksum(state: Any) -> str:
     array is copied to the host. With several processes, all must call this.
     """
     leaves = enumerate(jax.tree.leaves(state), 1)
-    sums = [_weighted_sums(leaf, np.uint32(0x9E3779B9 * number % 2**32)) for number, leaf in leaves]
-    totals = np.stack([np.asarray(x) for x in sums]).sum(axis=0, dtype=np.uint32)
+    # One at a time: several programs with collective operations at once can wait for each other on virtual devices.
+    sums = [np.asarray(_weighted_sums(leaf, np.uint32(0x9E3779B9 * number % 2**32))) for number, leaf in leaves]
+    totals = np.stack(sums).sum(axis=0, dtype=np.uint32)
     return "".join(f"{total:08x}" for total in totals.tolist())
 
 

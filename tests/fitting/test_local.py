@@ -85,10 +85,8 @@ def test_between_windows_it_is_interpolated_and_outside_unknown():
     assert len(inside) > 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["mixed", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("constant", "independent"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["mixed", "constant", "independent"])
 def test_its_intervals_cover(kind):
     """Of 60 scans, a 95 % interval covers 52 or fewer once in 200 times; points of one scan share their runs."""
     planted, exponents, points = Planted(kind=kind), [], []
