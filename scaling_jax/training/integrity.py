@@ -87,7 +87,7 @@ def state_checksum(state: Any) -> str:
     Any single changed bit changes it; other damage goes unseen once in 2⁶⁴ times. The devices compute it, so that no
     array is copied to the host. With several processes, all must call this.
     """
-    leaves = enumerate(jax.tree.leaves(state), 1)
+    leaves = enumerate(jax.tree.leaves(jax.block_until_ready(state)), 1)
     # One at a time: several programs with collective operations at once can wait for each other on virtual devices.
     sums = [np.asarray(_weighted_sums(leaf, np.uint32(0x9E3779B9 * number % 2**32))) for number, leaf in leaves]
     totals = np.stack(sums).sum(axis=0, dtype=np.uint32)
