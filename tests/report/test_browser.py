@@ -45,7 +45,7 @@ def test_every_chart_is_drawn_and_tells_its_values(report, browser, width):
     page.on("request", lambda request: requests.append(request.url))
     page.goto(report.as_uri())
     figures = page.query_selector_all("figure")
-    assert len(figures) == 16
+    assert len(figures) == 17
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for figure in figures:
         figure.scroll_into_view_if_needed()
