@@ -17,7 +17,7 @@ from scaling_jax.io.files import write_json
 from tests.robustness.conftest import contents
 
 SECONDS = 20  # of processor time, for each
-SAMPLE = 40  # one in so many runs by default
+SAMPLE = 80  # one in so many runs by default
 VALUES = (
     *("0", "-1", "1", "0.5", "-0.0", "nan", "inf", "-inf", "1e-308", "1e19", "1e308", "1e400", "2^64", "9" * 40),
     *("", " ", "x", "½", "[]", "[[]]", "{}", "null", "true", "0x10", "1,5", "[0]", "[-1,1e300,nan]", '"1"', "\u202e1"),

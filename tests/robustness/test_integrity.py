@@ -148,6 +148,7 @@ def test_damaged_records_of_a_finished_run_are_trained_again(whole, tmp_path, ca
     check_continued(whole, whole, record_damages(whole, 10), tmp_path, capfd)
 
 
+@pytest.mark.long
 def test_damaged_records_of_a_run_on_its_way_change_nothing_in_the_end(cut, whole, tmp_path, capfd):
     damages = draw(cut, [run_in(cut) / "metrics.jsonl"], len(KINDS))
     check_continued(cut, whole, damages, tmp_path, capfd)
