@@ -106,14 +106,14 @@ def forms_of(
     sizes = None if num_params is None else np.array([_size(num_params, name) for name in table.models])
     if sizes is None or np.unique(sizes).size == 1:
         forms = tuple(form for form in forms if form != "size")
-    chain, folds = fit_chain(table), _folds(table)
+    chain, folds, num_independent = fit_chain(table), _folds(table), _independent_points(table)
     variables: tuple[Variable, ...] = ("loss", "data")
     intervals: dict[str, tuple] = {
         form: law_errors(table, resamples or FEWER, seed, form).interval((0.0, 1.0), confidence)[1:]
         for form in variables
         if form in forms
     }
-    fits = (_assess(form, table, sizes, chain, folds, intervals.get(form)) for form in forms)
+    fits = (_assess(form, table, sizes, chain, folds, num_independent, intervals.get(form)) for form in forms)
     return tuple(sorted(fits, key=lambda fit: fit.held_out_error))
 
 
@@ -150,7 +150,9 @@ def _folds(table: ScanTable) -> list[_Fold]:
     return folds
 
 
-def _assess(form: str, table: ScanTable, sizes, chain: Chain, folds: list[_Fold], interval) -> FormFit:
+def _assess(
+    form: str, table: ScanTable, sizes, chain: Chain, folds: list[_Fold], num_independent: float, interval
+) -> FormFit:
     x, floors, fits = _fit(form, table, sizes, chain)
     best = int(np.argmin(_loss(fits, table)))
     centre = _centre(x, best)
@@ -166,10 +168,10 @@ def _assess(form: str, table: ScanTable, sizes, chain: Chain, folds: list[_Fold]
         valid_range=(float(variable.min()), float(variable.max())),
         num_parameters=count,
         exponent_interval=None if interval is None else (float(interval[0]), float(interval[1])),
-        floors=_floors_as_good(floors, fits, table) if form == "above floor" else (),
+        floors=_floors_as_good(floors, fits, table, num_independent) if form == "above floor" else (),
         held_out_error=_each_run_held_out(form, table, sizes, folds),
         low_loss_error=_low_losses_held_out(form, table, sizes, chain),
-        criterion=_criterion(residuals, table, count),
+        criterion=_criterion(residuals[table.mask], num_independent, count),
     )
 
 
@@ -247,9 +249,11 @@ def _low_losses_held_out(form, table, sizes, chain: Chain) -> float:
     return float(np.sqrt(np.mean((remainder - level)[mask] ** 2)))
 
 
-def _floors_as_good(floors, fits: JointFits, table: ScanTable) -> tuple[tuple[float, float], ...]:
+def _floors_as_good(
+    floors, fits: JointFits, table: ScanTable, num_independent: float
+) -> tuple[tuple[float, float], ...]:
     spread = (fits.residuals[:, table.mask] ** 2).mean(-1)
-    good = _independent_points(table) * np.log(spread / spread.min()) < MEANS_LITTLE
+    good = num_independent * np.log(spread / spread.min()) < MEANS_LITTLE
     return tuple((float(floor), float(slope)) for floor, slope in zip(floors[good], fits.slope[good], strict=True))
 
 
@@ -262,7 +266,6 @@ def _independent_points(table: ScanTable) -> float:
     return float((table.mask.sum() - len(table.models)) * min(of_a_run / errors.shape[1], 1.0))
 
 
-def _criterion(residuals, table, num_parameters) -> float:
-    count = _independent_points(table)
-    spread = np.mean(residuals[table.mask] ** 2)
+def _criterion(residuals, count, num_parameters) -> float:
+    spread = np.mean(residuals**2)
     return float(count * np.log(spread) + 2 * num_parameters * count / max(count - num_parameters - 1, 1))

@@ -73,8 +73,9 @@ def fit_shapes(log_batch, log_steps, mask, confidence: float = 0.95) -> list[Sha
     p = np.where(rows.freedom_left > 0, special.fdtrc(1, rows.freedom, worse), np.nan)
     lowest, highest = rows.smallest - REACH, rows.largest + REACH
     low, high = rows.ends(best.log_b_half, (lowest, highest), lambda x: rows.deviance(rows.loss_at(x)), allowed)
-    slopes, errors = rows.end_slopes(log_a, best)
-    reach = rows.error_of_b_opt(log_a, best) * special.stdtrit(rows.freedom, 0.5 + confidence / 2)
+    covariance = rows.covariance(log_a, best)
+    slopes, errors = rows.end_slopes(log_a, best, covariance)
+    reach = _error_of_b_opt(log_a, covariance) * special.stdtrit(rows.freedom, 0.5 + confidence / 2)
     u_shaped = (slopes[0] + special.stdtrit(rows.freedom, 0.5 + confidence / 2) * errors[0] < -1) & (
         rows.freedom_left > 0
     )
@@ -219,18 +220,12 @@ class _Rows:
         _, share = log_overhead(a * fits.log_b_half[..., None], a * self.log_batch)
         return np.stack([np.ones_like(share), a * share, a * share * distance], -1) * self.points[..., None]
 
-    def error_of_b_opt(self, log_a, fits: _Fits) -> np.ndarray:
-        """Standard error `[G]` of log B_opt = log B_half + log(a - 1)/a; infinite for a up to 1."""
-        a = np.exp(log_a)
-        above = np.maximum(a - 1, 1e-12)
-        gradient = np.stack([0 * a, 1 + 0 * a, 1 / above - np.log(above) / a], -1)
-        covariance = _inverse(self.columns(log_a, fits)) * self.variance[:, None, None]
-        error = np.sqrt(np.maximum(np.einsum("gi,gij,gj->g", gradient, covariance, gradient), 0.0))
-        return np.where(a > 1, error, np.inf)
+    def covariance(self, log_a, fits: _Fits) -> np.ndarray:
+        """`[G, 3, 3]`, of log S_min, log B_half and log a, linearised at the fits."""
+        return _inverse(self.columns(log_a, fits)) * self.variance[:, None, None]
 
-    def end_slopes(self, log_a, fits: _Fits) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def end_slopes(self, log_a, fits: _Fits, covariance) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """d log S/d log B at the smallest and the largest batch, and standard errors by the delta method."""
-        covariance = _inverse(self.columns(log_a, fits)) * self.variance[:, None, None]
         slopes, errors = [], []
         for end in (self.smallest, self.largest):
             distance = fits.log_b_half - end
@@ -241,6 +236,15 @@ class _Rows:
             slopes.append(-a_flat * share)
             errors.append(np.sqrt(np.einsum("gi,gij,gj->g", gradient, covariance, gradient)))
         return slopes, errors
+
+
+def _error_of_b_opt(log_a, covariance) -> np.ndarray:
+    """Standard error `[G]` of log B_opt = log B_half + log(a - 1)/a; infinite for a up to 1."""
+    a = np.exp(log_a)
+    above = np.maximum(a - 1, 1e-12)
+    gradient = np.stack([0 * a, 1 + 0 * a, 1 / above - np.log(above) / a], -1)
+    error = np.sqrt(np.maximum(np.einsum("gi,gij,gj->g", gradient, covariance, gradient), 0.0))
+    return np.where(a > 1, error, np.inf)
 
 
 def _around(value: float, reach: float) -> tuple[float, float]:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -228,7 +227,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if "numpy" in sys.modules and isinstance(value, (np := sys.modules["numpy"]).ndarray | np.generic):
+    if hasattr(value, "tolist"):  # an array or scalar of numpy, which this module needn't import
         return _plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
