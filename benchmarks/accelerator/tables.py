@@ -37,7 +37,7 @@ def tables(folder: Path) -> str:
     if populations:
         lines += ["", "| model, batch, runs at once | faster than one by one |", "|---|---|"]
         lines += [f"| {name} | {x['speedup']}× |" for name, x in populations.items()]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\n\n\n", "\n\n")
 
 
 if __name__ == "__main__":

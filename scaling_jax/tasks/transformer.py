@@ -5,6 +5,8 @@ They have learned positions, pre-LayerNorm, GELU, and feed-forward layers four t
 
 import dataclasses
 import math
+import os
+import re
 from typing import Literal
 
 import flax.linen as nn
@@ -35,7 +37,7 @@ class ModelConfig:
     vocab_size: int = 257
     context: int = 64  # tokens
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters, softmax and loss are always float32
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cuDNN on a GPU in bfloat16, else XLA
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cuDNN in bfloat16 on a GPU, else XLA
 
     def __post_init__(self):
         for field in ("n_layer", "d_model", "n_head", "vocab_size", "context"):
@@ -108,7 +110,7 @@ class Transformer(nn.Module):
         positions_TxD = use_whole(lambda table_TxD: table_TxD[: tokens_BxT.shape[1]], position_TxD)
         x_BxTxD = (embedded_BxTxD + positions_TxD[None]).astype(dtype)
 
-        on_gpu = jax.default_backend() == "gpu"
+        on_gpu = _on_gpu()
         most_unrolled = _MOST_UNROLLED_ON_GPU if on_gpu else _MOST_UNROLLED
         layers = nn.scan(
             Block,
@@ -238,7 +240,13 @@ class _LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD):
-        return nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name="layer_norm")(x_BxTxD)
+        # E[x²] - E[x]² reads x once: on an H100, 2.5 % of a step of 85M parameters. Its error is far below bfloat16's.
+        fast = self.dtype == jnp.bfloat16 and _on_gpu()
+        return nn.LayerNorm(dtype=self.dtype, use_fast_variance=fast, name="layer_norm")(x_BxTxD)
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK):
@@ -254,7 +262,9 @@ def _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK):
 def attention_of(c: ModelConfig) -> Literal["xla", "cudnn"]:
     if c.attention != "auto":
         return c.attention
-    return "cudnn" if jax.default_backend() == "gpu" and c.compute_dtype == "bfloat16" else "xla"
+    # Its backward pass adds up in any order, and XLA fails if told not to (openxla/xla #46500, jax 0.11.2).
+    deterministic = re.search(r"--xla_gpu_deterministic_ops(=true|=1)?(\s|$)", os.environ.get("XLA_FLAGS", ""))
+    return "cudnn" if _on_gpu() and c.compute_dtype == "bfloat16" and not deterministic else "xla"
 
 
 def _loss_in_chunks(unembedding, x_BxTxD, targets_BxT, most_logits: int):

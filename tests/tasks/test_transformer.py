@@ -73,6 +73,43 @@ def test_cudnn_attention_in_float32_is_refused():
         ModelConfig(2, 16, 2, attention="cudnn")
 
 
+@pytest.mark.parametrize(
+    ("flags", "attention"),
+    [
+        ("", "cudnn"),
+        ("--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=false", "cudnn"),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0", "xla"),
+        ("--xla_gpu_deterministic_ops", "xla"),
+    ],
+)
+def test_on_a_gpu_attention_is_cudnns_unless_xla_is_to_be_deterministic(monkeypatch, flags, attention):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    half = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    assert transformer.attention_of(half) == attention
+    assert transformer.attention_of(SMALL) == "xla"
+    assert transformer.attention_of(dataclasses.replace(half, attention="cudnn")) == "cudnn"
+
+
+def test_gpus_compute_what_cpus_do_in_bfloat16(monkeypatch):
+    """What differs there (layers, logits, variance) changes loss and gradient by less than bfloat16's rounding."""
+    half = dataclasses.replace(SMALL, compute_dtype="bfloat16", attention="xla")
+    params, tokens = initialised(half)
+
+    def value_and_grad():
+        return jax.value_and_grad(lambda params: Transformer(half).apply({"params": params}, tokens, tokens))(params)
+
+    loss, grads = value_and_grad()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    loss_on_gpu, grads_on_gpu = value_and_grad()
+    assert abs(loss_on_gpu - loss) < 1e-3
+    norm, difference = (
+        np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+        for tree in (grads, jax.tree.map(jnp.subtract, grads_on_gpu, grads))
+    )
+    assert difference < 0.01 * norm
+
+
 @pytest.mark.parametrize("most_logits", [24 * 11, 100, 1])
 def test_the_loss_in_chunks_is_the_loss(monkeypatch, most_logits):
     """24 tokens, a vocabulary of 11: in one chunk, in three, and token by token."""
