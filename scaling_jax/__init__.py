@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from scaling_jax.io import UserError
     from scaling_jax.report import write_figures, write_report
     from scaling_jax.results import analyse, read_results
-    from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two, scan
-    from scaling_jax.tasks import MODELS, ModelConfig, model_config
+    from scaling_jax.scanning import Experiment, LearningRates, Study, Subject, log_spaced, powers_of_two, scan
+    from scaling_jax.tasks import MODELS, ModelConfig, OtherModel, model_config
     from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, train
 
 _SUBPACKAGES = {"advice", "data", "fitting", "noise_scale", "tasks"}
 _HOMES = {
     "MODELS": "tasks",
     "ModelConfig": "tasks",
+    "OtherModel": "tasks",
     "model_config": "tasks",
     "LiveRamp": "training",
     "OptimizerConfig": "training",
@@ -27,6 +28,7 @@ _HOMES = {
     "train": "training",
     "Experiment": "scanning",
     "LearningRates": "scanning",
+    "Study": "scanning",
     "Subject": "scanning",
     "log_spaced": "scanning",
     "powers_of_two": "scanning",
@@ -45,8 +47,10 @@ __all__ = [
     "LiveRamp",
     "ModelConfig",
     "OptimizerConfig",
+    "OtherModel",
     "Run",
     "Stage",
+    "Study",
     "Subject",
     "UserError",
     "advice",

@@ -14,7 +14,7 @@ from scaling_jax.io.files import write_json
 from scaling_jax.results.runs import check_runs
 from scaling_jax.results.table import fit_table
 from scaling_jax.scanning.records import read_experiment
-from scaling_jax.tasks import ModelConfig
+from scaling_jax.tasks import ModelConfig, OtherModel
 from scaling_jax.training.run import check_whole_sequences
 
 
@@ -86,6 +86,7 @@ def advise(
     budget = math.inf if budget_tokens is None else budget_tokens
     to = goal(found.fit, target_loss, model, extrapolate=extrapolate)
     reference = to.batch_range[0] if reference_batch_tokens is None else reference_batch_tokens
+    trained = _model(results, to.model)
     stages: tuple[Stage, ...] = ()
     schedules, follows = {}, None
     if not to.extrapolated:
@@ -102,9 +103,8 @@ def advise(
         for batch in dict.fromkeys((start, stages[-1].batch_tokens)):
             schedules[f"constant {batch:,}"] = cost(way, (Stage(0, batch, 1.0),))
         schedules["ramp"] = cost(way, stages)
-        context = _context(results, to.model)
-        if context is not None:
-            check_whole_sequences(start, context, "start_batch_tokens")
+        if isinstance(trained, ModelConfig):
+            check_whole_sequences(start, trained.context, "start_batch_tokens")
     rates = best_rates(found.table, to.model, target_loss)
     return Advice(
         to=to,
@@ -114,7 +114,7 @@ def advise(
         fastest=None if hardware is None else fastest(to, hardware, budget),
         stages=stages,
         schedules=schedules,
-        notes=_notes(to, stages),
+        notes=_notes(to, stages, isinstance(trained, OtherModel)),
         follows=follows,
         reference_batch_tokens=reference,
         cbs20=to.cbs20(reference),
@@ -136,12 +136,11 @@ def write_stages(path: Path, stages: tuple[Stage, ...]) -> None:
         raise UserError(f"can't write {path} ({error}): choose another file") from error
 
 
-def _context(results: Path, model: str) -> int | None:
-    """Tokens per sequence of a model of a scan; None for a table, which doesn't say."""
+def _model(results: Path, name: str) -> ModelConfig | OtherModel | None:
+    """A model of a scan; None for a table, which doesn't know it."""
     if not (results / "experiment.json").exists():
         return None
-    contexts = [s.model.context for s in read_experiment(results).subjects if s.model.name == model]
-    return contexts[0] if contexts else None
+    return next((s.model for s in read_experiment(results).subjects if s.model.name == name), None)
 
 
 def _start(to: Goal, b_crit: float) -> int:
@@ -150,7 +149,7 @@ def _start(to: Goal, b_crit: float) -> int:
     return round(smallest * 2 ** max(0, math.floor(math.log2(b_crit / smallest))))
 
 
-def _notes(to: Goal, stages: tuple[Stage, ...]) -> tuple[str, ...]:
+def _notes(to: Goal, stages: tuple[Stage, ...], of_others: bool) -> tuple[str, ...]:
     notes = []
     if to.extrapolated:
         known = "Brackets hold what the law with parts of the data and two lines of S_min allow; they are no intervals"
@@ -176,7 +175,7 @@ def _notes(to: Goal, stages: tuple[Stage, ...]) -> tuple[str, ...]:
             "--max-batch-tokens"
         )
     usual = ModelConfig(1, 16, 1).context
-    if stages and stages[0].batch_tokens % usual | (stages[0].batch_tokens < 2 * usual):
+    if stages and not of_others and stages[0].batch_tokens % usual | (stages[0].batch_tokens < 2 * usual):
         notes.append(
             f"the ramp starts at {stages[0].batch_tokens:,} tokens, but train takes two or more whole sequences a "
             f"batch: with its usual context of {usual} tokens give --start-batch-tokens {2 * usual}, or give train a "

@@ -73,10 +73,10 @@ def check_text(run: Run) -> None:
     """
     if not run.text.startswith("tfds:"):
         find_documents(run.text)
-    ids = most_ids(run.tokenizer)
-    if bpe_vocabulary(run.tokenizer) is None and ids > run.model.vocab_size:
+    ids, size = most_ids(run.tokenizer), run.transformer.vocab_size
+    if bpe_vocabulary(run.tokenizer) is None and ids > size:
         raise UserError(
-            f"the tokenizer {run.tokenizer} has {ids:,} tokens but the model's vocab_size is {run.model.vocab_size:,}: "
+            f"the tokenizer {run.tokenizer} has {ids:,} tokens but the model's vocab_size is {size:,}: "
             "use a larger vocab_size"
         )
 
@@ -85,7 +85,7 @@ def with_vocabulary(run: Run, vocab_size: int, overrides: Sequence[str]) -> Run:
     """The run with a model of this vocabulary size, unless an override sets another size."""
     if any(override.startswith("model.vocab_size=") for override in overrides):
         return run
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=vocab_size))
+    return dataclasses.replace(run, model=dataclasses.replace(run.transformer, vocab_size=vocab_size))
 
 
 def with_other_halves(config: Recipe, overrides: Sequence[str]) -> list[str]:
@@ -96,8 +96,8 @@ def with_other_halves(config: Recipe, overrides: Sequence[str]) -> list[str]:
 
 
 def _changed(run: Run, model: str | None, context: int | None):
-    size = run.model if model is None else model_config(model, vocab_size=run.model.vocab_size)
-    return dataclasses.replace(size, context=run.model.context if context is None else context)
+    size = run.transformer if model is None else model_config(model, vocab_size=run.transformer.vocab_size)
+    return dataclasses.replace(size, context=run.transformer.context if context is None else context)
 
 
 def _from_flags(given: dict[str, Any], overrides: Sequence[str], model: str | None, context: int | None) -> Run:

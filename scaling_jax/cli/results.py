@@ -1,5 +1,7 @@
 """The commands that read results: status, fit, report, advise."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -27,7 +29,7 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
     if json:
         print(as_json(found))
     else:
-        Terminal().print(status_table(found))
+        Terminal(_in_unit_of(results)).print(status_table(found))
 
 
 @app.command
@@ -65,7 +67,7 @@ def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: 
     if json:
         print(written.read_text(), end="")
     else:
-        Terminal().print(table)
+        Terminal(_in_unit_of(results)).print(table)
 
 
 @app.command
@@ -157,7 +159,7 @@ def advise(
     if json:
         print(as_json(advice))
     else:
-        Terminal().print(advice_table(advice))
+        Terminal(_in_unit_of(results)).print(advice_table(advice))
 
 
 def show(folder: Path) -> None:
@@ -168,7 +170,7 @@ def show(folder: Path) -> None:
     from scaling_jax.report import write_figures, write_report, write_runs_report
     from scaling_jax.results import analyse, read_results
 
-    console = Terminal()
+    console = Terminal(_in_unit_of(folder))
     results = read_results(folder)
     if results.experiment is None:
         report = write_runs_report(results)
@@ -180,3 +182,14 @@ def show(folder: Path) -> None:
     console.print(f"report: {report}", soft_wrap=True)
     if in_bucket(results.folder):
         console.print(f"all files are in {address(results.folder)}", soft_wrap=True)
+
+
+def _in_unit_of(results: Path) -> Callable[[str], str]:
+    """How to say a text on results: with the unit that their models count."""
+    from scaling_jax.io.stores import working_copy
+    from scaling_jax.report.units import in_unit
+    from scaling_jax.scanning.records import read_experiment
+
+    folder = working_copy(results)
+    unit = read_experiment(folder).unit if (folder / "experiment.json").exists() else "tokens"
+    return functools.partial(in_unit, unit=unit)

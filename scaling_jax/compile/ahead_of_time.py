@@ -232,7 +232,7 @@ def _compile(lowered, slice_: Topology) -> Executable:
 
 def _without_choices(run: Run) -> Run:
     """The run with attention="xla": with "auto", the model would look at this machine, not at the slice."""
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, attention="xla"))
+    return dataclasses.replace(run, model=dataclasses.replace(run.transformer, attention="xla"))
 
 
 def _one_chip(slice_: Topology) -> Topology:

@@ -8,7 +8,7 @@ import codecs
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -50,10 +50,15 @@ _PLAIN_ERRORS = "scaling_jax.plain"
 
 
 class Terminal(Console):
-    """A rich console without markup, emoji and highlights, which escapes what would control the terminal."""
+    """A rich console without markup, emoji and highlights, which escapes what would control the terminal.
 
-    def __init__(self, **options: Any):
+    Args:
+      said: a last change of every text.
+    """
+
+    def __init__(self, said: Callable[[str], str] = lambda text: text, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        self._said = said
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(self._safe(text), **options)
@@ -64,7 +69,7 @@ class Terminal(Console):
         return super().render(renderable, options)
 
     def _safe(self, text: str) -> str:
-        return fitting(escaped(text), self.encoding)
+        return fitting(escaped(self._said(text)), self.encoding)
 
 
 def escaped(text: str) -> str:

@@ -205,7 +205,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        kinds = [kind for kind in args if kind is not type(None)]
+        if isinstance(value, dict):  # the kind that has all of its keys, else the first, which says what is wrong
+            kinds.sort(key=lambda kind: not set(value) <= {field.name for field in dataclasses.fields(kind)})
+        return _convert(kinds[0], value, where)
     if isinstance(value, _Typed) and hint in (int, float):
         value = _number(value, where)
         value = int(value) if hint is int and value.is_integer() else value

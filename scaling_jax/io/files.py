@@ -13,6 +13,7 @@ import json
 import math
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -78,7 +79,7 @@ def refuse_links(*folders: Path) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A new file to write. It replaces `path` once it is complete and on disk; after an error it is deleted.
 
-    Until then its name is `.<name>.<process>.unfinished`.
+    Until then its name is `.<name>.<process>.unfinished`; threads have names of their own.
 
     Raises:
       UserError: if `path` is a link, a folder, a device or a pipe.
@@ -86,7 +87,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         _check_plain(path, path.lstat())
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    here = threading.current_thread()
+    writer = f"{os.getpid()}" if here is threading.main_thread() else f"{os.getpid()}-{here.native_id}"
+    unfinished = path.with_name(f".{path.name}.{writer}.unfinished")
     unfinished.unlink(missing_ok=True)  # of a process that was killed
     file = unfinished.open("xb")  # x: a link that appears here isn't followed
     try:

@@ -15,6 +15,10 @@ from scaling_jax.io import UserError
 from scaling_jax.io.files import open_plain
 
 
+class InUse(UserError):
+    """Another process holds a lock."""
+
+
 @contextlib.contextmanager
 def locked(
     path: Path, what: str, *, seconds: float = 60.0, wait: bool = False, insist: bool = False
@@ -31,7 +35,8 @@ def locked(
       insist: raise an error if the file system has no locks, instead of going on without a lock.
 
     Raises:
-      UserError: if another process holds the lock, or the file can't be written. Names the process or the folder.
+      InUse: if another process holds the lock. Names it.
+      UserError: if the file can't be written. Names the folder.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +48,7 @@ def locked(
         while (holder := _take(file, insist)) is not None:
             if time.monotonic() > until or not (wait or _ended(*holder)):
                 who = " of ".join(filter(None, holder))
-                raise UserError(f"{what} is in use by process {who}: wait for it, or stop it")
+                raise InUse(f"{what} is in use by process {who}: wait for it, or stop it")
             time.sleep(min(1.0, seconds / 10))
         file.truncate(0)
         file.write(f"{os.getpid()} {socket.gethostname()}")

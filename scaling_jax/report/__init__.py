@@ -22,9 +22,11 @@ def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list
 
     _check_matplotlib()
     from scaling_jax.report.chart import save
+    from scaling_jax.report.units import chart_in_unit
 
     folder = analysis.results.folder if workdir is None else working_copy(workdir, fetch=False)
-    paths = [save(chart, folder / "figures") for chart in _charts(analysis)]
+    unit = analysis.experiment.unit
+    paths = [save(chart_in_unit(chart, unit), folder / "figures") for chart in _charts(analysis)]
     publish(folder)
     return paths
 
@@ -41,10 +43,12 @@ def write_report(analysis: Analysis, workdir: str | Path | None = None) -> Path:
     _check_matplotlib()
     from scaling_jax.report.page import page
     from scaling_jax.report.sections import sections
+    from scaling_jax.report.units import page_in_unit
 
     folder = analysis.results.folder if workdir is None else working_copy(workdir, fetch=False)
     path = folder / "report.html"
-    write_whole(path, page(f"Critical batch size: {analysis.experiment.name}", sections(analysis)))
+    html = page(f"Critical batch size: {analysis.experiment.name}", sections(analysis))
+    write_whole(path, page_in_unit(html, analysis.experiment.unit))
     publish(folder)
     return path
 

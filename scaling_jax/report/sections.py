@@ -24,6 +24,7 @@ from scaling_jax.report.scan_charts import (
     tradeoffs_chart,
 )
 from scaling_jax.report.spread_chart import law_spread_chart
+from scaling_jax.report.units import chart_in_unit
 from scaling_jax.report.words import ending, law_in_words, law_lines
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, Results
@@ -58,7 +59,8 @@ def sections(analysis: Analysis) -> list[Section]:
     models = [subject.model.name for subject in analysis.experiment.subjects]
 
     def drawn(*made: Chart) -> Markup:
-        return charts(draw(chart, f"{chart.name}-{k}") for k, chart in enumerate(made))
+        unit = analysis.experiment.unit
+        return charts(draw(chart_in_unit(chart, unit), f"{chart.name}-{k}") for k, chart in enumerate(made))
 
     near_b_crit = [run for model in models if (run := run_near_b_crit(analysis, model))]
     return [
@@ -322,7 +324,10 @@ def _spread(analysis: Analysis) -> Markup:
     return paragraph(
         "How far does the exponent move if a part of the data is left out, or if B_crit diverges at a loss L_inf above "
         "0? A law to trust stays inside its interval, which is shaded."
-    ) + (charts([draw(chart, chart.name)]) + folded("The exponent and B_crit of each part", spread_table(analysis)))
+    ) + (
+        charts([draw(chart_in_unit(chart, analysis.experiment.unit), chart.name)])
+        + folded("The exponent and B_crit of each part", spread_table(analysis))
+    )
 
 
 def spread_table(analysis: Analysis) -> Markup:

@@ -239,6 +239,8 @@ def _between_targets(cell: CellRuns) -> list[tuple[float, Estimate]]:
     """(geometric middle of two target losses, noise scale while the loss fell from one to the other)."""
     targets, crossings = cell.subject.target_losses, cell.best.steps_to_target
     grad_sq_norm, trace_cov = moments_by_step(cell.record.course)
+    if not len(grad_sq_norm):  # another trainer told the run
+        return []
     found = []
     for k in range(len(targets) - 1):
         if not np.all(np.isfinite(crossings[k : k + 2])):

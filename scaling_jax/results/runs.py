@@ -260,7 +260,7 @@ def _curve(run: Run) -> Run:
 
 def _cell_runs(experiment: Experiment, cell: Cell, done: Sequence[RunRecord]) -> CellRuns:
     by_rate: dict[float, RunRecord] = {}
-    for record in sorted(done, key=lambda record: len(record.course.batch_tokens)):
+    for record in sorted(done, key=lambda record: record.course.line_steps.sum()):
         by_rate[record.run.learning_rate] = record
     subject = experiment.subject(cell.model)
     tried = [look_at(subject.target_losses, by_rate[rate].outcome) for rate in sorted(by_rate)]

@@ -2,6 +2,7 @@
 
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates, Subject, log_spaced, powers_of_two
 from scaling_jax.scanning.scan import relative_cost, scan
+from scaling_jax.scanning.study import Setting, Study
 from scaling_jax.scanning.worker import Event
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "Event",
     "Experiment",
     "LearningRates",
+    "Setting",
+    "Study",
     "Subject",
     "log_spaced",
     "powers_of_two",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive
-from scaling_jax.tasks import ModelConfig, model_config
+from scaling_jax.tasks import ModelConfig, OtherModel, model_config
 from scaling_jax.training import Deadline, Recipe, Run
 
 MOST_CELLS = 2_000  # a hundred times the demo's
@@ -57,7 +57,7 @@ class LearningRates:
 class Subject:
     """A model, the losses at which to measure its critical batch size, and the learning rates to try."""
 
-    model: ModelConfig
+    model: ModelConfig | OtherModel
     target_losses: tuple[float, ...]  # test losses in nats per token, falling
     learning_rates: LearningRates
 
@@ -117,6 +117,8 @@ class Experiment(Recipe):
         names = [subject.model.name for subject in self.subjects]
         if len(set(names)) < len(names) or not names:
             raise UserError(f"subjects {names} must be one or more models with different names")
+        if len(units := sorted({subject.model.unit for subject in self.subjects})) > 1:
+            raise UserError(f"the models count {' and '.join(units)}: scan those of one unit at a time")
         for subject in self.subjects:
             losses = subject.target_losses
             if (
@@ -139,6 +141,11 @@ class Experiment(Recipe):
             for batch in self.batch_tokens
             for seed in self.seeds
         )
+
+    @property
+    def unit(self) -> str:
+        """What batches and budgets count: tokens, unless another trainer's models count something else."""
+        return self.subjects[0].model.unit
 
     def subject(self, model: str) -> Subject:
         """The subject with this model name. Raises KeyError if there is none."""

@@ -1,6 +1,7 @@
-"""The training task: language modelling with a decoder-only transformer, and the table of model sizes."""
+"""The training task: language modelling with a decoder-only transformer; the table of sizes; models of others."""
 
 from scaling_jax.tasks.language_model import batch_loss, evaluator, fsdp_evaluator, held_out_rows, shared_evaluator
+from scaling_jax.tasks.other_model import OtherModel
 from scaling_jax.tasks.transformer import (
     MODELS,
     ModelConfig,
@@ -15,6 +16,7 @@ from scaling_jax.tasks.transformer import (
 __all__ = [
     "MODELS",
     "ModelConfig",
+    "OtherModel",
     "Transformer",
     "batch_loss",
     "evaluator",

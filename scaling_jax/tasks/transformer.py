@@ -56,6 +56,11 @@ class ModelConfig:
         return f"{self.n_layer}x{self.d_model}"
 
     @property
+    def unit(self) -> str:
+        """What batches count."""
+        return "tokens"
+
+    @property
     def num_params(self) -> int:
         """N, the non-embedding parameters: 12·n_layer·d_model² (Kaplan et al. 2020, eq. 2.1)."""
         return 12 * self.n_layer * self.d_model**2

@@ -253,9 +253,9 @@ def _check_batches(stages: Sequence[Stage], text_tokens: int) -> None:
 
 def check_corpus(run: Run, corpus: Corpus) -> None:
     """Raises UserError if the text doesn't fit the model: its vocabulary, or the length of its rows."""
-    if corpus.vocab_size > run.model.vocab_size:
+    if corpus.vocab_size > (size := run.transformer.vocab_size):
         raise UserError(
-            f"the tokenizer has {corpus.vocab_size:,} tokens but the model's vocab_size is {run.model.vocab_size:,}: "
+            f"the tokenizer has {corpus.vocab_size:,} tokens but the model's vocab_size is {size:,}: "
             "use a larger vocab_size"
         )
     if corpus.train_RxT1.shape[1] != run.model.context + 1:

@@ -74,7 +74,7 @@ def train(
         folder, done, next_stages = find_place(run, workdir, corpus)
         if done is not None:
             return done
-        check_memory(run.model, num_devices if sharding == "fsdp" and jax.default_backend() != "cpu" else 1)
+        check_memory(run.transformer, num_devices if sharding == "fsdp" and jax.default_backend() != "cpu" else 1)
         # Refuses a batch that doesn't divide; batches of stages that are over needn't divide over today's devices.
         to_come = [programs(run.at(stage)) for stage in next_stages]
         attempt = Attempt(run, folder, corpus, to_come[0].first_state(run.seed), on_progress, branch_of)
@@ -155,4 +155,4 @@ def _live_measurement(run: Run, state: TrainState, rows, step: int) -> dict[str,
         return {}
     count = live.sequences
     index = example_order(run.seed + 1_000_003, step // live.every_steps * count, count, len(rows))
-    return {"live": [jsonable(x) for x in measure(run.model, live.metric, state, rows[index])]}
+    return {"live": [jsonable(x) for x in measure(run.transformer, live.metric, state, rows[index])]}

@@ -36,10 +36,11 @@ class MetricsLine:
     evaluated: bool
     test_loss: float  # NaN also without an evaluation
     test_bits_per_byte: float | None
+    told_steps: int | None = None  # the line's steps, if another trainer told it, which has no series of them
 
     @property
     def num_steps(self) -> int:
-        return len(self.train_loss)
+        return len(self.train_loss) if self.told_steps is None else self.told_steps
 
     @classmethod
     def read(cls, values: Any) -> "MetricsLine":
@@ -78,6 +79,7 @@ class MetricsLine:
             evaluated="test_loss" in values,
             test_loss=math.nan if loss is None else float(loss),
             test_bits_per_byte=None if bits is None else float(bits),
+            told_steps=_count(values, "num_steps") if "num_steps" in values else None,
         )
 
     def json(self) -> dict[str, Any]:
@@ -98,11 +100,35 @@ class MetricsLine:
             values["test_loss"] = None if math.isnan(self.test_loss) else self.test_loss
         if self.test_bits_per_byte is not None:
             values["test_bits_per_byte"] = self.test_bits_per_byte
+        if self.told_steps is not None:
+            values["num_steps"] = self.told_steps
         return values
+
+    @classmethod
+    def told(cls, before: int, step: int, batch_tokens: int, test_loss: float) -> "MetricsLine":
+        """The line of another trainer's evaluation after `step`, and the steps since the one after step `before`."""
+        none = np.zeros(0)
+        return cls(
+            step=step,
+            tokens=step * batch_tokens,
+            epoch=math.nan,
+            batch_tokens=batch_tokens,
+            small_batch_tokens=batch_tokens,
+            train_loss=none,
+            small_sq_norm=none,
+            big_sq_norm=none,
+            small_sq_norm_by_part=None,
+            big_sq_norm_by_part=None,
+            live=None,
+            evaluated=True,
+            test_loss=test_loss if math.isfinite(test_loss) else math.nan,
+            test_bits_per_byte=None,
+            told_steps=step - before,
+        )
 
 
 class Course(NamedTuple):
-    """The metrics of a whole run as columns: by step, by line and by evaluation."""
+    """The metrics of a whole run as columns: by step, by line and by evaluation. Lines that were told have no steps."""
 
     batch_tokens: np.ndarray  # [steps]
     small_batch_tokens: np.ndarray  # [steps]
@@ -121,6 +147,7 @@ class Course(NamedTuple):
 def course(lines: Sequence[MetricsLine]) -> Course:
     """The columns of a run's lines. Each step has the batch sizes of its line."""
     steps = np.array([line.num_steps for line in lines], int)
+    measured = np.array([len(line.train_loss) for line in lines], int)
     batch, small_batch = (
         np.array([getattr(line, name) for line in lines], float) for name in ("batch_tokens", "small_batch_tokens")
     )
@@ -129,8 +156,8 @@ def course(lines: Sequence[MetricsLine]) -> Course:
     complete = bool(lines) and all(norms is not None for of_size in by_part for norms in of_size)
     evaluations = [line for line in lines if line.evaluated and math.isfinite(line.test_loss)]
     return Course(
-        batch_tokens=np.repeat(batch, steps),
-        small_batch_tokens=np.repeat(small_batch, steps),
+        batch_tokens=np.repeat(batch, measured),
+        small_batch_tokens=np.repeat(small_batch, measured),
         small_sq_norm=small,
         big_sq_norm=big,
         line_steps=steps,

@@ -145,7 +145,7 @@ def program_for(
     """
     microbatch_sequences = run.microbatch_tokens // run.model.context
     return Program(
-        model=run.model,
+        model=run.transformer,
         optimizer=run.optimizer.at(run.batch_tokens),
         batch_sequences=run.batch_sequences,
         num_microbatches=split_batch(run.batch_sequences, microbatch_sequences, num_devices, sharding == "fsdp"),

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive, config_hash, from_dict
 from scaling_jax.io.files import read_whole
-from scaling_jax.tasks import ModelConfig
+from scaling_jax.tasks import ModelConfig, OtherModel
 from scaling_jax.training.optimizers import OptimizerConfig
 
 Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
@@ -144,7 +144,7 @@ class Run(Recipe):
     `max_tokens`. Give exactly one of these two.
     """
 
-    model: ModelConfig
+    model: ModelConfig | OtherModel
     batch_tokens: int
     learning_rate: float
     seed: int = 0
@@ -182,8 +182,18 @@ class Run(Recipe):
                 f"skip.tokens = {self.skip.tokens:,} must be whole sequences of {self.model.context} tokens"
             )
         check_stages(self.batch_tokens, self.ramp)
-        for batch_tokens in (self.batch_tokens, *(stage.batch_tokens for stage in self.ramp)):
-            check_whole_sequences(batch_tokens, self.model.context)
+        if isinstance(self.model, ModelConfig):
+            for batch_tokens in (self.batch_tokens, *(stage.batch_tokens for stage in self.ramp)):
+                check_whole_sequences(batch_tokens, self.model.context)
+
+    @property
+    def transformer(self) -> ModelConfig:
+        """The model, if this package trains it. Raises UserError if another program does."""
+        if isinstance(self.model, OtherModel):
+            raise UserError(
+                f"{self.model.name} is a model of another trainer: use a Study, or scaling-jax scan with --command"
+            )
+        return self.model
 
     @property
     def batch_sequences(self) -> int:

@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -139,3 +140,22 @@ def test_a_tail_refuses_a_line_that_is_no_json(tmp_path):
     (tmp_path / "lines").write_text("x\n")
     with pytest.raises(ValueError):  # noqa: PT011
         Tail(tmp_path / "lines", from_start=True).new()
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path):
+    path, errors = tmp_path / "file.json", []
+
+    def write():
+        try:
+            for _ in range(50):
+                write_json(path, {"a": 1})
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert json.loads(path.read_text()) == {"a": 1}
