@@ -54,6 +54,10 @@ def scan(
     dry_run: bool = False,
     executor: Literal["local", "ray", "slurm"] = "local",
     executor_options: tuple[str, ...] = (),
+    command: str | None = None,
+    jobs: int = 1,
+    retries: int = 2,
+    silent_minutes: float = 30.0,
     tensorboard: bool = False,
     wandb: str | None = None,
     coordinator: str | None = None,
@@ -63,6 +67,8 @@ def scan(
     """Train all runs of an experiment, fit them, and write figures and a report. Continues an interrupted scan.
 
     Example: scaling-jax scan experiments/demo.py --set max_tokens=2e6 --results results/short
+    With your own trainer: scaling-jax scan mine.py --command 'python train.py --batch {batch} --lr {learning_rate}
+    --seed {seed} --steps {max_steps} --out {curve}'
 
     Args:
       experiment: a Python file that defines EXPERIMENT, such as experiments/demo.py, or a scan's experiment.json.
@@ -71,6 +77,11 @@ def scan(
       dry_run: time some steps, show what the scan needs, probably and at most, and train nothing.
       executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder.
       executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
+      command: train by this command, for an experiment with OtherModels. It writes a line with step and loss to {curve}
+        at each evaluation. Start it on several machines to share the work. See docs/your_model.md.
+      jobs: number of commands that run at a time on this machine.
+      retries: times that a command that failed is started again.
+      silent_minutes: a command that writes no evaluation for so long has failed.
       tensorboard: also write TensorBoard event files next to each run's metrics.
       wandb: also send the runs to this Weights & Biases project.
       coordinator: host:port of process 0, if several processes train each run together; see 'train'.
@@ -90,7 +101,23 @@ def scan(
 
     loaded = load_experiment(experiment)
     loaded = with_overrides(loaded, with_other_halves(loaded, overrides))
-    _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
+    if command is None:
+        _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
+        return
+    if executor != "local" or coordinator is not None or tensorboard or wandb:
+        raise UserError(
+            "--command goes with none of --executor, --coordinator, --tensorboard and --wandb: start the same scan on "
+            "each machine that shall help"
+        )
+    from scaling_jax.console.by_command import scan_by_command
+
+    folder = results or Path("results") / loaded.name
+    limits = {"jobs": jobs, "retries": retries, "silent_seconds": 60 * silent_minutes}
+    for name, least in {"jobs": 1, "retries": 0, "silent_seconds": 1}.items():
+        if limits[name] < least:
+            raise UserError(f"--{name.replace('_seconds', '-minutes')} is too small: give more")
+    if scan_by_command(loaded, folder, command, dry_run, **limits):
+        show(folder)
 
 
 @app.command

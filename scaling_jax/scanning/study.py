@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import to_dict
@@ -60,6 +60,13 @@ class Setting:
         return self.run.run_id
 
 
+class _Claim(NamedTuple):
+    """A setting that is out: its lock, and the lock's descriptor."""
+
+    lock: contextlib.ExitStack
+    descriptor: int | None
+
+
 class Study:
     """Asks for settings to train and takes their loss curves, until every batch size has its best learning rate.
 
@@ -88,7 +95,7 @@ class Study:
             write_experiment(self.folder, experiment)
         self._corpus = {"source": experiment.text, "sha256": hashlib.sha256(experiment.text.encode()).hexdigest()}
         self._tried: dict[Cell, dict[int, Tried]] = {cell: {} for cell in experiment.cells}
-        self._claims: dict[str, contextlib.ExitStack] = {}
+        self._claims: dict[str, _Claim] = {}
         self._curves: dict[str, list[MetricsLine]] = {}
         self._one_at_a_time = threading.RLock()
 
@@ -129,7 +136,7 @@ class Study:
         """
         lines = self._curves.setdefault(setting.name, [])
         lines.append(_line(setting, lines[-1].step if lines else 0, step, loss))
-        return ending(setting.run, lines[-2:]) is not None
+        return _ended(setting, lines)
 
     def tell(self, setting: Setting, steps: Sequence[int], losses: Sequence[float], status: Ended = "ended") -> None:
         """Records the loss curve of a run that has ended.
@@ -150,7 +157,7 @@ class Study:
             claim = self._claims.pop(setting.name, None)
             if claim is None:
                 raise UserError(f"{setting.name} isn't out: ask() for a setting, and tell each one once")
-            with claim:
+            with claim.lock:
                 _write_run(setting, self._folder(setting), lines, _status(setting, lines, status), self._corpus)
             self._curves.pop(setting.name, None)
 
@@ -159,7 +166,32 @@ class Study:
         with self._one_at_a_time:
             self._curves.pop(setting.name, None)
             if (claim := self._claims.pop(setting.name, None)) is not None:
-                claim.close()
+                claim.lock.close()
+
+    def give_all_back(self) -> None:
+        """`give_back` for every setting that is out from this study."""
+        with self._one_at_a_time:
+            for claim in self._claims.values():
+                claim.lock.close()
+            self._claims.clear()
+            self._curves.clear()
+
+    def lock_of(self, setting: Setting) -> int | None:
+        """The descriptor of a setting's lock. A child process that inherits it holds the lock too."""
+        return self._claims[setting.name].descriptor
+
+    @property
+    def wanted(self) -> set[str]:
+        """Names of the settings that are to be trained now, by this study or others."""
+        with self._one_at_a_time:
+            return {run.run_id for run in self._wanted()}
+
+    @property
+    def cells_left(self) -> tuple[Cell, ...]:
+        """The cells whose search hasn't ended."""
+        with self._one_at_a_time:
+            self._wanted()
+            return tuple(self._tried)
 
     def _folder(self, setting: Setting) -> Path:
         return run_folder(self.folder, setting.run)
@@ -191,13 +223,13 @@ class Study:
         stack = contextlib.ExitStack()
         path = self.folder / "logs" / f"{run.run_id}.lock"
         try:
-            stack.enter_context(locked(path, run.run_id, seconds=0, insist=True))
+            descriptor = stack.enter_context(locked(path, run.run_id, seconds=0, insist=True))
         except InUse:
             return False
         if find_outcome(run, self.folder) is not None:
             stack.close()
             return False
-        self._claims[run.run_id] = stack
+        self._claims[run.run_id] = _Claim(stack, descriptor)
         return True
 
 
@@ -235,6 +267,15 @@ def _lines(setting: Setting, steps: Sequence[int], losses: Sequence[float]) -> l
         if math.isnan(lines[-1].test_loss):
             break
     return lines
+
+
+def has_ended(setting: Setting, steps: Sequence[int], losses: Sequence[float]) -> bool:
+    """True if a run with this curve needs no more steps; see `Study.should_stop`."""
+    return _ended(setting, _lines(setting, steps, losses))
+
+
+def _ended(setting: Setting, lines: Sequence[MetricsLine]) -> bool:
+    return ending(setting.run, lines[-2:]) is not None
 
 
 def _status(setting: Setting, lines: Sequence[MetricsLine], said: Ended) -> Status:

@@ -5,19 +5,14 @@ import math
 from scaling_jax.scanning import Experiment, LearningRates, Setting, Study, Subject, powers_of_two
 from scaling_jax.tasks import OtherModel
 from scaling_jax.training import next_evaluation
+from tests.scanning.made_up_loss import B_CRIT, loss_after
 
-B_CRIT = 64.0
+__all__ = ["B_CRIT", "EXPERIMENT", "SUBJECT", "Study", "least_steps", "loss_after", "train", "work"]
+
 SUBJECT = Subject(OtherModel("net", 1_000, "images"), (2.6, 2.3, 2.0), LearningRates(0.1, 128))
 EXPERIMENT = Experiment(
     name="study", subjects=(SUBJECT,), batch_tokens=powers_of_two(8, 512), max_tokens=1_000_000, text="made up"
 )
-
-
-def loss_after(step: int, batch: int, learning_rate: float) -> float:
-    """Steps to a loss L are 100·((3/L)^6 - 1)·(1 + B_CRIT/B), and more at rates other than the best, 0.12 of a rule."""
-    best = 0.12 / math.sqrt(1 + 128 / batch)
-    slower = math.exp(math.log(learning_rate / best) ** 2)
-    return 3 * (1 + step / (100 * (1 + B_CRIT / batch) * slower)) ** (-1 / 6)
 
 
 def least_steps(loss: float) -> float:

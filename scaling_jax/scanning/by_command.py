@@ -1,0 +1,274 @@
+"""Trains a study's settings by a command, for trainers in any language, and follows the loss curves that they write.
+
+A curve is a file of JSON lines with `step` and `loss`, or a CSV with these columns. If a step isn't above the one
+before, the trainer went back, and the lines after that step no longer count.
+"""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import shlex
+import signal
+import string
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scaling_jax.io import UserError
+from scaling_jax.io.files import open_plain
+from scaling_jax.scanning.experiment import Cell
+from scaling_jax.scanning.study import Setting, Study, has_ended
+from scaling_jax.scanning.worker import STOPPING, Event
+from scaling_jax.training import Progress
+
+PLACES = ("batch", "learning_rate", "seed", "max_steps", "target_loss", "subject", "curve", "folder")
+_NEEDED = ("batch", "learning_rate", "curve")
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 30  # from SIGTERM to SIGKILL
+
+
+class Curve(NamedTuple):
+    steps: list[int]
+    losses: list[float]
+    problem: str | None  # the first line that is neither, for a message
+
+
+class Attempt:
+    """One start of the command for a setting. Its output and its curve are in `folder`."""
+
+    def __init__(self, setting: Setting, folder: Path, command: str, lock: int | None):
+        self.setting, self.folder, self.path = setting, folder, folder / "curve"
+        self.log = folder / "log.txt"
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            try:
+                self.process = subprocess.Popen(
+                    arguments(command, setting, self.path, folder),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=() if lock is None else (lock,),  # so that an orphan still holds its setting
+                )
+            except OSError as error:
+                raise UserError(f"--command can't be started ({error.strerror}: {error.filename})") from None
+        self.curve = Curve([], [], None)
+        self.last_news = self._last_evaluation = time.monotonic()
+        self._seen: tuple[int, int] | None = None
+
+    def look(self) -> Progress | None:
+        """Reads the curve if it has changed; the progress if there is a new evaluation."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        if (seen := (found.st_size, found.st_mtime_ns)) == self._seen:
+            return None
+        self._seen, before = seen, self.curve
+        self.curve = read_curve(self.path)
+        if not self.curve.steps or self.curve.steps == before.steps:
+            return None
+        now, (step, loss), setting = time.monotonic(), (self.curve.steps[-1], self.curve.losses[-1]), self.setting
+        gained = step - (before.steps[-1] if before.steps else 0)
+        rate = max(gained, 0) * setting.batch / max(now - self._last_evaluation, 1e-9)
+        self.last_news = self._last_evaluation = now
+        return Progress(
+            model=setting.subject,
+            batch_tokens=setting.batch,
+            learning_rate=setting.learning_rate,
+            seed=setting.seed,
+            run_id=setting.name,
+            step=step,
+            last_step=setting.max_steps,
+            tokens=step * setting.batch,
+            test_loss=loss,
+            tokens_per_second=rate,
+            noise_scale_tokens=math.nan,
+        )
+
+    def failure(self, silent_seconds: float) -> str | None:
+        """Why the attempt failed; None if it runs, or has ended well."""
+        code = self.process.poll()
+        if code is None:
+            silent = time.monotonic() - self.last_news
+            return f"wrote no evaluation for {silent:,.0f} seconds" if silent > silent_seconds else None
+        if code:
+            return f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
+        if not self.curve.steps:
+            return self.curve.problem or f"wrote no step and loss to {self.path}"
+        return None
+
+    def stop(self) -> None:
+        """Ends the process and its children: SIGTERM, and after a while SIGKILL."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_SECONDS)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def train_by_command(
+    study: Study,
+    command: str,
+    *,
+    jobs: int = 1,
+    retries: int = 2,
+    silent_seconds: float = 1_800,
+    on_event: Callable[[Event], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Trains what a study asks for, until it is done. Several machines may do this with one folder at the same time.
+
+    Args:
+      command: with `{batch}`, `{learning_rate}`, `{curve}` and others of `PLACES`; no shell sees it.
+      jobs: number of commands that run at the same time.
+      retries: times that a setting whose command failed is started again.
+      silent_seconds: a command that writes no evaluation for so long is stopped, and has failed.
+      on_event: called at each evaluation, and when a batch size is done.
+      say: called with a line about each failure.
+
+    Raises:
+      UserError: if the command can't be started; at the end, if runs failed and were left.
+      KeyboardInterrupt: after the commands were stopped.
+    """
+    check_command(command)
+    running: list[Attempt] = []
+    failures: dict[str, int] = {}
+    left: dict[str, str] = {}  # {setting: why it is left}
+    cells = set(study.cells_left)
+
+    def start(setting: Setting) -> None:
+        folder = study.folder / "commands" / setting.name
+        running.append(Attempt(setting, folder, command, study.lock_of(setting)))
+
+    try:
+        while True:
+            while len(running) < jobs and (setting := study.ask(wait=False)) is not None:
+                start(setting)
+            if not running and not study.wanted - set(left):
+                break
+            for attempt in list(running):
+                ended = attempt.process.poll() is not None  # before the look, which then sees the whole curve
+                if (progress := attempt.look()) is not None:
+                    on_event(Event(_cell(attempt.setting), progress))
+                setting, curve = attempt.setting, attempt.curve
+                over = bool(curve.steps) and has_ended(setting, curve.steps, curve.losses)
+                why = None if over else attempt.failure(silent_seconds)
+                if not over and why is None and not ended:
+                    continue
+                attempt.stop()
+                running.remove(attempt)
+                if why is None:
+                    study.tell(setting, curve.steps, curve.losses)
+                    for cell in cells - set(study.cells_left):
+                        on_event(Event(cell))
+                    cells &= set(study.cells_left)
+                    continue
+                failures[setting.name] = failures.get(setting.name, 0) + 1
+                again = failures[setting.name] <= retries
+                say(f"{setting.name}: {why}; {'started again' if again else 'left'}, see {attempt.log}")
+                if again:
+                    start(setting)
+                else:
+                    left[setting.name] = why  # its lock is kept, so that nobody asks for it again
+            time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        on_event(STOPPING)
+        raise
+    finally:
+        for attempt in running:
+            attempt.stop()
+        study.give_all_back()
+    if left:
+        name, why = next(iter(left.items()))
+        raise UserError(
+            f"{len(left)} of the runs failed {retries + 1} times and are left, such as {name} ({why}): see "
+            f"{study.folder / 'commands' / name / 'log.txt'}, then give the same command again"
+        )
+
+
+def check_command(command: str) -> None:
+    """Raises UserError if a command has unknown places, or lacks one that it needs."""
+    try:
+        words = shlex.split(command)
+        names = [name for word in words for _, name, _, _ in string.Formatter().parse(word) if name is not None]
+    except ValueError as error:
+        raise UserError(f"--command {command!r}: {error}") from None
+    if not words:
+        raise UserError("--command is empty: give a command such as 'python train.py --batch {batch} …'")
+    for name in names:
+        if name not in PLACES:
+            known = ", ".join(f"{{{place}}}" for place in PLACES)
+            raise UserError(f"--command has {{{name}}}: choose from {known}; write {{{{ and }}}} for plain braces")
+    for name in _NEEDED:
+        if name not in names:
+            raise UserError(f"--command needs {{{name}}}: without it, the command can't know what to train or write")
+
+
+def arguments(command: str, setting: Setting, curve: Path, folder: Path) -> list[str]:
+    """The command's words, with the setting's values in their places. Values are never split or seen by a shell."""
+    values: dict[str, Any] = {name: getattr(setting, name) for name in PLACES if hasattr(setting, name)}
+    values |= {"curve": curve.resolve(), "folder": folder.resolve()}
+    return [word.format(**values) for word in shlex.split(command)]
+
+
+def read_curve(path: Path) -> Curve:
+    """The curve in a file so far. Leaves out a last line that isn't complete, and lines that are none."""
+    with open_plain(path) as file:
+        content = file.read()
+    lines = content[: content.rfind(b"\n") + 1].decode(errors="replace").splitlines()
+    columns = _columns(lines)
+    steps: list[int] = []
+    losses: list[float] = []
+    problem = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (columns and number == 1):
+            continue
+        try:
+            step, loss = _evaluation(line, columns)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            problem = problem or f"line {number} of {path} isn't a step and a loss: {line[:60]!r}"
+            continue
+        while steps and steps[-1] >= step:
+            steps.pop()
+            losses.pop()
+        steps.append(step)
+        losses.append(loss)
+    return Curve(steps, losses, problem)
+
+
+def _columns(lines: Sequence[str]) -> tuple[int, int] | None:
+    """Places of step and loss in a CSV; None for JSON lines."""
+    header = [name.strip() for name in next(csv.reader(lines[:1]), [])]
+    return (header.index("step"), header.index("loss")) if {"step", "loss"} <= set(header) else None
+
+
+def _evaluation(line: str, columns: tuple[int, int] | None) -> tuple[int, float]:
+    if columns is None:
+        values = json.loads(line)
+        step, loss = values["step"], values["loss"]
+    else:
+        cells = next(csv.reader([line]))
+        step, loss = (cells[k].strip() for k in columns)
+    if isinstance(step, bool) or isinstance(loss, bool) or float(step) != int(float(step)) or float(step) < 1:
+        raise ValueError
+    value = math.nan if loss is None else float(loss)
+    if math.isfinite(value) and value <= 0:
+        raise ValueError
+    return int(float(step)), value
+
+
+def _cell(setting: Setting) -> Cell:
+    return Cell(setting.subject, setting.batch, setting.seed)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
