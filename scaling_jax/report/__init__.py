@@ -100,7 +100,8 @@ def _charts(analysis: Analysis) -> "Iterator[Chart]":
     yield tradeoffs_chart(analysis, models)
     yield residuals_chart(analysis, models)
     yield pareto_chart(analysis)
-    yield noise_chart(runs, models)
+    if analysis.noise:
+        yield noise_chart(runs, models)
     if near := [run for model in models if (run := run_near_b_crit(analysis, model))]:
         yield noise_by_layer_chart(near)
     yield rate_search_chart(runs, models)

@@ -33,6 +33,7 @@ from scaling_jax.results.runs import few_enough, last_noise_scale
 from scaling_jax.scanning import Experiment
 from scaling_jax.scanning.experiment import DEMO, QUICK
 from scaling_jax.scanning.search import Tried
+from scaling_jax.tasks import OtherModel
 
 _NOISE_INTRO = (
     "The noise scale comes from the training steps themselves. A point is a window of steps; windows get longer during "
@@ -107,7 +108,9 @@ def sections(analysis: Analysis) -> list[Section]:
             paragraph(_NOISE_INTRO)
             + drawn(*(noise_chart(drawn_runs, [model]) for model in models))
             + _by_layer_intro(near_b_crit)
-            + drawn(*(noise_by_layer_chart([run]) for run in near_b_crit)),
+            + drawn(*(noise_by_layer_chart([run]) for run in near_b_crit))
+            if analysis.noise
+            else paragraph("No run was measured."),
         ),
         Section(
             "The learning-rate search",
@@ -249,7 +252,8 @@ def command(experiment: Experiment) -> str:
         if dataclasses.replace(experiment, text=demo.text) == demo:
             text = () if experiment.text == demo.text else ("--text", experiment.text)
             return shlex.join(["scaling-jax", "demo", *options, *text, "--results", "again"])
-    return "scaling-jax scan experiment.json --results again"
+    by = " --command '…'" if isinstance(experiment.subjects[0].model, OtherModel) else ""
+    return f"scaling-jax scan experiment.json{by} --results again"
 
 
 def _single_runs_table(results: Results) -> Markup:

@@ -153,6 +153,7 @@ def test_bounds_enter_every_form_and_those_that_say_nothing_change_none():
         np.testing.assert_allclose(idle[name].held_out_error, form.held_out_error, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_the_laws_interval_covers_the_truth_with_bounds():
     fits = [fit_scan(**capped_columns(seed), resamples=100, seed=seed) for seed in range(24)]
     covered = [fit.law.exponent_interval[0] <= -4.8 <= fit.law.exponent_interval[1] for fit in fits]

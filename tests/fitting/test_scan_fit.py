@@ -148,6 +148,7 @@ def coverage(repetitions, resamples=RESAMPLES, **variant):
     return np.mean(hits, axis=0)
 
 
+@pytest.mark.long
 def test_the_interval_knows_that_neighbouring_points_share_runs():
     """Errors that wander along a run: points taken as independent promise 95 % and keep far less."""
     of_scan, naive = coverage(100, kind="wandering")

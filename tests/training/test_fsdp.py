@@ -132,8 +132,8 @@ def test_a_run_that_goes_on_ends_as_an_undisturbed_one_bit_for_bit(tmp_path, cor
     ("before", "after"),
     [
         ({"sharding": "replicated"}, {"sharding": "fsdp"}),
-        pytest.param({"sharding": "fsdp"}, {"sharding": "replicated", "num_devices": 4}, marks=pytest.mark.slow),
-        pytest.param({"sharding": "fsdp", "num_devices": 2}, {"sharding": "fsdp"}, marks=pytest.mark.slow),
+        pytest.param({"sharding": "fsdp"}, {"sharding": "replicated", "num_devices": 4}, marks=pytest.mark.long),
+        pytest.param({"sharding": "fsdp", "num_devices": 2}, {"sharding": "fsdp"}, marks=pytest.mark.long),
     ],
 )
 def test_a_run_goes_on_with_another_sharding_or_number_of_devices(tmp_path, corpus, before, after):
@@ -168,7 +168,7 @@ def test_a_run_with_a_ramp_that_is_interrupted_compiles_once_for_each_batch(tmp_
     assert programs._evaluator(MODEL, 8, "fsdp")._cache_size() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_live_ramp_measures_sharded_parameters(tmp_path, corpus):
     live = LiveRamp(1e9, 1_024, every_steps=4, metric="curvature", sequences=16)
     run = dataclasses.replace(RUN, live_ramp=live, max_steps=4)

@@ -207,7 +207,7 @@ def test_a_live_ramp_does_not_look_during_warm_up():
     assert next_stage(64, (), live, lines, warmup_steps=199).batch_tokens == 128
 
 
-@pytest.mark.parametrize("metric", ["l1", pytest.param("curvature", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("metric", ["l1", pytest.param("curvature", marks=pytest.mark.long)])
 def test_a_ramp_by_a_measured_metric_trains(tmp_path, corpus, metric):
     """It measures at its looks and nowhere else, and grows after the third at the earliest."""
     live = LiveRamp(threshold=1e-3, max_batch_tokens=128, every_steps=5, metric=metric, sequences=64)

@@ -93,7 +93,7 @@ def test_an_interrupted_population_ends_as_an_undisturbed_one_bit_for_bit(tmp_pa
         assert metrics(tmp_path / "whole", run) == metrics(tmp_path / "parts", run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_diverges_takes_nobody_with_it(tmp_path, corpus):
     sgd = [dataclasses.replace(run, optimizer=OptimizerConfig("sgd")) for run in RUNS[:2]]
     wild = dataclasses.replace(sgd[0], learning_rate=1e30)

@@ -1,0 +1,44 @@
+"""The examples of docs/your_model.md and of the README's section on other trainers, as they are printed."""
+
+import math
+import shlex
+
+import pytest
+
+import scaling_jax as sj
+from scaling_jax.scanning.by_command import check_command
+from tests.scanning.made_up_loss import loss_after
+from tests.test_docs import DOCS, blocks
+
+
+@pytest.mark.slow
+def test_scikit_learn_is_scanned(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(DOCS / "your_model.md", "python")
+    exec(example, {})
+    fit = sj.read_results("results/digits").fit()
+    assert [point.loss for point in fit.points] == list(sj.log_spaced(0.6, 0.35, 6))
+    assert all(4 < point.tradeoff.b_crit < 256 for point in fit.points)
+    assert "S_min is below 100 steps at 6 of 6 losses" in capsys.readouterr().out
+    assert " images" in (tmp_path / "results/digits/report.html").read_text()
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = next(b for b in blocks(DOCS.parent / "README.md", "python") if "Study(" in b)
+
+    def my_training(batch, learning_rate, seed, max_steps):
+        steps = sorted({max(10, round(10 * 1.07**k)) for k in range(200) if 10 * 1.07**k < min(max_steps, 5e4)})
+        return steps, [loss_after(step, batch, learning_rate) * 0.45 for step in steps]
+
+    exec(example, {"sj": sj, "my_training": my_training})
+    fit = sj.read_results("results/mine").fit()
+    assert all(math.isfinite(point.tradeoff.b_crit) for point in fit.points)
+
+
+def test_the_commands_have_places_that_exist():
+    for page in (DOCS / "your_model.md", DOCS.parent / "README.md"):
+        (example,) = (block for block in blocks(page, "bash") if "--command" in block)
+        words = shlex.split(example.replace("\\\n", " "))
+        check_command(words[words.index("--command") + 1])
