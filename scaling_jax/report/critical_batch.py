@@ -140,7 +140,9 @@ def draw_law(chart: Chart, axis: Axes, analysis: Analysis, low: float, high: flo
 
 
 def draw_noise(chart: Chart, axis: Axes, noise: list, *, intervals: bool = False) -> None:
-    """Draws noise scales. If unresolved, draws an open triangle at the lower bound."""
+    """Draws noise scales, if there are any. If unresolved, draws an open triangle at the lower bound."""
+    if not noise:
+        return
     resolved, bounds = [n for n in noise if n.resolved], [n for n in noise if not n.resolved and n.low > 0]
     loss, value = [n.loss for n in resolved], np.array([n.b_simple for n in resolved])
     if intervals:
