@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,18 +117,19 @@ class Results:
         return None if record is None or record.result is None else record.outcome
 
 
-def read_results(folder: str | Path) -> Results:
+def read_results(folder: str | Path, *, on_run: Callable[[int, int], object] = lambda done, total: None) -> Results:
     """Reads the results of a scan or of single runs, written by this version or an earlier one.
 
     Args:
       folder: on disk, or gs://bucket/folder.
+      on_run: called before each run is read, with the numbers of runs that are read and that there are.
 
     Raises:
       UserError: if the folder holds no results, or a file is damaged. Names the file.
     """
     workdir = working_copy(folder)
     experiment = read_experiment(workdir) if (workdir / "experiment.json").exists() else None
-    runs = read_runs(workdir)
+    runs = read_runs(workdir, on_run)
     if experiment is None and not runs:
         raise UserError(f"{folder} holds no results: give a folder that `scan`, `demo` or `train` wrote")
     branches, notes = find_branches(workdir, runs)
