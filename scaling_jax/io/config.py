@@ -42,7 +42,7 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     if not isinstance(values, dict):
         raise UserError(f"{where.rstrip('.') or cls.__name__} = {_said(values)}: expected an object of keys and values")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = _type_hints(cls)
+    hints = _type_hints(cls)  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
@@ -193,7 +193,9 @@ def _differing(value: Any) -> Any:
     return [_differing(item) for item in value] if isinstance(value, tuple) else value
 
 
-_type_hints = functools.cache(typing.get_type_hints)  # a folder of runs has thousands of each config
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)  # slow, and a folder of runs has thousands of each config
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
