@@ -256,8 +256,9 @@ def _memory_in_words(batch: CompiledBatch) -> str:
     )
     return (
         f"{whole} GiB per chip of {batch.program.model.name} at {batch.batch_tokens:,} tokens: {arguments} for the "
-        f"training state and for {RESIDENT_BYTES / _GIB:.3g} GiB of text, which XLA may pad and which is there however "
-        f"small the model is; {temporary} for activations, gradients and copies; {program} for the program"
+        f"training state and for {RESIDENT_BYTES / _GIB:.3g} GiB of text, which is there however "
+        f"small the model is; {temporary} for activations, gradients and copies, also of the "
+        f"text; {program} for the program"
     )
 
 
