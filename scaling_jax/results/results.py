@@ -11,7 +11,7 @@ import numpy as np
 
 from scaling_jax.fitting import FormFit, JointFit, LossLaw, ScanFit, Tradeoff, fit_scan, further_fits
 from scaling_jax.io import UserError
-from scaling_jax.io.files import write_json, write_rows
+from scaling_jax.io.files import parse_json, read_whole, write_json, write_rows
 from scaling_jax.io.stores import publish, working_copy
 from scaling_jax.results.branches import BranchMeasurement, Comparison, compare, find_branches
 from scaling_jax.results.measurements import (
@@ -33,6 +33,7 @@ from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.records import read_experiment
 from scaling_jax.scanning.search import Outcome
 from scaling_jax.training import Run
+from scaling_jax.training.integrity import file_sha256
 
 
 class Curve(NamedTuple):
@@ -211,10 +212,30 @@ def analyse(results: str | Path | Results) -> Analysis:
         write_rows(workdir / "three_measurements.csv", Comparison, analysis.comparison)
     if found.seeds:
         write_rows(workdir / "seeds.csv", SeedSpread, found.seeds)
-    extra = {"noise_scale_over_local_b_crit": finite(analysis.noise_ratio), "corpus": found.runs[0].corpus}
+    extra = {
+        "noise_scale_over_local_b_crit": finite(analysis.noise_ratio),
+        "corpus": found.runs[0].corpus,
+        "measurements_sha256": file_sha256(workdir / "measurements.csv"),
+    }
     write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, notes) | extra)
     publish(workdir)
     return analysis
+
+
+def check_measurements(workdir: Path) -> None:
+    """Raises UserError if a folder's measurements.csv isn't the one that its fit.json was written with.
+
+    A fit.json of an older version doesn't say which one that was.
+    """
+    try:
+        said = parse_json(read_whole(workdir / "fit.json"))["measurements_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if said != file_sha256(workdir / "measurements.csv"):
+        raise UserError(
+            f"{workdir / 'measurements.csv'} isn't as `fit` wrote it: run scaling-jax fit {workdir} to write it again, "
+            "or give a copy of the table, outside of this folder"
+        )
 
 
 def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[NoiseMeasurement, float]]:
