@@ -55,7 +55,7 @@ def test_the_demo_measures_a_law_with_a_finite_interval(undisturbed):
     assert {
         f"{name}.{kind}" for name in ("critical_batch_size", "three_measurements") for kind in ("png", "svg")
     } < figures
-    assert len(figures) == 20
+    assert len(figures) == 30
     assert "report.html" in output
     assert (results / "report.html").stat().st_size > 100_000
 

@@ -11,6 +11,7 @@ from scaling_jax.advice.rates import best_rates
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most
 from scaling_jax.io.files import write_json
+from scaling_jax.results.results import check_measurements
 from scaling_jax.results.runs import check_runs
 from scaling_jax.results.table import fit_table
 from scaling_jax.scanning.records import read_experiment
@@ -82,6 +83,7 @@ def advise(
         raise UserError(f"there is no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")
     if results.is_dir():
         check_runs(results)
+        check_measurements(results)
     found = fit_table(path, laws=False)
     budget = math.inf if budget_tokens is None else budget_tokens
     to = goal(found.fit, target_loss, model, extrapolate=extrapolate)

@@ -1,7 +1,9 @@
 """The entry point of the command line: dispatch, error messages and exit codes."""
 
 import contextlib
+import glob
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import traceback
@@ -48,6 +50,7 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"scaling-jax {importlib.metadata.version('scaling-jax')}")
         return
+    _leave_out_absent_tpu()
     stack = contextlib.ExitStack()
     try:
         _check_shell(arguments)
@@ -80,6 +83,15 @@ def _no_platform(error: BaseException) -> bool:
     """True if JAX raised the error while it started the platforms of JAX_PLATFORMS."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(os.environ.get("JAX_PLATFORMS")) and any(frame.filename.endswith("xla_bridge.py") for frame in frames)
+
+
+def _leave_out_absent_tpu() -> None:
+    """Makes JAX take the CPU where libtpu is installed but no TPU is there: libtpu would print errors about that."""
+    chosen = any(name == "JAX_PLATFORMS" or name.startswith("TPU_") for name in os.environ)
+    if chosen or importlib.util.find_spec("libtpu") is None or glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"):
+        return
+    if importlib.util.find_spec("jax_plugins") is None and not importlib.metadata.entry_points(group="jax_plugins"):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # no GPU either; before JAX is imported
 
 
 def _check_shell(arguments: list[str]) -> None:

@@ -21,11 +21,12 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
       json: print JSON.
     """
     from scaling_jax.console.tables import status_table
-    from scaling_jax.console.terminal import Terminal
+    from scaling_jax.console.terminal import Terminal, Working
     from scaling_jax.io.files import as_json
     from scaling_jax.results.status import read_status
 
-    found = read_status(results)
+    with Working("reading runs") as working:
+        found = read_status(results, working.count)
     if json:
         print(as_json(found))
     else:
@@ -46,22 +47,26 @@ def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: 
       json: print what is written instead of a table.
     """
     from scaling_jax.console.tables import print_fit, summary
-    from scaling_jax.console.terminal import Terminal
+    from scaling_jax.console.terminal import Terminal, Working
     from scaling_jax.io.stores import working_copy
-    from scaling_jax.results import analyse
+    from scaling_jax.results import analyse, read_results
     from scaling_jax.results.table import fit_table, write_fit
 
     results = working_copy(results)
     if results.suffix == ".csv" and not results.exists():
         raise UserError(f"there is no table {results}: give the path of a CSV file")
     if results.is_file():
-        found = fit_table(results, above_minimum=above_minimum)
+        with Working("fitting the table"):
+            found = fit_table(results, above_minimum=above_minimum)
         written = write_fit(found)
         table = print_fit(found, written)
     else:
         if above_minimum:
             raise UserError(f"--above-minimum is for tables: give {results / 'measurements.csv'}")
-        analysis = analyse(results)
+        with Working("reading runs") as working:
+            runs = read_results(results, on_run=working.count)
+            working.say("fitting")
+            analysis = analyse(runs)
         written = results / "fit.json"
         table = summary(analysis, written=written)
     if json:
@@ -165,20 +170,26 @@ def advise(
 def show(folder: Path) -> None:
     """Fits a finished scan, prints its summary, and writes figures and a report. Single runs only get a report."""
     from scaling_jax.console.tables import summary
-    from scaling_jax.console.terminal import Terminal
+    from scaling_jax.console.terminal import Terminal, Working
     from scaling_jax.io.stores import address, in_bucket
     from scaling_jax.report import write_figures, write_report, write_runs_report
     from scaling_jax.results import analyse, read_results
 
     console = Terminal(_in_unit_of(folder))
-    results = read_results(folder)
-    if results.experiment is None:
-        report = write_runs_report(results)
-    else:
-        analysis = analyse(results)
-        figures = write_figures(analysis)
+    with Working("reading runs") as working:
+        results = read_results(folder, on_run=working.count)
+        if results.experiment is None:
+            working.say("writing the report")
+            report = write_runs_report(results)
+        else:
+            working.say("fitting")
+            analysis = analyse(results)
+            working.say("drawing figures")
+            figures = write_figures(analysis)
+    if results.experiment is not None:
         console.print(summary(analysis, figures))
-        report = write_report(analysis)
+        with Working("writing the report"):
+            report = write_report(analysis)
     console.print(f"report: {report}", soft_wrap=True)
     if in_bucket(results.folder):
         console.print(f"all files are in {address(results.folder)}", soft_wrap=True)

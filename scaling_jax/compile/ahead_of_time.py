@@ -47,6 +47,9 @@ class Executable:
     fits: bool
     flops: float  # XLA's count, which counts the body of a loop once; NaN if the program doesn't fit
     collectives: tuple[Collective, ...]
+    argument_bytes: int = 0  # of `memory_bytes`: the training state and the rows of text; 0 if it doesn't fit
+    temporary_bytes: int = 0  # of `memory_bytes`: activations, gradients and copies
+    program_bytes: int = 0  # of `memory_bytes`: instructions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +230,9 @@ def _compile(lowered, slice_: Topology) -> Executable:
         fits=memory_bytes <= slice_.chip.memory_bytes,
         flops=compiled.cost_analysis()["flops"],
         collectives=tuple(collectives(compiled.as_text())),
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        program_bytes=memory.generated_code_size_in_bytes,
     )
 
 

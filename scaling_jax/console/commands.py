@@ -31,8 +31,8 @@ from scaling_jax.results.status import part_done
 from scaling_jax.scanning import Cell, Event, Experiment, relative_cost, scan
 from scaling_jax.scanning.branches import BranchPlan, plan_branches, train_branches
 from scaling_jax.scanning.cells import finished_runs
-from scaling_jax.training import Interrupted, Progress, Run, read_metrics, run_folder, train
-from scaling_jax.training.metrics import course
+from scaling_jax.training import Interrupted, Progress, Run, run_folder, train
+from scaling_jax.training.records import read_course
 
 LOG_SECONDS = 60.0  # between lines if the output is no terminal
 
@@ -296,7 +296,7 @@ def _note_of_others(run: Run, results: Path) -> str | None:
 
 
 def _noise_scale_lines(folder: Path) -> list[str]:
-    found = last_noise_scale(course(read_metrics(folder)))
+    found = last_noise_scale(read_course(folder))
     if found is None:
         return ["noise scale: too few steps for an interval"]
     said = f"unresolved, at least {short(found.low)} tokens"

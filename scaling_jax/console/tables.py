@@ -15,6 +15,7 @@ from scaling_jax.advice.measured import usable
 from scaling_jax.compile.ahead_of_time import CompiledBatch, Executable
 from scaling_jax.compile.topologies import Topology
 from scaling_jax.console.grid import Grid
+from scaling_jax.data.feeding import RESIDENT_BYTES
 from scaling_jax.fitting import cbs20
 from scaling_jax.report.words import clock, duration, law_lines, short
 from scaling_jax.results import Analysis
@@ -232,6 +233,8 @@ def _compiled_sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> l
         num_bytes = max(_bytes_sent(b.step) - _bytes_sent(b.plain_step) for b in compared)
         lines.append(f"the noise scale adds {operations} collective operations and {num_bytes} bytes to them at most")
     for model_batches in _by_model(batches):
+        if fitting := [batch for batch in model_batches if batch.step.memory_bytes is not None]:
+            lines.append(_memory_in_words(fitting[-1]))
         lines.append(f"evaluation of {model_batches[0].program.model.name}: {_gib(model_batches[0].evaluation)} GiB")
     for batch in batches:
         if batch.nearest_batches:
@@ -243,6 +246,20 @@ def _compiled_sentences(batches: Sequence[CompiledBatch], slice_: Topology) -> l
             )
     lines += [f"DOESN'T FIT: {b.program.model.name}, batch of {b.batch_tokens:,} tokens" for b in batches if not b.fits]
     return list(dict.fromkeys(lines))  # models with the same context give the same line for a batch
+
+
+def _memory_in_words(batch: CompiledBatch) -> str:
+    step = batch.step
+    whole, arguments, temporary, program = (
+        f"{num_bytes / _GIB:.3g}"
+        for num_bytes in (step.memory_bytes or 0, step.argument_bytes, step.temporary_bytes, step.program_bytes)
+    )
+    return (
+        f"{whole} GiB per chip of {batch.program.model.name} at {batch.batch_tokens:,} tokens: {arguments} for the "
+        f"training state and for {RESIDENT_BYTES / _GIB:.3g} GiB of text, which is there however "
+        f"small the model is; {temporary} for activations, gradients and copies, also of the "
+        f"text; {program} for the program"
+    )
 
 
 def _by_model(batches: Sequence[CompiledBatch]) -> list[list[CompiledBatch]]:

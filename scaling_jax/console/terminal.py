@@ -7,13 +7,18 @@ And batch systems often run commands with an encoding that lacks our characters,
 import codecs
 import re
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.live import Live
 from rich.segment import Segment
+from rich.spinner import Spinner
 from rich.text import Text
+
+_PATIENCE = 3.0  # seconds of silence before a terminal shows what a command is doing
 
 # Control characters but tab and line end, line separators, marks that turn the direction of writing, surrogates.
 _UNSAFE = re.compile(
@@ -70,6 +75,43 @@ class Terminal(Console):
 
     def _safe(self, text: str) -> str:
         return fitting(escaped(self._said(text)), self.encoding)
+
+
+class Working:
+    """Shows on a terminal what a long command is doing, in one line that goes away at the end. Use it as a context.
+
+    The line appears after some seconds, and on standard error, so that output stays what it is.
+    """
+
+    def __init__(self, what: str, patience: float = _PATIENCE):
+        self._what = what
+        self._console = Terminal(stderr=True)
+        self._spinner = Spinner("dots" if self._console.encoding.startswith("utf") else "line")
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._timer = threading.Timer(patience, self._live.start)
+        self._timer.daemon = True
+
+    def __enter__(self) -> "Working":
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_):
+        self._timer.cancel()
+        if self._timer.ident is not None:
+            self._timer.join()  # it may be starting the line just now
+        self._live.stop()
+
+    def say(self, what: str) -> None:
+        self._what = what
+
+    def count(self, done: int, total: int) -> None:
+        """Says how many runs were read."""
+        self.say(f"reading runs: {done:,} of {total:,}")
+
+    def _render(self) -> RenderableType:
+        self._spinner.update(text=self._what)
+        return self._spinner
 
 
 def escaped(text: str) -> str:

@@ -2,14 +2,17 @@
 
 import contextlib
 import io
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 
 from scaling_jax.data.corpus import corpus_folder, look_up
 from scaling_jax.data.shards import read
 from scaling_jax.data.sources import Shard, find_documents
-from scaling_jax.data.tfds_text import quiet, split_parts
+from scaling_jax.data.tfds_text import check_descriptions, quiet, split_parts
+from scaling_jax.io import UserError
 from scaling_jax.io.stores import cache_folder
 
 
@@ -56,9 +59,22 @@ class TextSource(tfds.core.GeneratorBasedBuilder):
 
 
 def embedded_shards() -> list[Shard]:
-    """Shards of the TFDS data set of Python sources. Builds the data set if it isn't there yet."""
+    """Shards of the TFDS data set of Python sources. Builds the data set if it isn't there yet, or is damaged."""
     quiet()
-    builder = TextSource("python", data_dir=cache_folder() / "tfds", file_format="array_record")
+    folder = cache_folder() / "tfds"
+    try:
+        builder = _built(folder)
+    except (UserError, OSError):
+        raise
+    except Exception:  # TFDS raises anything where its files in the folder are damaged
+        shutil.rmtree(folder / TextSource.name, ignore_errors=True)
+        builder = _built(folder)
+    return [[part] for split in ("train", "test") for part in split_parts(builder, split, split == "test", "text")]
+
+
+def _built(folder: Path) -> TextSource:
+    builder = TextSource("python", data_dir=folder, file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()
-    return [[part] for split in ("train", "test") for part in split_parts(builder, split, split == "test", "text")]
+    check_descriptions(Path(builder.data_dir))
+    return builder

@@ -39,7 +39,12 @@ def find_data_set(source: str) -> Source:
         builder = _builder(name)
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
+        check_descriptions(Path(builder.data_dir))
     except Exception as error:  # data sets have their own code to download and convert, which may raise anything
+        if damaged := _damaged(name):
+            raise UserError(
+                f"{source}: {damaged} is damaged: remove {damaged.parent}, and the same command prepares it again"
+            ) from None
         if versions := _other_versions(name):
             raise UserError(
                 f"{source}: there is no such version here, only {', '.join(versions)}: give one of these, or none for "
@@ -66,6 +71,21 @@ def find_data_set(source: str) -> Source:
         f"split {test!r}" if test else "one record in ten of 'train', by the hash of its text",
         [[part] for part in parts],
     )
+
+
+def check_descriptions(folder: Path) -> None:
+    """Raises ValueError if a file that says what a prepared data set holds is damaged; the processes that read need it.
+
+    Its argument is the path of the file.
+    """
+    for path in sorted(folder.rglob("*.json")):
+        key = {"dataset_info.json": "name", "features.json": "pythonClassName"}.get(path.name)
+        try:
+            whole = key is None or isinstance(json.loads(path.read_bytes())[key], str)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(path)
 
 
 def split_parts(builder, split: str, held_out: bool | None, field: str) -> list[Part]:
@@ -191,6 +211,18 @@ def _other_versions(name: str) -> list[str]:
     numbers = sorted(tuple(map(int, found.name.split("."))) for found in folder.glob("*.*.*") if _is_version(found))
     there = [".".join(map(str, number)) for number in numbers]
     return [] if version in there else there
+
+
+def _damaged(name: str) -> Path | None:
+    """A damaged description of any prepared version of a data set; None if there is none."""
+    from tensorflow_datasets.core.utils import file_utils
+
+    try:
+        for folder in map(Path, file_utils.list_data_dirs()):
+            check_descriptions(folder / name.partition(":")[0].partition("/")[0])
+    except ValueError as error:
+        return error.args[0]
+    return None
 
 
 def _is_version(folder: Path) -> bool:

@@ -101,7 +101,7 @@ def forms_of(
     seed: int = 0,
 ) -> tuple[FormFit, ...]:
     """`compare_forms` of a table whose losses at least four batch sizes reached; `forms` are those to fit."""
-    if not shows_both_sides(table, confidence):
+    if not shows_both_sides(table):
         return ()
     sizes = None if num_params is None else np.array([_size(num_params, name) for name in table.models])
     if sizes is None or np.unique(sizes).size == 1:
@@ -260,10 +260,10 @@ def _floors_as_good(
 def _independent_points(table: ScanTable) -> float:
     """Effective number of independent points, from the residuals of trade-offs fitted without any form."""
     fits = fit_rows(table.log_batch, table.log_steps, table.mask, table.bound)
-    errors = table.by_run(fits.residuals)
-    covariance = errors.T @ errors
+    errors = table.mask * fits.residuals
+    covariance = table.sum_over_runs(errors, errors)
     of_a_run = np.trace(covariance) ** 2 / max(np.sum(covariance**2), 1e-300)
-    return float((table.mask.sum() - len(table.models)) * min(of_a_run / errors.shape[1], 1.0))
+    return float((table.mask.sum() - len(table.models)) * min(of_a_run / len(covariance), 1.0))
 
 
 def _criterion(residuals, count, num_parameters) -> float:

@@ -17,14 +17,14 @@ from scaling_jax.fitting.hyperbolas import TUNING, huber_weights, log_overhead, 
 from scaling_jax.fitting.resampling import (
     LawErrors,
     LawFit,
-    chunk_of,
+    draw_errors,
     fit_chain,
+    forms_of_variance,
     resamples_for,
-    square_root,
     variance_of,
 )
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
-from scaling_jax.fitting.tradeoff import NUM_ITERATIONS, fit_tradeoffs, noise_of, pull_of
+from scaling_jax.fitting.tradeoff import NUM_ITERATIONS, are_one_sided, noise_of, pull_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,7 +62,7 @@ def joint_fit_of(table: ScanTable, confidence: float = 0.95, resamples: int | No
     """`fit_joint` of a table whose losses at least three batch sizes reached."""
     law = errors = None
     s_min, residual_scale = np.full(table.losses.shape, np.nan), np.nan
-    if shows_both_sides(table, confidence):
+    if shows_both_sides(table):
         line = fit_chain(table).line
         x = np.log(table.losses) - line.centre
         fit = fit_joint_rows(table, x, table.log_steps, (line.level, line.slope))
@@ -146,32 +146,25 @@ def joint_errors(
     table: ScanTable, x: np.ndarray, centre: float, fit: JointFits, resamples: int, seed: int
 ) -> LawErrors:
     """Errors of the law, from refits of `resamples` draws; x = log L - centre."""
-    by_run = table.by_run(fit.gradient)  # [2, R, T]
     inverse = np.linalg.inv(fit.information)
-    influence = np.einsum("kl,lrt->krt", inverse, by_run)
     errors = _run_errors(table, fit)
     freedom = _degrees_of_freedom(table)
-    covariance = _covariance(errors, freedom, by_run, inverse)
-    root = square_root(covariance)
-    forms = np.stack([influence[i].T @ influence[j] for i, j in ((0, 0), (1, 1), (0, 1))]) / np.maximum(freedom, 1.0)
+    covariance = _covariance(table, errors, freedom, fit.gradient, inverse)
+    forms = forms_of_variance(table, np.einsum("kl,lgn->kgn", inverse, fit.gradient), freedom)
 
-    generator = np.random.default_rng(seed)
     fitted = table.log_steps - fit.residuals * table.mask  # bounds stay as they are
     shifts, variances = [], []
-    chunk = chunk_of(table)
-    for first in range(0, resamples, chunk):
-        count = min(chunk, resamples - first)
-        drawn = generator.standard_normal((count, *errors.shape)) @ root.T
-        log_steps = fitted + drawn[:, table.run_index, table.target_index[:, None]] * table.mask
-        start = np.full(count, fit.level), np.full(count, fit.slope)
+    for drawn in draw_errors(table, covariance, resamples, seed):
+        log_steps = fitted + drawn * table.mask
+        start = np.full(len(drawn), fit.level), np.full(len(drawn), fit.slope)
         again = fit_joint_rows(table, x, log_steps, start, num_rounds=2, num_iterations=3, bound_iterations=8)
         shifts.append(np.stack([again.level - fit.level, again.slope - fit.slope], axis=-1))
-        variances.append(variance_of(forms, _run_errors(table, again)))
+        variances.append(variance_of(table, forms, _run_errors(table, again)))
     return LawErrors(
         centre=centre,
         level=float(fit.level),
         slope=float(fit.slope),
-        variance=variance_of(forms, errors),
+        variance=variance_of(table, forms, errors),
         shifts=np.concatenate(shifts),
         variances=np.concatenate(variances),
     )
@@ -182,12 +175,12 @@ def reached_by(table: ScanTable, count: int) -> ScanTable:
     return table.select(table.num_batches >= count)
 
 
-def shows_both_sides(table: ScanTable, confidence: float) -> bool:
+def shows_both_sides(table: ScanTable) -> bool:
     """True if batches lie on both sides of B_crit at three losses or more."""
     if not table.models:
         return False
-    fits = fit_tradeoffs(table.log_batch, table.log_steps, table.mask, confidence, table.bound)
-    return len({float(loss) for loss, fit in zip(table.losses, fits, strict=True) if not fit.one_sided}) >= 3
+    one_sided = are_one_sided(table.log_batch, table.log_steps, table.mask, table.bound)
+    return np.unique(table.losses[~one_sided]).size >= 3
 
 
 def _with_bounds(table, abscissa, log_steps, start, limit, noise, num_parameters, num_iterations):
@@ -242,31 +235,26 @@ def _limit(residuals, mask):
 
 def _run_errors(table, fit):
     inside = (table.mask & (np.abs(fit.residuals) <= fit.limit)).sum((-2, -1), keepdims=True) / table.mask.sum()
-    return table.by_run(np.clip(fit.residuals, -fit.limit, fit.limit) / np.maximum(inside, 0.5))
+    return table.mask * np.clip(fit.residuals, -fit.limit, fit.limit) / np.maximum(inside, 0.5)
 
 
 def _degrees_of_freedom(table: ScanTable) -> np.ndarray:
-    """`[T, T]`: expected sum over runs of the product of residuals at two targets, for an error covariance of 1.
-
-    Counts the mean of each row, S_min, as fitted; level and slope are in `_covariance`.
-    """
-    num_runs, num_targets = table.run_index.max() + 1, table.target_index.max() + 1
-    leftover = np.zeros((num_targets, num_runs, num_runs))
-    for g, t in enumerate(table.target_index):
-        runs = table.run_index[g, table.mask[g]]
-        leftover[t][np.ix_(runs, runs)] += np.eye(len(runs)) - 1 / len(runs)
-    flat = leftover.reshape(num_targets, -1)
-    return flat @ flat.T
+    """`ScanTable.degrees_of_freedom`. Counts S_min of each row as fitted; level and slope are in `_covariance`."""
+    return table.degrees_of_freedom((table.mask / np.sqrt(table.mask.sum(-1, keepdims=True)))[..., None])
 
 
-def _covariance(errors, freedom, gradient, inverse):
+def _covariance(table: ScanTable, errors, freedom, gradient, inverse):
     """`[T, T]`: covariance of the errors along a run; the residuals' covariance, corrected for level and slope."""
-    total = errors.T @ errors
+    total = table.sum_over_runs(errors, errors)
     covariance = total / np.maximum(freedom, 1.0)
+    weighted = np.einsum("kl,lgn->kgn", inverse, gradient)
     for _ in range(10):
-        spread = np.einsum("krt,tu->kru", gradient, covariance)
-        crossed = np.einsum("kru,kl,lrt->ut", spread, inverse, gradient)
-        of_parameters = inverse @ np.einsum("krt,lrt->kl", spread, gradient) @ inverse
-        taken = crossed + crossed.T - np.einsum("krt,kl,lru->tu", gradient, of_parameters, gradient)
+        spread = np.zeros_like(gradient)
+        for rows in table.rows_of_models():
+            spread[:, rows] = covariance[table.targets_of(rows)] @ gradient[:, rows]
+        of_parameters = inverse @ (spread.reshape(2, -1) @ gradient.reshape(2, -1).T) @ inverse
+        crossed = table.sum_over_runs(np.hstack(spread), np.hstack(weighted))
+        both = np.einsum("kl,lgn->kgn", of_parameters, gradient)
+        taken = crossed + crossed.T - table.sum_over_runs(np.hstack(gradient), np.hstack(both))
         covariance = (total + taken) / np.maximum(freedom, 1.0)
     return covariance

@@ -54,8 +54,8 @@ def compare_models(table: ScanTable, confidence: float = 0.95) -> ModelsCompared
         return None
     on_line = np.linalg.solve(design.T @ (weights[:, None] * design), (weights[:, None] * design).T)
     levels = on_line @ fits.log_b_crit
-    influence = table.by_run(on_line[:, :, None] * (slopes / weights[:, None]))
-    covariance = covariance_of(influence, run_errors(table, fits), degrees_of_freedom(table, slopes))
+    influence = on_line[:, :, None] * (slopes / weights[:, None])
+    covariance = covariance_of(table, influence, run_errors(table, fits), degrees_of_freedom(table, slopes))
     t = special.stdtrit(freedom, 0.5 + confidence / 2)
 
     def interval(contrast) -> tuple[float, float, float]:

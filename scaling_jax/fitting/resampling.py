@@ -13,6 +13,7 @@ in 95 to 97 % of scans, and the law at the ends of its range in 95 to 96 %, for 
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,9 +25,10 @@ from scaling_jax.fitting.tradeoff import fit_rows
 
 Variable = Literal["loss", "data"]
 
-CHUNK = 500  # resamples fitted at once; small enough for a core's cache
+CHUNK = 500  # resamples fitted at once
 FEWER = 1_000  # resamples for laws beside the main one
-MOST_POINTS = 1_000_000  # table entries fitted at once; limits the memory of large tables
+MOST_POINTS = 100_000  # table entries fitted at once; few enough for a core's cache, which makes it twice as fast
+MOST_RESAMPLED = 6_000_000  # table entries of all resamples, above which there are fewer of these
 
 
 class Chain(NamedTuple):
@@ -130,7 +132,7 @@ def chunk_of(table: ScanTable) -> int:
 
 def resamples_for(table: ScanTable) -> int:
     """Default number of resamples for a table: 4,000, and down to 1,000 for large tables, where each takes long."""
-    return max(1_000, min(4_000, 6 * MOST_POINTS // table.mask.size))
+    return max(1_000, min(4_000, MOST_RESAMPLED // table.mask.size))
 
 
 def law_errors(table: ScanTable, resamples: int, seed: int, variable: Variable = "loss") -> LawErrors:
@@ -140,50 +142,66 @@ def law_errors(table: ScanTable, resamples: int, seed: int, variable: Variable =
     slopes = centred_slopes(table, fits)
     freedom = degrees_of_freedom(table, slopes)
     errors = run_errors(table, fits)
-    root = square_root(errors.T @ errors / np.maximum(freedom, 1.0))
-    influence = _influence(table, chain, slopes, variable)
-    forms = np.stack([influence[i].T @ influence[j] for i, j in ((0, 0), (1, 1), (0, 1))]) / np.maximum(freedom, 1.0)
+    covariance = table.sum_over_runs(errors, errors) / np.maximum(freedom, 1.0)
+    forms = forms_of_variance(table, _influence(table, chain, slopes, variable), freedom)
 
-    generator = np.random.default_rng(seed)
     fitted = table.log_steps - fits.residuals  # bounds have no residual, so they stay as they are
     shifts, variances = [], []
-    chunk = chunk_of(table)
-    for first in range(0, resamples, chunk):
-        count = min(chunk, resamples - first)
-        drawn = generator.standard_normal((count, *errors.shape)) @ root.T
+    for drawn in draw_errors(table, covariance, resamples, seed):
         # A bound stays as it is: the steps that the run had are known exactly.
-        log_steps = fitted + np.where(table.bound, 0.0, drawn[:, table.run_index, table.target_index[:, None]])
-        start = np.broadcast_to(fits.log_b_crit, (count, len(table.losses)))
+        log_steps = fitted + np.where(table.bound, 0.0, drawn)
+        start = np.broadcast_to(fits.log_b_crit, (len(drawn), len(table.losses)))
         again = fit_chain(table, log_steps, start, num_rounds=2, num_iterations=4, variable=variable)
         level = again.line.level + again.line.slope * (line.centre - again.line.centre)
         shifts.append(np.stack([level - line.level, again.line.slope - line.slope], axis=-1))
-        variances.append(variance_of(forms, run_errors(table, again.hyperbolas)))
+        variances.append(variance_of(table, forms, run_errors(table, again.hyperbolas)))
     return LawErrors(
         centre=float(line.centre),
         level=float(line.level),
         slope=float(line.slope),
-        variance=variance_of(forms, errors),
+        variance=variance_of(table, forms, errors),
         shifts=np.concatenate(shifts),
         variances=np.concatenate(variances),
     )
 
 
-def variance_of(forms, errors) -> np.ndarray:
-    """`[..., 3]`: variances of level and slope and their covariance, as quadratic `forms` `[3, T, T]` of run errors."""
-    return np.stack([((errors @ form) * errors).sum((-2, -1)) for form in forms], axis=-1)
+def draw_errors(table: ScanTable, covariance: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Errors `[some resamples, G, n]` of whole runs, whose covariance along a run is `covariance` `[T, T]`."""
+    generator, chunk = np.random.default_rng(seed), chunk_of(table)
+    models = table.rows_of_models()
+    roots = [_square_root(covariance[table.targets_of(rows)]) for rows in models]
+    most = max(len(root) for root in roots)
+    for first in range(0, resamples, chunk):
+        count = min(chunk, resamples - first)
+        drawn = np.empty((count, *table.mask.shape))
+        normal = generator.standard_normal((count, table.num_runs, most))
+        for rows, root in zip(models, roots, strict=True):
+            of_runs = normal[:, table.run_index[rows[0]], : len(root)] @ root.T
+            drawn[:, rows] = of_runs.swapaxes(1, 2)
+        yield drawn
 
 
-def square_root(covariance) -> np.ndarray:
-    """A matrix R with R·Rᵀ = covariance."""
-    # Missing entries and unequal degrees of freedom can make eigenvalues slightly negative.
-    values, vectors = np.linalg.eigh(covariance)
-    return vectors * np.sqrt(np.maximum(values, 0.0))
+def forms_of_variance(table: ScanTable, influence, freedom) -> np.ndarray:
+    """`[3, T, T]`: what `variance_of` takes, from how far level and slope move per unit of error, `[2, G, n]`."""
+    pairs = ((0, 0), (1, 1), (0, 1))
+    return np.stack([table.sum_over_runs(influence[i], influence[j]) for i, j in pairs]) / np.maximum(freedom, 1.0)
+
+
+def variance_of(table: ScanTable, forms, errors) -> np.ndarray:
+    """`[..., 3]`: variances of level and slope and their covariance, as quadratic `forms` of errors `[..., G, n]`."""
+    total = np.zeros((*errors.shape[:-2], len(forms)))
+    for rows in table.rows_of_models():
+        own = errors[..., rows, :]
+        products = own @ own.swapaxes(-2, -1)
+        form = forms[(slice(None), *table.targets_of(rows))]
+        total += products.reshape(*products.shape[:-2], -1) @ form.reshape(len(forms), -1).T
+    return total
 
 
 def run_errors(table, fits):
-    """`[..., R, T]`: residuals by run and target, clipped as in the fit; zero where nothing was measured."""
+    """`[..., G, n]`: residuals, clipped as in the fit; zero where nothing was measured."""
     inside = (table.mask & (np.abs(fits.residuals) <= fits.limit)).sum(-1) / table.mask.sum(-1)
-    return table.by_run(np.clip(fits.residuals, -fits.limit, fits.limit) / np.maximum(inside, 0.5)[..., None])
+    return table.mask * np.clip(fits.residuals, -fits.limit, fits.limit) / np.maximum(inside, 0.5)[..., None]
 
 
 def centred_slopes(table, fits):
@@ -194,16 +212,12 @@ def centred_slopes(table, fits):
 
 def degrees_of_freedom(table, slopes):
     """`ScanTable.degrees_of_freedom` of hyperbolas."""
-
-    def leftover(g: int) -> np.ndarray:
-        slope = slopes[g, table.mask[g]]
-        return np.eye(len(slope)) - 1 / len(slope) - np.outer(slope, slope) / (slope @ slope)
-
-    return table.degrees_of_freedom(leftover)
+    fitted = np.stack([1.0 * table.mask, slopes], axis=-1)
+    return table.degrees_of_freedom(fitted / np.sqrt((fitted**2).sum(1, keepdims=True)))
 
 
 def _influence(table, chain: Chain, slopes, variable: Variable):
-    """`[2, R, T]`: how far the law's level and slope move per unit of error in run r at target t."""
+    """`[2, G, n]`: how far the law's level and slope move per unit of each error."""
     fits, line = chain
     weights = np.maximum(fits.information, 1e-12)
     on_point = slopes / weights[..., None]
@@ -214,7 +228,14 @@ def _influence(table, chain: Chain, slopes, variable: Variable):
         on_s_min = table.mask / table.mask.sum(-1, keepdims=True) - weighted_mean(share, fits.weights) * on_point
         on_point = on_point - line.slope * (on_point + on_s_min)  # x moves with the errors, too
     on_line = np.stack([weights / weights.sum(), weights * x / (weights * x**2).sum()])
-    return table.by_run(on_line[..., None] * on_point)
+    return on_line[..., None] * on_point
+
+
+def _square_root(covariance) -> np.ndarray:
+    """A matrix R with R·Rᵀ = covariance."""
+    # Missing entries and unequal degrees of freedom can make eigenvalues slightly negative.
+    values, vectors = np.linalg.eigh(covariance)
+    return vectors * np.sqrt(np.maximum(values, 0.0))
 
 
 def _exp(x) -> np.ndarray:

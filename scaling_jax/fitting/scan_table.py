@@ -4,7 +4,7 @@ Dimension letters: G rows, each a fit (model, target loss); n runs of the model 
 target losses of all models.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,37 +38,63 @@ class ScanTable(NamedTuple):
         """`[G]`: number of batch sizes that reached the target."""
         return np.array([np.unique(row[mask]).size for row, mask in zip(self.log_batch, self.mask, strict=True)], int)
 
-    def degrees_of_freedom(self, leftover: Callable[[int], np.ndarray]) -> np.ndarray:
+    @property
+    def num_runs(self) -> int:
+        return int(self.run_index.max()) + 1
+
+    def rows_of_models(self) -> list[np.ndarray]:
+        """The rows of each model. In all of them, a column is the same run."""
+        rows: dict[str, list[int]] = {}
+        for g, model in enumerate(self.models):
+            rows.setdefault(model, []).append(g)
+        return [np.array(own) for own in rows.values()]
+
+    def sum_over_runs(self, values: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """`[T, T]`: sum over runs of `values` at a target times `others` at another; both `[G, n]`."""
+        return self._by_targets(values[rows] @ others[rows].T for rows in self.rows_of_models())
+
+    def degrees_of_freedom(self, fitted: np.ndarray) -> np.ndarray:
         """`[T, T]`: expected sum over runs of the product of residuals at two targets, for an error covariance of 1.
 
         Args:
-          leftover: row -> the projection `[points, points]` that turns the errors of its points into residuals.
+          fitted: `[G, n, k]`, orthonormal columns that span what the fit of a row takes out of its errors; zero where
+            nothing was measured.
         """
-        num_runs, num_targets = self.run_index.max() + 1, self.target_index.max() + 1
-        projections = np.zeros((num_targets, num_runs, num_runs))
-        for g, t in enumerate(self.target_index):
-            runs = self.run_index[g, self.mask[g]]
-            projections[t][np.ix_(runs, runs)] += leftover(g)
-        flat = projections.reshape(num_targets, -1)
-        return flat @ flat.T
 
-    def by_run(self, values: np.ndarray) -> np.ndarray:
-        """`values` `[..., G, n]` as `[..., R, T]`; zero where nothing was measured."""
-        out = np.zeros((*values.shape[:-2], self.run_index.max() + 1, self.target_index.max() + 1))
-        g, i = np.nonzero(self.mask)
-        out[..., self.run_index[g, i], self.target_index[g]] = values[..., g, i]
-        return out
+        def of_model(rows: np.ndarray) -> np.ndarray:
+            inside, own = self.mask[rows].astype(float), fitted[rows]
+            taken = inside @ (own**2).sum(-1).T
+            flat = np.moveaxis(own, -1, 1).reshape(-1, own.shape[1])
+            shared = ((flat @ flat.T) ** 2).reshape(2 * (len(rows), own.shape[-1])).sum((1, 3))
+            return inside @ inside.T - taken - taken.T + shared
+
+        return self._by_targets(map(of_model, self.rows_of_models()))
+
+    def _by_targets(self, blocks: Iterable[np.ndarray]) -> np.ndarray:
+        num_targets = self.target_index.max() + 1
+        total = np.zeros((num_targets, num_targets))
+        for rows, block in zip(self.rows_of_models(), blocks, strict=True):
+            total[self.targets_of(rows)] += block
+        return total
+
+    def targets_of(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Index of the block of `[T, T]` that belongs to the rows of a model."""
+        return np.ix_(self.target_index[rows], self.target_index[rows])
 
 
-def covariance_of(influence, errors, freedom) -> np.ndarray:
-    """Covariance `[k, k]` of numbers that errors of run r at target t move by `influence` `[k, R, T]`.
+def covariance_of(table: ScanTable, influence, errors, freedom) -> np.ndarray:
+    """Covariance `[k, k]` of numbers that errors move by `influence` `[k, G, n]`.
 
     Args:
-      errors: `[R, T]`, residuals by run and target.
+      errors: `[G, n]`, residuals; zero where nothing was measured, as `influence` is.
       freedom: `[T, T]`, see `ScanTable.degrees_of_freedom`.
     """
-    product = errors.T @ errors / np.maximum(freedom, 1.0)
-    return np.einsum("irs,st,jrt->ij", influence, product, influence)
+    product = table.sum_over_runs(errors, errors) / np.maximum(freedom, 1.0)
+    total = np.zeros((len(influence), len(influence)))
+    for rows in table.rows_of_models():
+        own = influence[:, rows]
+        total += (product[table.targets_of(rows)] @ own).reshape(len(own), -1) @ own.reshape(len(own), -1).T
+    return total
 
 
 def scan_table(model, batch_tokens, target_loss, steps, run=None, steps_tried=None, offset_steps=None) -> ScanTable:

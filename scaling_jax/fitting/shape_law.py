@@ -67,14 +67,10 @@ def fit_shape_law(table: ScanTable) -> ShapeLawErrors | None:
         left = table.mask.sum() - len(table.losses) - NUM_PARAMETERS
         scale = 1.4826 * np.median(np.abs(residuals[table.mask])) * np.sqrt(table.mask.sum() / max(left, 1))
         limit = max(TUNING * scale, 1e-9)
-    influence = table.by_run(np.moveaxis(columns @ np.linalg.inv(normal)[:, :2], -1, 0))
-    errors = table.by_run(np.clip(residuals, -limit, limit))
-
-    def leftover(g: int) -> np.ndarray:  # takes out S_min
-        count = table.mask[g].sum()
-        return np.eye(count) - 1 / count
-
-    covariance = covariance_of(influence, errors, table.degrees_of_freedom(leftover))
+    influence = np.moveaxis(columns @ np.linalg.inv(normal)[:, :2], -1, 0)
+    errors = table.mask * np.clip(residuals, -limit, limit)
+    takes_out_s_min = (table.mask / np.sqrt(table.mask.sum(1, keepdims=True)))[..., None]
+    covariance = covariance_of(table, influence, errors, table.degrees_of_freedom(takes_out_s_min))
     return ShapeLawErrors(
         centre=fit.centre,
         level=float(parameters[0]),

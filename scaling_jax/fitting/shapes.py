@@ -274,15 +274,11 @@ def p_of_hyperbolas(table: ScanTable) -> float:
     design = np.stack([np.ones_like(x), x - (weights * x).sum() / weights.sum()])
     on_line = design * weights / (weights * design**2).sum(-1, keepdims=True)
     found = on_line @ log_a
-    influence = table.by_run(on_line[..., None] * influence_of_a)
-    errors = table.by_run(np.clip(fits.residuals, -rows.limit, rows.limit))
-    inverses = _inverse(columns)
-
-    def leftover(g: int) -> np.ndarray:
-        own = columns[g, table.mask[g]]
-        return np.eye(len(own)) - own @ inverses[g] @ own.T
-
-    covariance = covariance_of(influence, errors, table.degrees_of_freedom(leftover))
+    influence = on_line[..., None] * influence_of_a
+    errors = table.mask * np.clip(fits.residuals, -rows.limit, rows.limit)
+    basis, sizes, _ = np.linalg.svd(columns, full_matrices=False)
+    freedom_of = table.degrees_of_freedom(basis * (sizes / np.hypot(sizes, 1e-6))[:, None])
+    covariance = covariance_of(table, influence, errors, freedom_of)
     statistic = found @ np.linalg.solve(covariance + 1e-24 * np.eye(2), found) / 2
     return float(special.fdtrc(2, freedom, max(statistic, 0.0)))
 

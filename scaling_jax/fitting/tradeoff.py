@@ -6,7 +6,7 @@ ended above the loss enter as bounds: they need more steps than they had.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from scaling_jax.fitting.hyperbolas import (
 from scaling_jax.fitting.shapes import Shape, fit_shapes
 
 NUM_ITERATIONS = 25  # of the fit with bounds
+_AT_ONCE = 5_000  # points of rows that are fitted together
 SMALLEST_NOISE = 1e-4  # of log steps; with no noise at all, a bound would be a wall that Newton steps can't get past
 
 
@@ -122,16 +123,22 @@ def fit_tradeoffs(log_batch, log_steps, mask, confidence: float, bound=None) -> 
 
     Where `mask` is True, `log_steps` were measured. Where `bound` is True, the steps are more than `log_steps`.
     """
-    bound = np.zeros_like(mask) if bound is None else bound
     tradeoffs: dict[int, Tradeoff] = {}
-    for with_bounds in (False, True):
-        rows = np.flatnonzero(bound.any(-1) == with_bounds)
-        if rows.size:
-            found = _fit_alike(
-                log_batch[rows], log_steps[rows], mask[rows], confidence, bound[rows] if with_bounds else None
-            )
-            tradeoffs |= dict(zip(rows.tolist(), found, strict=True))
+    for rows, with_bounds in _parts(mask, bound):
+        of_bounds = bound[rows] if with_bounds else None
+        found = _fit_alike(log_batch[rows], log_steps[rows], mask[rows], confidence, of_bounds)
+        tradeoffs |= dict(zip(rows.tolist(), found, strict=True))
     return [tradeoffs[row] for row in range(len(mask))]
+
+
+def are_one_sided(log_batch, log_steps, mask, bound) -> np.ndarray:
+    """`Tradeoff.one_sided` `[rows]` of the rows of `fit_tradeoffs`, without the rest of their fits."""
+    flags = np.zeros(len(mask), bool)
+    for rows, with_bounds in _parts(mask, bound):
+        of_bounds = bound[rows] if with_bounds else None
+        fits, deviance_at = _fitted(log_batch[rows], log_steps[rows], mask[rows], of_bounds)
+        flags[rows] = one_sided(fits.log_b_crit, deviance_at, log_batch[rows], mask[rows])
+    return flags
 
 
 class BoundedHyperbolas(NamedTuple):
@@ -236,18 +243,29 @@ def noise_of(residuals, mask, limit, num_parameters: int, axis: int | tuple[int,
     return np.maximum(np.sqrt(variance), SMALLEST_NOISE)
 
 
-def _fit_alike(log_batch, log_steps, mask, confidence, bound) -> list[Tradeoff]:
-    deviance_at: Callable[[np.ndarray], np.ndarray]
+def _parts(mask, bound) -> Iterator[tuple[np.ndarray, bool]]:
+    """(rows, whether they have bounds): few rows at a time, because arrays in a core's cache are faster."""
+    with_bounds = np.zeros(len(mask), bool) if bound is None else bound.any(-1)
+    for alike in (False, True):
+        rows = np.flatnonzero(with_bounds == alike)
+        for part in np.array_split(rows, -(-len(rows) * mask.shape[-1] // _AT_ONCE)) if rows.size else ():
+            yield part, alike
+
+
+def _fitted(log_batch, log_steps, mask, bound) -> tuple[Hyperbolas, Callable[[np.ndarray], np.ndarray]]:
+    """The fits of rows that all have bounds, or all none (`bound` is None), and their deviance at log B_crit."""
     if bound is None:
         fits = fit_hyperbolas(log_batch, log_steps, mask)
-        deviance_at = functools.partial(deviance, fit=fits, log_batch=log_batch, log_steps=log_steps, mask=mask)
-        bound = np.zeros_like(mask)
-    else:
-        bounded = fit_bounded(log_batch, log_steps, mask, bound)
-        fits = bounded.hyperbolas
-        deviance_at = functools.partial(
-            deviance_with_bounds, fit=bounded, log_batch=log_batch, log_steps=log_steps, mask=mask, bound=bound
-        )
+        return fits, functools.partial(deviance, fit=fits, log_batch=log_batch, log_steps=log_steps, mask=mask)
+    bounded = fit_bounded(log_batch, log_steps, mask, bound)
+    return bounded.hyperbolas, functools.partial(
+        deviance_with_bounds, fit=bounded, log_batch=log_batch, log_steps=log_steps, mask=mask, bound=bound
+    )
+
+
+def _fit_alike(log_batch, log_steps, mask, confidence, bound) -> list[Tradeoff]:
+    fits, deviance_at = _fitted(log_batch, log_steps, mask, bound)
+    bound = np.zeros_like(mask) if bound is None else bound
     lows, highs = profile_intervals(fits.log_b_crit, deviance_at, log_batch, mask, confidence)
     flags = one_sided(fits.log_b_crit, deviance_at, log_batch, mask)
     covariances = log_covariances(fits, log_batch, mask)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -41,7 +42,7 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     if not isinstance(values, dict):
         raise UserError(f"{where.rstrip('.') or cls.__name__} = {_said(values)}: expected an object of keys and values")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
@@ -190,6 +191,11 @@ def _differing(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return differing(value)
     return [_differing(item) for item in value] if isinstance(value, tuple) else value
+
+
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)  # slow, and a folder of runs has thousands of each config
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

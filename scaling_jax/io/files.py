@@ -59,8 +59,9 @@ def read_whole(path: Path, largest: int = LARGEST_BYTES) -> bytes:
       OSError: if it can't be read.
     """
     with open_plain(path) as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
+        too_large = os.fstat(file.fileno()).st_size > largest
+        content = b"" if too_large else file.read()  # read(n) would first get n bytes of memory
+    if too_large:
         raise UserError(f"{path} has more than {largest >> 20} MiB: this can't be a file of this kind, give another")
     return content
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list[Path]:
-    """Writes the scan's figures as PNG and SVG to the folder `figures`. Returns the paths of the PNG files.
+    """Writes the scan's figures as PNG, SVG and CSV to the folder `figures`. Returns the paths of the PNG files.
+
+    The CSV file has the data of a figure: a row for each point, with its interval if it has one.
 
     Args:
       workdir: results folder to write to; None takes the scan's folder.

@@ -17,7 +17,7 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from scaling_jax.io.files import refuse_links, whole_file, write_whole
+from scaling_jax.io.files import refuse_links, whole_file, write_rows, write_whole
 
 # Okabe and Ito's palette for colour-blind readers; its green is for noise scales
 MODEL_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
@@ -48,6 +48,21 @@ class Mark(NamedTuple):
     x: float
     y: float
     text: str
+    low: float = math.nan  # interval of y; NaN if there is none
+    high: float = math.nan
+
+
+class Point(NamedTuple):
+    """A row of the CSV file of a chart: a measurement, in the units of its axes."""
+
+    panel: str
+    x: float
+    y: float
+    low: float  # interval of y; empty if there is none
+    high: float
+    x_axis: str  # what x is
+    y_axis: str
+    point: str  # the text of its tooltip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,9 +74,30 @@ class Chart:
     figure: Figure
     marks: list[Mark] = dataclasses.field(default_factory=list)
 
-    def mark(self, axis: Axes, x: Iterable[float], y: Iterable[float], texts: Iterable[str]) -> None:
-        """Adds a mark for each point (x, y), in data coordinates."""
-        self.marks.extend(Mark(axis, *point) for point in zip(x, y, texts, strict=True))
+    def mark(
+        self, axis: Axes, x: Iterable[float], y: Iterable[float], texts: Iterable[str], intervals: Any = None
+    ) -> None:
+        """Adds a mark for each point (x, y), in data coordinates; `intervals` has a (low, high) of y for each."""
+        points = list(zip(x, y, texts, strict=True))
+        ends = [()] * len(points) if intervals is None else [(float(low), float(high)) for low, high in intervals]
+        self.marks.extend(Mark(axis, *point, *own) for point, own in zip(points, ends, strict=True))
+
+    def points(self) -> list[Point]:
+        """The data of the chart: what its marks stand for."""
+        first = self.figure.axes[0]
+        return [
+            Point(
+                panel=mark.axis.get_title(loc="left").replace(r"\$", "$"),
+                x=float(mark.x),
+                y=float(mark.y),
+                low=mark.low,
+                high=mark.high,
+                x_axis=mark.axis.get_xlabel(),
+                y_axis=mark.axis.get_ylabel() or first.get_ylabel(),
+                point=" ".join(mark.text.split()),
+            )
+            for mark in self.marks
+        ]
 
 
 class Drawn(NamedTuple):
@@ -73,9 +109,10 @@ class Drawn(NamedTuple):
 
 
 def save(chart: Chart, folder: Path) -> Path:
-    """Writes the chart as PNG and SVG, whole or not at all. Returns the path of the PNG file."""
+    """Writes the chart as PNG and SVG and its data as CSV, whole or not at all. Returns the path of the PNG file."""
     refuse_links(folder)
     path = folder / f"{chart.name}.png"
+    write_rows(path.with_suffix(".csv"), Point, chart.points())
     write_whole(path.with_suffix(".svg"), _svg(chart))
     chart.figure.set_layout_engine("none")  # the layout of the SVG serves the PNG too; it takes a third of the time
     with matplotlib.rc_context(PARAMETERS), whole_file(path) as file:

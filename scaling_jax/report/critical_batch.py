@@ -117,6 +117,7 @@ def draw_critical_batches(chart: Chart, axis: Axes, points: list[CriticalBatch],
         loss,
         b_crit,
         [f"{p.model}, loss {p.loss:.3f}\nB_crit {_with_interval(p)} tokens" for p in points],
+        intervals,
     )
 
 
@@ -136,7 +137,7 @@ def draw_law(chart: Chart, axis: Axes, analysis: Analysis, low: float, high: flo
         f"the law at loss {loss:.3f}\n{tokens(value)} [{tokens(a)}, {tokens(b)}] tokens"
         for loss, value, a, b in zip(x, law(x), below, above, strict=True)
     ]
-    chart.mark(axis, x[::4], law(x)[::4], texts[::4])
+    chart.mark(axis, x[::4], law(x)[::4], texts[::4], np.stack([below, above], 1)[::4])
 
 
 def draw_noise(chart: Chart, axis: Axes, noise: list, *, intervals: bool = False) -> None:
@@ -153,7 +154,7 @@ def draw_noise(chart: Chart, axis: Axes, noise: list, *, intervals: bool = False
     texts = [
         _noise_text(n) + f"\nnoise scale {tokens(n.b_simple)} [{tokens(n.low)}, {tokens(n.high)}]" for n in resolved
     ]
-    chart.mark(axis, loss, value, texts)
+    chart.mark(axis, loss, value, texts, [(n.low, n.high) for n in resolved])
     if bounds:
         loss, value = [n.loss for n in bounds], np.array([n.low for n in bounds])
         label = "noise scale unresolved: at least"
@@ -199,6 +200,7 @@ def _draw_branches(chart: Chart, axis: Axes, branches: list[BranchMeasurement]) 
             loss,
             b_crit,
             [_branch_text(b, f"{tokens(b.b_crit)} [{tokens(b.low)}, {tokens(b.high)}]") for b in found],
+            [(b.low, b.high) for b in found],
         )
     if bounds:
         loss, low = [b.loss for b in bounds], [b.low for b in bounds]

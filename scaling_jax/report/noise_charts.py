@@ -71,7 +71,7 @@ def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Char
             ends = np.array([(w.noise.low, w.noise.high) for w in resolved]).reshape(-1, 2)
             axis.errorbar(at, value, whiskers(value, ends), color=colour, elinewidth=0.7, alpha=0.4, fmt="none")
             axis.plot(*_broken(run.record.noise), "o-", color=colour, ms=3, lw=0.8)
-            chart.mark(axis, at, value, [_window_text(run, w) for w in resolved])
+            chart.mark(axis, at, value, [_window_text(run, w) for w in resolved], ends)
             bounds = [w for w in run.record.noise if not w.noise.resolved and w.noise.low > 0]
             at, low = [w.tokens for w in bounds], [w.noise.low for w in bounds]
             axis.plot(at, low, "^", color="none", mec=colour, ms=4)
@@ -124,14 +124,14 @@ def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
             axis.plot(
                 every if there else [], drawn, f"{marker}-", color=colour, ms=4, lw=1.1, label=part if named else None
             )
-            chart.mark(axis, at, value, [_part_text(run, part, w) for w in windows])
+            chart.mark(axis, at, value, [_part_text(run, part, w) for w in windows], ends)
             values += list(value)
         whole = run.record.noise_of_all_parts
         at, value = [w.tokens for w in whole], np.array([w.value for w in whole])
         ends = np.array([(w.low, w.high) for w in whole]).reshape(-1, 2)
         axis.errorbar(at, value, whiskers(value, ends), color="0.25", elinewidth=0.7, alpha=0.4, fmt="none")
         axis.plot(at, value, ".--", color="0.25", lw=1, label="whole model", zorder=1)
-        chart.mark(axis, at, value, [_part_text(run, "whole model", w) for w in whole])
+        chart.mark(axis, at, value, [_part_text(run, "whole model", w) for w in whole], ends)
         values += list(value)
         count_axis(axis.xaxis)
         axis.set_xlabel("tokens processed")

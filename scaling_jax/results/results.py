@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from scaling_jax.fitting import FormFit, JointFit, LossLaw, ScanFit, Tradeoff, fit_scan, further_fits
 from scaling_jax.io import UserError
-from scaling_jax.io.files import write_json, write_rows
+from scaling_jax.io.files import parse_json, read_whole, write_json, write_rows
 from scaling_jax.io.stores import publish, working_copy
 from scaling_jax.results.branches import BranchMeasurement, Comparison, compare, find_branches
 from scaling_jax.results.measurements import (
@@ -32,6 +33,7 @@ from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.records import read_experiment
 from scaling_jax.scanning.search import Outcome
 from scaling_jax.training import Run
+from scaling_jax.training.integrity import file_sha256
 
 
 class Curve(NamedTuple):
@@ -116,18 +118,19 @@ class Results:
         return None if record is None or record.result is None else record.outcome
 
 
-def read_results(folder: str | Path) -> Results:
+def read_results(folder: str | Path, *, on_run: Callable[[int, int], object] = lambda done, total: None) -> Results:
     """Reads the results of a scan or of single runs, written by this version or an earlier one.
 
     Args:
       folder: on disk, or gs://bucket/folder.
+      on_run: called before each run is read, with the numbers of runs that are read and that there are.
 
     Raises:
       UserError: if the folder holds no results, or a file is damaged. Names the file.
     """
     workdir = working_copy(folder)
     experiment = read_experiment(workdir) if (workdir / "experiment.json").exists() else None
-    runs = read_runs(workdir)
+    runs = read_runs(workdir, on_run)
     if experiment is None and not runs:
         raise UserError(f"{folder} holds no results: give a folder that `scan`, `demo` or `train` wrote")
     branches, notes = find_branches(workdir, runs)
@@ -209,10 +212,30 @@ def analyse(results: str | Path | Results) -> Analysis:
         write_rows(workdir / "three_measurements.csv", Comparison, analysis.comparison)
     if found.seeds:
         write_rows(workdir / "seeds.csv", SeedSpread, found.seeds)
-    extra = {"noise_scale_over_local_b_crit": finite(analysis.noise_ratio), "corpus": found.runs[0].corpus}
+    extra = {
+        "noise_scale_over_local_b_crit": finite(analysis.noise_ratio),
+        "corpus": found.runs[0].corpus,
+        "measurements_sha256": file_sha256(workdir / "measurements.csv"),
+    }
     write_json(workdir / "fit.json", fit_as_json(fit, analysis.joint, analysis.forms, notes) | extra)
     publish(workdir)
     return analysis
+
+
+def check_measurements(workdir: Path) -> None:
+    """Raises UserError if a folder's measurements.csv isn't the one that its fit.json was written with.
+
+    A fit.json of an older version doesn't say which one that was.
+    """
+    try:
+        said = parse_json(read_whole(workdir / "fit.json"))["measurements_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if said != file_sha256(workdir / "measurements.csv"):
+        raise UserError(
+            f"{workdir / 'measurements.csv'} isn't as `fit` wrote it: run scaling-jax fit {workdir} to write it again, "
+            "or give a copy of the table, outside of this folder"
+        )
 
 
 def noise_ratios(noise: list[NoiseMeasurement], fit: ScanFit) -> list[tuple[NoiseMeasurement, float]]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,14 +121,21 @@ def few_enough(cells: Sequence[CellRuns]) -> list[CellRuns]:
     return [cell for cell in cells if cell.cell.seed in drawn]
 
 
-def read_runs(workdir: Path) -> tuple[RunRecord, ...]:
+def read_runs(workdir: Path, on_run: Callable[[int, int], object] = lambda done, total: None) -> tuple[RunRecord, ...]:
     """Every run in `workdir/runs`, in the order of their names.
+
+    Args:
+      on_run: called with the numbers of runs that are read and that there are.
 
     Raises:
       UserError: if a run is damaged. Names it.
     """
-    folders = sorted((workdir / "runs").glob("*/"))
-    return tuple(_read_run(folder) for folder in folders if (folder / "config.json").exists())
+    folders = [folder for folder in sorted((workdir / "runs").glob("*/")) if (folder / "config.json").exists()]
+    records: list[RunRecord] = []
+    for folder in folders:
+        on_run(len(records), len(folders))
+        records.append(_read_run(folder))
+    return tuple(records)
 
 
 def check_runs(workdir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,13 +44,16 @@ class Status(NamedTuple):
     seconds_left: float | None  # an estimate; None if there is none
 
 
-def read_status(folder: str | Path) -> Status:
+def read_status(folder: str | Path, on_run: Callable[[int, int], object] = lambda done, total: None) -> Status:
     """The state of a scan or of single runs, from what they have written so far.
+
+    Args:
+      on_run: see `read_results`.
 
     Raises:
       UserError: if the folder holds no results.
     """
-    results = read_results(folder)
+    results = read_results(folder, on_run=on_run)
     seen = [_see(record) for record in results.runs]
     return _of_runs(results, seen) if results.experiment is None else _of_scan(results, seen)
 

@@ -19,11 +19,10 @@ from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.records import is_without_searches, read_search, write_search
 from scaling_jax.scanning.search import Outcome, Tried, look_at, next_wave, search
 from scaling_jax.tasks import held_out_rows
-from scaling_jax.training import Progress, Run, RunResult, read_metrics, run_folder, train, train_many
-from scaling_jax.training.metrics import course
+from scaling_jax.training import Progress, Run, RunResult, run_folder, train, train_many
 from scaling_jax.training.population import slots_for
 from scaling_jax.training.program import program_for
-from scaling_jax.training.records import DamagedRecords, read_run_config, whole_result
+from scaling_jax.training.records import DamagedRecords, read_course, read_run_config, whole_result
 
 
 def train_cell(
@@ -239,7 +238,7 @@ def _went_as_far(done: Run, result: RunResult, wanted: Run) -> bool:
 
 
 def _outcome(folder: Path, run: Run, result: RunResult) -> Outcome:
-    found = course(read_metrics(folder, result))
+    found = read_course(folder, result)
     return Outcome(run, result, found.eval_steps.tolist(), found.eval_losses.tolist())
 
 

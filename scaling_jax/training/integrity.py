@@ -57,7 +57,7 @@ def file_sha256(path: Path) -> str:
 
 def is_finite(line: MetricsLine) -> bool:
     """True unless a loss of the line isn't finite, which ends a run."""
-    return bool(np.all(np.isfinite(line.train_loss))) and not (line.evaluated and not math.isfinite(line.test_loss))
+    return bool(np.isfinite(line.train_loss).all()) and not (line.evaluated and not math.isfinite(line.test_loss))
 
 
 def disagreement(last: MetricsLine | None, not_finite: int | None, result: "RunResult") -> str | None:

@@ -199,8 +199,8 @@ def _numbers(values: dict[str, Any], name: str) -> np.ndarray:
     if not isinstance(listed, list) or not set(map(type, listed)) <= _NUMBERS:
         raise ValueError(f"{name} isn't a list of numbers")
     numbers = np.array(listed, float)  # None becomes NaN
-    if np.any(np.abs(numbers) > _LARGEST):
-        raise ValueError(f"{name} has a value of {np.nanmax(np.abs(numbers)):.3g}")
+    if (largest := np.fmax.reduce(np.abs(numbers), initial=0.0)) > _LARGEST:
+        raise ValueError(f"{name} has a value of {largest:.3g}")
     return numbers
 
 

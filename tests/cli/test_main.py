@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import scaling_jax as sj
+from scaling_jax.cli import main
 from scaling_jax.io.stores import publish, working_copy
 from scaling_jax.report.words import short
 from scaling_jax.results.runs import last_noise_scale
@@ -190,3 +192,17 @@ def test_every_public_name_is_there():
         assert getattr(sj, name) is not None
     assert callable(sj.scan)
     assert callable(sj.train)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "there", "left_out"),
+    [({}, (), True), ({}, ("/dev/vfio/*",), False), ({"TPU_NAME": "a"}, (), False), ({"JAX_PLATFORMS": ""}, (), False)],
+)
+def test_libtpu_without_a_tpu_is_left_out_unless_the_user_chose(chosen, there, left_out, tmp_path, monkeypatch):
+    (tmp_path / "libtpu.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(os, "environ", {**chosen})
+    monkeypatch.setattr(main.glob, "glob", lambda pattern: [pattern] if pattern in there else [])
+    monkeypatch.setattr(main.importlib.metadata, "entry_points", lambda group: [])
+    main._leave_out_absent_tpu()
+    assert os.environ.get("JAX_PLATFORMS") == ("cpu" if left_out else chosen.get("JAX_PLATFORMS"))

@@ -2,9 +2,12 @@ import io
 
 from rich.console import Console
 
-from scaling_jax.console.tables import print_fit
+from scaling_jax.compile.ahead_of_time import CompiledBatch, Executable
+from scaling_jax.compile.topologies import CHIPS, Topology
+from scaling_jax.console.tables import _compiled_sentences, print_fit
 from scaling_jax.report.words import short
 from scaling_jax.results.table import fit_table
+from scaling_jax.training.program import program_for
 from tests.results.test_table import planted
 
 
@@ -45,3 +48,14 @@ def test_a_terminal_shows_exponents_raised(tmp_path):
     text = file.read()
     assert "tokens · L⁻" in text
     assert "^" not in text
+
+
+def test_the_memory_of_a_compiled_step_is_said_part_by_part(made_up):
+    program = program_for(made_up[0].run(made_up[0].cells[-1], 0))
+    step = Executable(7 << 29, True, 1e15, (), argument_bytes=2 << 30, temporary_bytes=1 << 30, program_bytes=1 << 29)
+    batch = CompiledBatch(program, "v5e:4x4", (), step, step, step, 1e15, 1e15)
+    slice_ = Topology("v5e:4x4", CHIPS["v5e"], (), 4)
+    (line,) = [line for line in _compiled_sentences([batch], slice_) if line.startswith("3.5 GiB per chip of ")]
+    assert f"at {batch.batch_tokens:,} tokens: 2 for the training state" in line
+    assert "; 1 for activations" in line
+    assert line.endswith("; 0.5 for the program")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming
+from tensorflow_datasets.core.utils import file_utils
 from tensorflow_datasets.testing import mocking
 
 from scaling_jax.data import Bytes, is_test, packing, prepare, sources, text_builder, text_files, tfds_text
@@ -224,3 +225,31 @@ def test_a_data_set_of_hugging_face_is_named_as_tfds_names_it_and_its_strings_ar
     (name, first), (_, second) = asked
     assert (name.namespace, name.name) == ("huggingface", "allenai__c4")
     assert (first, second) == ({"config": "en"}, {"config": "en", "version": "1.0.0"})
+
+
+DAMAGE = [b"", b"{", b"{}", b"[]", b'{"name": 3}', b"\xff\x00"]
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_description_names_the_folder_to_remove_and_then_the_same_command_works(
+    name, content, data_dir, monkeypatch
+):
+    monkeypatch.setattr(file_utils, "list_data_dirs", lambda: [data_dir])
+    prepare("tfds:tiny_with_test", 16, workers=1)
+    (damaged,) = data_dir.rglob(name)
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{damaged} is damaged: remove {damaged.parent}, ") as caught:
+        prepare("tfds:tiny_with_test", 16, workers=1)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(damaged.parent)
+    prepare("tfds:tiny_with_test", 16, workers=1)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_a_damaged_data_set_of_python_sources_is_made_again(name, small_library, tmp_path):
+    whole = text_builder.embedded_shards()
+    (damaged,) = (tmp_path / "cache").rglob(name)
+    for content in DAMAGE:
+        damaged.write_bytes(content)
+        assert text_builder.embedded_shards() == whole

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import json
 import xml.etree.ElementTree as ET
@@ -337,10 +338,25 @@ def test_every_axis_has_a_label(analysis, runs, law):
         assert all(bar.get_ylabel() for bar in bars), chart.name
 
 
-def test_every_figure_is_a_png_and_an_svg_and_the_same_again(analysis, made_up, tmp_path):
+def test_every_figure_is_a_png_an_svg_and_a_csv_and_the_same_again(analysis, made_up, tmp_path):
     paths = write_figures(analysis, made_up[1])
     folder = paths[0].parent
-    assert {path.name for path in folder.iterdir()} == {f"{p.stem}{kind}" for p in paths for kind in (".png", ".svg")}
+    kinds = (".png", ".svg", ".csv")
+    assert {path.name for path in folder.iterdir()} == {f"{p.stem}{kind}" for p in paths for kind in kinds}
     again = save(critical_batch_chart(analysis), tmp_path)
-    for path in (again, again.with_suffix(".svg")):
+    for path in map(again.with_suffix, kinds):
         assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_the_data_of_a_figure_lie_beside_it_with_their_intervals(analysis, tmp_path):
+    chart = critical_batch_chart(analysis)
+    save(chart, tmp_path)
+    with (tmp_path / "critical_batch_size.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(chart.marks)
+    for point in (p for p in analysis.fit.points if p.shown):
+        (row,) = [r for r in rows if r["point"].startswith(f"{point.model}, loss {point.loss:.3f} B_crit")]
+        found = [float(row[name]) for name in ("x", "y", "low", "high")]
+        np.testing.assert_allclose(found, [point.loss, point.b_crit, *point.b_crit_interval], rtol=1e-9)
+        assert row["x_axis"] == "test loss, nats per token"
+        assert row["y_axis"] == "critical batch size, tokens"

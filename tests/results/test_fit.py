@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
+from scaling_jax.advice.advise import advise
 from scaling_jax.io import UserError
 from scaling_jax.results import analyse, noise_ratios
+from scaling_jax.results.results import check_measurements
 from tests.made_up_scan import EXPONENT, b_crit
 
 
@@ -69,3 +71,19 @@ def test_unresolved_noise_counts_as_above_everything(analysis):
     vars(results)["noise_scale"] = unresolved  # as if it had been computed
     assert np.isinf(dataclasses.replace(analysis, results=results).noise_ratio)
     assert len(noise_ratios(unresolved, analysis.fit)) == len(noise_ratios(analysis.noise, analysis.fit)) > 80
+
+
+def test_measurements_that_were_changed_after_the_fit_are_not_advised_on(made_up, tmp_path):
+    folder = tmp_path / "scan"
+    shutil.copytree(made_up[1], folder)
+    analyse(folder)
+    check_measurements(folder)
+    table = folder / "measurements.csv"
+    lines = table.read_text().splitlines()
+    cells = lines[3].split(",")
+    cells[4] = str(2 * float(cells[4]))  # steps: still well-formed
+    table.write_text("\n".join([*lines[:3], ",".join(cells), *lines[4:], ""]))
+    with pytest.raises(UserError, match=rf"{table} isn't as `fit` wrote it: run scaling-jax fit {folder}"):
+        advise(folder, 2.3)
+    analyse(folder)
+    check_measurements(folder)

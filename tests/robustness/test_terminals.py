@@ -5,13 +5,14 @@ import io
 import os
 import shutil
 import sys
+import time
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
 from scaling_jax.cli.main import main
-from scaling_jax.console.terminal import Terminal, escaped, fitting
+from scaling_jax.console.terminal import Terminal, Working, escaped, fitting
 
 NAMES = ("[/b]", "[bold]x[/bold]", ":smile:", "\x1b[31mred", "\x9b31m", "\u202eabc", "\x07\x08\x7f")
 
@@ -113,3 +114,33 @@ def test_text_keeps_its_style():
     (segment, *_) = Terminal(file=io.StringIO(), force_terminal=True).render(Text("\x1b", style="bold"))
     assert segment.text == "\\x1b"
     assert segment.style.bold
+
+
+class FakeTerminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_a_terminal_shows_what_a_long_command_is_doing_and_a_short_one_shows_nothing(patience, monkeypatch):
+    screen = FakeTerminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with Working("reading runs", patience) as working:
+        for done in range(20):
+            working.count(done, 2_028)
+            time.sleep(0.02)
+    shown = "reading runs: 19 of 2,028"
+    assert (shown in screen.getvalue()) == (patience == 0.0)
+    assert bool(screen.getvalue()) == (patience == 0.0)
+
+
+@pytest.mark.parametrize("command", ["status", "fit", "report"])
+def test_a_command_counts_the_runs_that_it_reads(command, cli, scanned, monkeypatch):
+    counted = []
+    monkeypatch.setattr(Working, "count", lambda self, *numbers: counted.append(numbers))
+    assert cli(command, scanned).code == 0
+    runs = len(list((scanned / "runs").iterdir()))
+    assert counted == [(done, runs) for done in range(runs)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tracemalloc
 
 import jax
 import numpy as np
@@ -11,7 +12,10 @@ from scaling_jax.scanning import Event, Experiment, LearningRates, Subject, cell
 from scaling_jax.scanning.cells import find_outcome, finished_runs, train_cell
 from scaling_jax.scanning.scan import _devices_for
 from scaling_jax.scanning.search import look_at
+from scaling_jax.training import records
+from scaling_jax.training.metrics import MetricsLine
 from scaling_jax.training.records import read_run_config
+from tests.made_up_scan import write_run
 from tests.training.counting import CORPUS, RUN
 
 EXPERIMENT = Experiment(
@@ -53,3 +57,18 @@ def test_as_many_devices_as_share_a_batch_evenly_take_it(monkeypatch, batch_toke
     """Sequences of 16: 8, 4, 12 and 3 of them."""
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert _devices_for(dataclasses.replace(RUN, batch_tokens=batch_tokens)) == devices
+
+
+def test_a_finished_run_is_found_without_all_its_lines_in_memory(tmp_path, monkeypatch):
+    norms = {"train_loss": [3.0, 2.0], "small_sq_norm": [2.0, 3.0], "big_sq_norm": [1.0, 2.0]}
+    steps = range(2, 20_002, 2)
+    sizes = {"batch_tokens": 128, "small_batch_tokens": 64, "test_loss": 3.0, **norms}
+    lines = [MetricsLine.read({**sizes, "step": step, "tokens": 128 * step}) for step in steps]
+    write_run(tmp_path, RUN, lines, "exhausted")
+    monkeypatch.setattr(records, "_PIECE", 500)
+    tracemalloc.start()
+    found = find_outcome(RUN, tmp_path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.steps == list(steps)
+    assert most < 4 * 2**20  # with all lines in memory 8 MB
