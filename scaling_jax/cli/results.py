@@ -34,7 +34,9 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 
 @app.command
-def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: bool = False) -> None:
+def fit(
+    results: tyro.conf.Positional[Path], above_minimum: bool = False, json: bool = False, latex: Path | None = None
+) -> None:
     """Fit critical batch sizes and their law to a finished scan, or to your own table.
 
     Writes fit.json into the folder of a scan, or <table>.fit.json beside a table.
@@ -45,6 +47,7 @@ def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: 
       results: the folder of a finished scan, or a CSV with columns model, batch_tokens, target_loss, steps.
       above_minimum: where a table's tokens are U-shaped over batch sizes, fit the batches above the minimum.
       json: print what is written instead of a table.
+      latex: also write the table to this file, for LaTeX.
     """
     from scaling_jax.console.tables import print_fit, summary
     from scaling_jax.console.terminal import Terminal, Working
@@ -58,7 +61,7 @@ def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: 
     if results.is_file():
         with Working("fitting the table"):
             found = fit_table(results, above_minimum=above_minimum)
-        written = write_fit(found)
+        written, fitted = write_fit(found), found.fit
         table = print_fit(found, written)
     else:
         if above_minimum:
@@ -67,12 +70,18 @@ def fit(results: tyro.conf.Positional[Path], above_minimum: bool = False, json: 
             runs = read_results(results, on_run=working.count)
             working.say("fitting")
             analysis = analyse(runs)
-        written = results / "fit.json"
+        written, fitted = results / "fit.json", analysis.fit
         table = summary(analysis, written=written)
+    said = _in_unit_of(results)
+    if latex is not None:
+        from scaling_jax.io.files import write_whole
+        from scaling_jax.report.latex import latex_table
+
+        write_whole(latex, said(latex_table(fitted)))
     if json:
         print(written.read_text(), end="")
     else:
-        Terminal(_in_unit_of(results)).print(table)
+        Terminal(said).print(table)
 
 
 @app.command
