@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scaling_jax.results import analyse, read_results
     from scaling_jax.scanning import Experiment, LearningRates, Study, Subject, log_spaced, powers_of_two, scan
     from scaling_jax.tasks import MODELS, ModelConfig, OtherModel, model_config
-    from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Stage, train
+    from scaling_jax.training import LiveRamp, OptimizerConfig, Run, SquaredNorms, Stage, train
 
 _SUBPACKAGES = {"advice", "data", "fitting", "noise_scale", "tasks"}
 _HOMES = {
@@ -24,6 +24,7 @@ _HOMES = {
     "LiveRamp": "training",
     "OptimizerConfig": "training",
     "Run": "training",
+    "SquaredNorms": "training",
     "Stage": "training",
     "train": "training",
     "Experiment": "scanning",
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerConfig",
     "OtherModel",
     "Run",
+    "SquaredNorms",
     "Stage",
     "Study",
     "Subject",

@@ -238,13 +238,15 @@ def _measure_cell(cell: CellRuns) -> list[Measurement]:
 def _between_targets(cell: CellRuns) -> list[tuple[float, Estimate]]:
     """(geometric middle of two target losses, noise scale while the loss fell from one to the other)."""
     targets, crossings = cell.subject.target_losses, cell.best.steps_to_target
+    step = cell.record.course.step
     grad_sq_norm, trace_cov = moments_by_step(cell.record.course)
-    if not len(grad_sq_norm):  # another trainer told the run
-        return []
     found = []
     for k in range(len(targets) - 1):
         if not np.all(np.isfinite(crossings[k : k + 2])):
             continue
-        window = slice(int(crossings[k]), max(int(crossings[k + 1]), int(crossings[k]) + 2))
+        ends = int(crossings[k]), max(int(crossings[k + 1]), int(crossings[k]) + 2)
+        window = slice(*np.searchsorted(step, ends, side="right"))
+        if len(step[window]) < 2:  # another trainer measured too few
+            continue
         found.append((math.sqrt(targets[k] * targets[k + 1]), estimate(grad_sq_norm[window], trace_cov[window])))
     return found

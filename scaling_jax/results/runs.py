@@ -195,11 +195,10 @@ def last_noise_scale(run: Course, share: float = 0.25, fewest: int = 20) -> Esti
 def noise_windows(run: Course) -> list[NoiseWindow]:
     """The noise scale in windows that are equally long in log steps."""
     grad_sq_norm, trace_cov = moments_by_step(run)
-    tokens = np.cumsum(run.batch_tokens)
     found = []
-    for start, stop in _windows(np.arange(1, len(trace_cov) + 1), WINDOWS, FEWEST_STEPS):
+    for start, stop in _windows(run.step, WINDOWS, FEWEST_STEPS):
         noise = estimate(grad_sq_norm[start:stop], trace_cov[start:stop])
-        found.append(NoiseWindow(math.sqrt(tokens[start] * tokens[stop - 1]), noise))
+        found.append(NoiseWindow(math.sqrt(run.tokens[start] * run.tokens[stop - 1]), noise))
     return found
 
 
@@ -228,7 +227,7 @@ def _line_windows(
     run: Course, num_steps: np.ndarray, grad_sq_norm: np.ndarray, trace_cov: np.ndarray
 ) -> list[PartNoise]:
     """The resolved noise scales in windows of whole lines, from means [lines]."""
-    step, tokens, found = np.cumsum(num_steps), np.cumsum(run.batch_tokens), []
+    step, tokens, found = np.cumsum(num_steps), run.tokens, []
     for start, stop in _windows(step, MOST_PART_WINDOWS, FEWEST_LINES):
         first = step[start] - num_steps[start]
         middle = math.sqrt(tokens[first] * tokens[step[stop - 1] - 1])

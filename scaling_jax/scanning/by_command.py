@@ -1,7 +1,8 @@
 """Trains a study's settings by a command, for trainers in any language, and follows the loss curves that they write.
 
-A curve is a file of JSON lines with `step` and `loss`, or a CSV with these columns. If a step isn't above the one
-before, the trainer went back, and the lines after that step no longer count.
+A curve is a file of JSON lines with `step` and `loss`, or a CSV with these columns; the fields of `SquaredNorms` may
+stand beside them. If a step isn't above the one before, the trainer went back, and the lines after that step no longer
+count.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from scaling_jax.scanning.experiment import Cell
 from scaling_jax.scanning.study import Setting, Study, has_ended
 from scaling_jax.scanning.worker import STOPPING, Event
 from scaling_jax.training import Progress
+from scaling_jax.training.metrics import SquaredNorms
 
 PLACES = ("batch", "learning_rate", "seed", "max_steps", "target_loss", "subject", "curve", "folder")
 _NEEDED = ("batch", "learning_rate", "curve")
@@ -34,7 +36,8 @@ _STOP_SECONDS = 30  # from SIGTERM to SIGKILL
 class Curve(NamedTuple):
     steps: list[int]
     losses: list[float]
-    problem: str | None  # the first line that is neither, for a message
+    norms: list[SquaredNorms | None]
+    problem: str | None  # the first line that is no evaluation, for a message
 
 
 class Attempt:
@@ -56,7 +59,7 @@ class Attempt:
                 )
             except OSError as error:
                 raise UserError(f"--command can't be started ({error.strerror}: {error.filename})") from None
-        self.curve = Curve([], [], None)
+        self.curve = Curve([], [], [], None)
         self.last_news = self._last_evaluation = time.monotonic()
         self._seen: tuple[int, int] | None = None
 
@@ -164,7 +167,11 @@ def train_by_command(
                 attempt.stop()
                 running.remove(attempt)
                 if why is None:
-                    study.tell(setting, curve.steps, curve.losses)
+                    try:
+                        study.tell(setting, curve.steps, curve.losses, norms=curve.norms)
+                    except UserError as error:  # norms that can't be
+                        why = str(error)
+                if why is None:
                     for cell in cells - set(study.cells_left):
                         on_event(Event(cell))
                     cells &= set(study.cells_left)
@@ -223,44 +230,53 @@ def read_curve(path: Path) -> Curve:
         content = file.read()
     lines = content[: content.rfind(b"\n") + 1].decode(errors="replace").splitlines()
     columns = _columns(lines)
-    steps: list[int] = []
-    losses: list[float] = []
+    rows: list[tuple[int, float, SquaredNorms | None]] = []
     problem = None
     for number, line in enumerate(lines, 1):
-        if not line.strip() or (columns and number == 1):
+        if not line.strip() or (columns is not None and number == 1):
             continue
         try:
-            step, loss = _evaluation(line, columns)
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            row = _evaluation(line, columns)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             problem = problem or f"line {number} of {path} isn't a step and a loss: {line[:60]!r}"
             continue
-        while steps and steps[-1] >= step:
-            steps.pop()
-            losses.pop()
-        steps.append(step)
-        losses.append(loss)
-    return Curve(steps, losses, problem)
+        while rows and rows[-1][0] >= row[0]:
+            rows.pop()
+        rows.append(row)
+    return Curve([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], problem)
 
 
-def _columns(lines: Sequence[str]) -> tuple[int, int] | None:
-    """Places of step and loss in a CSV; None for JSON lines."""
+def _columns(lines: Sequence[str]) -> list[str] | None:
+    """The names of a CSV's columns; None for JSON lines."""
     header = [name.strip() for name in next(csv.reader(lines[:1]), [])]
-    return (header.index("step"), header.index("loss")) if {"step", "loss"} <= set(header) else None
+    return header if {"step", "loss"} <= set(header) else None
 
 
-def _evaluation(line: str, columns: tuple[int, int] | None) -> tuple[int, float]:
+def _evaluation(line: str, columns: list[str] | None) -> tuple[int, float, SquaredNorms | None]:
     if columns is None:
         values = json.loads(line)
-        step, loss = values["step"], values["loss"]
     else:
-        cells = next(csv.reader([line]))
-        step, loss = (cells[k].strip() for k in columns)
-    if isinstance(step, bool) or isinstance(loss, bool) or float(step) != int(float(step)) or float(step) < 1:
-        raise ValueError
-    value = math.nan if loss is None else float(loss)
+        cells = [cell.strip() or None for cell in next(csv.reader([line]))]
+        values = dict(zip(columns, cells, strict=True))
+    loss = values["loss"]
+    value = math.nan if loss is None else _number(loss)
     if math.isfinite(value) and value <= 0:
         raise ValueError
-    return int(float(step)), value
+    norms = [values.get(name) for name in SquaredNorms._fields]
+    measured = None if None in norms else SquaredNorms(_whole(norms[0]), _number(norms[1]), _number(norms[2]))
+    return _whole(values["step"]), value, measured
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if (number := _number(value)) < 1 or number != int(number):
+        raise ValueError
+    return int(number)
 
 
 def _cell(setting: Setting) -> Cell:

@@ -25,7 +25,7 @@ from scaling_jax.scanning.search import Tried, look_at, next_wave
 from scaling_jax.tasks import OtherModel
 from scaling_jax.training.integrity import LinesHash, records_checksum
 from scaling_jax.training.journal import ending
-from scaling_jax.training.metrics import MetricsLine, jsonable
+from scaling_jax.training.metrics import MetricsLine, SquaredNorms, jsonable
 from scaling_jax.training.records import (
     RunResult,
     Status,
@@ -138,7 +138,15 @@ class Study:
         lines.append(_line(setting, lines[-1].step if lines else 0, step, loss))
         return _ended(setting, lines)
 
-    def tell(self, setting: Setting, steps: Sequence[int], losses: Sequence[float], status: Ended = "ended") -> None:
+    def tell(
+        self,
+        setting: Setting,
+        steps: Sequence[int],
+        losses: Sequence[float],
+        status: Ended = "ended",
+        *,
+        norms: Sequence[SquaredNorms | None] | None = None,
+    ) -> None:
         """Records the loss curve of a run that has ended.
 
         Args:
@@ -146,13 +154,14 @@ class Study:
           steps: steps taken at each evaluation, rising.
           losses: held-out losses there; one that isn't finite ends the curve, as diverged.
           status: "diverged" if the trainer knows that the run did.
+          norms: squared norms of gradients at each evaluation, or None where there are none; for the noise scale.
 
         Raises:
           UserError: if the curve is empty or can't be one, or the setting isn't out from this study.
         """
         if status not in get_args(Ended):
             raise UserError(f"status = {status!r}: choose from {', '.join(get_args(Ended))}")
-        lines = _lines(setting, steps, losses)
+        lines = _lines(setting, steps, losses, norms)
         with self._one_at_a_time:
             claim = self._claims.pop(setting.name, None)
             if claim is None:
@@ -246,24 +255,43 @@ def _setting(run: Run) -> Setting:
     )
 
 
-def _line(setting: Setting, before: int, step: int, loss: float) -> MetricsLine:
+def _line(setting: Setting, before: int, step: int, loss: float, norms: SquaredNorms | None = None) -> MetricsLine:
     if isinstance(step, bool) or step != int(step) or step <= before:
         raise UserError(f"{setting.name}: step {step} must be a whole number above the one before, {before}")
     if math.isfinite(loss) and not loss > 0:
         raise UserError(f"{setting.name}: loss {loss} at step {step} must be positive")
+    if norms is not None:
+        norms = SquaredNorms(*norms)
+        if not 0 < norms.small_batch < setting.batch or int(norms.small_batch) != norms.small_batch:
+            raise UserError(
+                f"{setting.name}: small_batch = {norms.small_batch} at step {step} must be a whole number from 1 to "
+                f"{setting.batch - 1}, below the batch"
+            )
+        if not all(0 <= x < math.inf for x in norms[1:]):
+            raise UserError(f"{setting.name}: squared norms at step {step} must be finite, and 0 or more")
+        small, *values = norms
+        norms = SquaredNorms(int(small), *(float(f"{x:.8g}") for x in values))
     rounded = jsonable(float(loss))
-    return MetricsLine.told(before, int(step), setting.batch, math.nan if rounded is None else rounded)
+    return MetricsLine.told(before, int(step), setting.batch, math.nan if rounded is None else rounded, norms)
 
 
-def _lines(setting: Setting, steps: Sequence[int], losses: Sequence[float]) -> list[MetricsLine]:
+def _lines(
+    setting: Setting,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    norms: Sequence[SquaredNorms | None] | None = None,
+) -> list[MetricsLine]:
     """The lines of a curve, up to the first loss that isn't finite."""
     if len(steps) != len(losses) or not len(steps):
         raise UserError(
             f"{setting.name}: tell one loss for each of one or more steps, not {len(losses)} for {len(steps)}"
         )
+    norms = [None] * len(steps) if norms is None else norms
+    if len(norms) != len(steps):
+        raise UserError(f"{setting.name}: tell norms or None for each of {len(steps)} steps, not {len(norms)}")
     lines: list[MetricsLine] = []
-    for step, loss in zip(steps, losses, strict=True):
-        lines.append(_line(setting, lines[-1].step if lines else 0, step, float(loss)))
+    for step, loss, here in zip(steps, losses, norms, strict=True):
+        lines.append(_line(setting, lines[-1].step if lines else 0, step, float(loss), here))
         if math.isnan(lines[-1].test_loss):
             break
     return lines

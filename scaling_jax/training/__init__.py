@@ -3,6 +3,7 @@
 from scaling_jax.training.attempt import Interrupted
 from scaling_jax.training.journal import Progress
 from scaling_jax.training.loop import train
+from scaling_jax.training.metrics import SquaredNorms
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.population import train_many
 from scaling_jax.training.records import RunResult, read_metrics, read_result, run_folder
@@ -18,6 +19,7 @@ __all__ = [
     "Run",
     "RunResult",
     "Skip",
+    "SquaredNorms",
     "Stage",
     "next_evaluation",
     "read_metrics",

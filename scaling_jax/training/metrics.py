@@ -13,6 +13,14 @@ _LARGEST = 1e100  # losses and norms come from float32; far larger values overfl
 _NUMBERS = {float, int, type(None)}
 
 
+class SquaredNorms(NamedTuple):
+    """Squared norms of the gradient that another trainer measured, in one step or as means over some steps."""
+
+    small_batch: int  # in the unit of the run's batch, and smaller
+    small_sq_norm: float  # mean over small batches
+    big_sq_norm: float  # of the whole batch
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class MetricsLine:
     """A line of metrics.jsonl: one call of the compiled program, with some steps and maybe an evaluation at the end.
@@ -54,7 +62,9 @@ class MetricsLine:
         counts = [_count(values, name) for name in ("step", "tokens", "batch_tokens", "small_batch_tokens")]
         train_loss = _numbers(values, "train_loss")
         norms = [_numbers(values, name) for name in _NORMS]
-        if any(len(norm) != len(train_loss) for norm in norms):
+        told_steps = _count(values, "num_steps") if "num_steps" in values else None
+        length = len(train_loss) if told_steps is None else min(len(norms[0]), 1)  # of a told line: one measurement
+        if any(len(norm) != length for norm in norms):
             raise ValueError("train_loss, small_sq_norm and big_sq_norm differ in length")
         loss = values.get("test_loss")
         if loss is not None and (
@@ -79,7 +89,7 @@ class MetricsLine:
             evaluated="test_loss" in values,
             test_loss=math.nan if loss is None else float(loss),
             test_bits_per_byte=None if bits is None else float(bits),
-            told_steps=_count(values, "num_steps") if "num_steps" in values else None,
+            told_steps=told_steps,
         )
 
     def json(self) -> dict[str, Any]:
@@ -105,18 +115,20 @@ class MetricsLine:
         return values
 
     @classmethod
-    def told(cls, before: int, step: int, batch_tokens: int, test_loss: float) -> "MetricsLine":
+    def told(
+        cls, before: int, step: int, batch_tokens: int, test_loss: float, norms: SquaredNorms | None = None
+    ) -> "MetricsLine":
         """The line of another trainer's evaluation after `step`, and the steps since the one after step `before`."""
-        none = np.zeros(0)
+        small, small_sq_norm, big_sq_norm = norms or (batch_tokens, None, None)
         return cls(
             step=step,
             tokens=step * batch_tokens,
             epoch=math.nan,
             batch_tokens=batch_tokens,
-            small_batch_tokens=batch_tokens,
-            train_loss=none,
-            small_sq_norm=none,
-            big_sq_norm=none,
+            small_batch_tokens=small,
+            train_loss=np.zeros(0),
+            small_sq_norm=np.array([] if small_sq_norm is None else [small_sq_norm], float),
+            big_sq_norm=np.array([] if big_sq_norm is None else [big_sq_norm], float),
             small_sq_norm_by_part=None,
             big_sq_norm_by_part=None,
             live=None,
@@ -128,12 +140,17 @@ class MetricsLine:
 
 
 class Course(NamedTuple):
-    """The metrics of a whole run as columns: by step, by line and by evaluation. Lines that were told have no steps."""
+    """The metrics of a whole run as columns: by measured step, by line and by evaluation.
 
-    batch_tokens: np.ndarray  # [steps]
-    small_batch_tokens: np.ndarray  # [steps]
-    small_sq_norm: np.ndarray  # [steps]
-    big_sq_norm: np.ndarray  # [steps]
+    Every step is measured. Of lines that another trainer told, one step at most is.
+    """
+
+    step: np.ndarray  # [measured]
+    tokens: np.ndarray  # [measured], processed up to the step
+    batch_tokens: np.ndarray  # [measured]
+    small_batch_tokens: np.ndarray  # [measured]
+    small_sq_norm: np.ndarray  # [measured]
+    big_sq_norm: np.ndarray  # [measured]
     line_steps: np.ndarray  # [lines], number of steps in each line
     line_batch_tokens: np.ndarray  # [lines]
     line_small_batch_tokens: np.ndarray  # [lines]
@@ -147,7 +164,8 @@ class Course(NamedTuple):
 def course(lines: Sequence[MetricsLine]) -> Course:
     """The columns of a run's lines. Each step has the batch sizes of its line."""
     steps = np.array([line.num_steps for line in lines], int)
-    measured = np.array([len(line.train_loss) for line in lines], int)
+    measured = np.array([len(line.small_sq_norm) for line in lines], int)
+    before_end = np.concatenate([np.arange(n - 1, -1, -1) for n in measured] or [np.zeros(0, int)])  # of its line
     batch, small_batch = (
         np.array([getattr(line, name) for line in lines], float) for name in ("batch_tokens", "small_batch_tokens")
     )
@@ -156,6 +174,9 @@ def course(lines: Sequence[MetricsLine]) -> Course:
     complete = bool(lines) and all(norms is not None for of_size in by_part for norms in of_size)
     evaluations = [line for line in lines if line.evaluated and math.isfinite(line.test_loss)]
     return Course(
+        step=np.repeat(np.array([line.step for line in lines], int), measured) - before_end,
+        tokens=np.repeat(np.array([line.tokens for line in lines], float), measured)
+        - before_end * np.repeat(batch, measured),
         batch_tokens=np.repeat(batch, measured),
         small_batch_tokens=np.repeat(small_batch, measured),
         small_sq_norm=small,

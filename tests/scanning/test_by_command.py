@@ -13,6 +13,7 @@ from scaling_jax.io import UserError
 from scaling_jax.results import analyse, read_results
 from scaling_jax.scanning import Study
 from scaling_jax.scanning.by_command import arguments, check_command, read_curve, train_by_command
+from scaling_jax.training.metrics import SquaredNorms
 from tests.scanning.told import B_CRIT, EXPERIMENT, least_steps, work
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,16 @@ def test_a_curve_is_read_as_far_as_it_is_one(tmp_path, text, steps, losses):
     assert curve.steps == steps
     assert curve.losses == pytest.approx(losses, nan_ok=True)
     assert (curve.problem is None) == bool(steps or not text)
+
+
+def test_norms_beside_the_losses_are_read(tmp_path):
+    path = tmp_path / "curve"
+    path.write_text(
+        '{"step": 5, "loss": 3, "small_batch": 8, "small_sq_norm": 2.5, "big_sq_norm": 0.5}\n{"step": 6, "loss": 2}\n'
+    )
+    assert read_curve(path).norms == [SquaredNorms(8, 2.5, 0.5), None]
+    path.write_text("big_sq_norm,loss,small_batch,small_sq_norm,step\n0.5,3,8,2.5,5\n,2,,,6\n")
+    assert read_curve(path).norms == [SquaredNorms(8, 2.5, 0.5), None]
 
 
 def test_the_command_line(tmp_path):

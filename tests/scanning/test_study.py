@@ -8,13 +8,16 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from scaling_jax.io import UserError
+from scaling_jax.report import write_figures
 from scaling_jax.results import analyse, read_results
 from scaling_jax.scanning import Study, Subject, scan
 from scaling_jax.scanning.search import search
 from scaling_jax.tasks import OtherModel, model_config
+from scaling_jax.training.metrics import SquaredNorms
 from tests.scanning.told import B_CRIT, EXPERIMENT, SUBJECT, least_steps, loss_after, train, work
 
 
@@ -195,6 +198,45 @@ def test_what_is_no_curve_is_refused_and_may_be_told_again(tmp_path, steps, loss
     study.tell(setting, *train(setting, study))
     with pytest.raises(UserError, match="isn't out"):
         study.tell(setting, [1], [2.0])
+
+
+def test_the_noise_scale_is_that_of_the_norms_that_were_told(tmp_path):
+    """|G|² = 2 and tr(Σ) = 600 images in each measurement, up to noise: the noise scale is 300 images."""
+    draws, study = np.random.default_rng(0), Study(EXPERIMENT, tmp_path)
+    while (setting := study.ask()) is not None:
+        steps, losses = train(setting, study)
+        small = setting.batch // 4
+        norms = [
+            SquaredNorms(small, *(2 + 600 / batch * draws.normal(1, 0.02) for batch in (small, setting.batch)))
+            for _ in steps
+        ]
+        study.tell(setting, steps, losses, norms=norms)
+    analysis = analyse(tmp_path)
+    assert len(analysis.noise) > 8
+    held = [noise.low <= 300 <= noise.high for noise in analysis.noise if noise.resolved]
+    assert np.mean(held) > 0.8
+    large = [noise.b_simple for noise in analysis.noise if noise.batch_tokens == 512]
+    assert large == pytest.approx([300] * len(large), rel=0.15)
+    windows = next(record.noise for record in read_results(tmp_path).runs if record.run.batch_tokens == 512)
+    assert windows[0].noise.value == pytest.approx(300, rel=0.15)
+    assert any("noise_scale" in path.name for path in write_figures(analysis))
+
+
+@pytest.mark.parametrize(
+    ("norms", "what"),
+    [
+        ([None], "norms or None for each of 2 steps, not 1"),
+        ([(8, 1.0, 0.5), None], "small_batch = 8 at step 10 must be a whole number from 1 to 7"),
+        ([(0, 1.0, 0.5), None], "small_batch = 0"),
+        ([(4, math.nan, 0.5), None], "must be finite"),
+        ([(4, 1.0, -0.5), None], "must be finite, and 0 or more"),
+    ],
+)
+def test_norms_that_cannot_be_are_refused(tmp_path, norms, what):
+    study = Study(dataclasses.replace(EXPERIMENT, batch_tokens=(8, 9, 10)), tmp_path)
+    setting = next(s for s in iter(study.ask, None) if s.batch == 8)
+    with pytest.raises(UserError, match=what):
+        study.tell(setting, [10, 20], [3.0, 2.9], norms=norms)
 
 
 def test_a_model_of_this_package_has_no_study_and_another_one_no_scan(tmp_path):
