@@ -67,8 +67,6 @@ def scan(
     """Train all runs of an experiment, fit them, and write figures and a report. Continues an interrupted scan.
 
     Example: scaling-jax scan experiments/demo.py --set max_tokens=2e6 --results results/short
-    With your own trainer: scaling-jax scan mine.py --command 'python train.py --batch {batch} --lr {learning_rate}
-    --seed {seed} --steps {max_steps} --out {curve}'
 
     Args:
       experiment: a Python file that defines EXPERIMENT, such as experiments/demo.py, or a scan's experiment.json.
@@ -77,8 +75,9 @@ def scan(
       dry_run: time some steps, show what the scan needs, probably and at most, and train nothing.
       executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder.
       executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
-      command: train by this command, for an experiment with OtherModels. It writes a line with step and loss to {curve}
-        at each evaluation. Start it on several machines to share the work. See docs/your_model.md.
+      command: train by your own program, such as 'python train.py --batch {batch} --lr {learning_rate} --out {curve}',
+        for an experiment with OtherModels. It writes a line with step and loss to {curve} at each evaluation. Start the
+        scan on several machines to share the work. See docs/your_model.md.
       jobs: number of commands that run at a time on this machine.
       retries: times that a command that failed is started again.
       silent_minutes: a command that writes no evaluation for so long has failed.

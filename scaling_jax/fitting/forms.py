@@ -20,7 +20,7 @@ import numpy as np
 
 from scaling_jax.fitting.joint import JointFit, JointFits, fit_joint_rows, joint_fit_of, reached_by, shows_both_sides
 from scaling_jax.fitting.loss_law import floors_below
-from scaling_jax.fitting.resampling import FEWER, Chain, Variable, fit_chain, law_errors
+from scaling_jax.fitting.resampling import Chain, Variable, fewer_for, fit_chain, law_errors
 from scaling_jax.fitting.scan_fit import ScanFit
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.tradeoff import fit_rows, loss_of
@@ -109,7 +109,7 @@ def forms_of(
     chain, folds, num_independent = fit_chain(table), _folds(table), _independent_points(table)
     variables: tuple[Variable, ...] = ("loss", "data")
     intervals: dict[str, tuple] = {
-        form: law_errors(table, resamples or FEWER, seed, form).interval((0.0, 1.0), confidence)[1:]
+        form: law_errors(table, resamples or fewer_for(table), seed, form).interval((0.0, 1.0), confidence)[1:]
         for form in variables
         if form in forms
     }

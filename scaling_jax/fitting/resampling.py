@@ -131,8 +131,13 @@ def chunk_of(table: ScanTable) -> int:
 
 
 def resamples_for(table: ScanTable) -> int:
-    """Default number of resamples for a table: 4,000, and down to 1,000 for large tables, where each takes long."""
-    return max(1_000, min(4_000, MOST_RESAMPLED // table.mask.size))
+    """Default number of resamples for a table: 4,000, and down to 400 for large tables, where each takes long."""
+    return max(400, min(4_000, MOST_RESAMPLED // table.mask.size))
+
+
+def fewer_for(table: ScanTable) -> int:
+    """Default number of resamples for laws beside the main one."""
+    return min(FEWER, resamples_for(table))
 
 
 def law_errors(table: ScanTable, resamples: int, seed: int, variable: Variable = "loss") -> LawErrors:

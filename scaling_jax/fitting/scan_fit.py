@@ -13,7 +13,7 @@ import numpy as np
 from scaling_jax.fitting.local import local_table
 from scaling_jax.fitting.loss_law import LossLaw
 from scaling_jax.fitting.models_compared import compare_models
-from scaling_jax.fitting.resampling import FEWER, LawErrors, LawFit, law_errors, resamples_for
+from scaling_jax.fitting.resampling import LawErrors, LawFit, fewer_for, law_errors, resamples_for
 from scaling_jax.fitting.scan_table import ScanTable, scan_table
 from scaling_jax.fitting.shape_law import ShapeLawErrors, fit_shape_law
 from scaling_jax.fitting.shapes import Shape, p_of_hyperbolas
@@ -145,7 +145,7 @@ def fit_scan(
     windows = local_table(table)
     if not (windows.num_batches >= 3).any():
         return fit
-    local = _fit(windows, confidence, resamples or FEWER, seed)
+    local = _fit(windows, confidence, resamples or fewer_for(windows), seed)
     of_losses = tuple(f"model {model} at loss" for model in set(windows.models))  # too many to list
     notes = fit.notes + tuple(f"local B_crit: {note}" for note in local.notes if not note.startswith(of_losses))
     fit = dataclasses.replace(fit, local=local, notes=notes)

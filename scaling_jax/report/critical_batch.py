@@ -51,7 +51,8 @@ def critical_batch_chart(analysis: Analysis) -> Chart:
     count_axis(axis.yaxis)
     axis.set_ylabel("critical batch size, tokens")
     axis.set_title("Critical batch size vs. performance", loc="left")
-    axis.legend(loc="lower right", fontsize=8.5)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="lower right", fontsize=8.5)
     return chart
 
 
