@@ -45,23 +45,14 @@ def test_a_table_has_a_line_for_every_figure(tmp_path):
     assert "| 1x32, 512 tokens, 64 runs | 12.5× |" in lines
 
 
-@pytest.mark.slow
-def test_the_rehearsal_in_an_environment_with_nothing_but_jax_and_the_wheels(tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    environment = os.environ | {"LUGGAGE": str(tmp_path / "luggage"), "PYTHON": str(python)}
-    environment = {
-        name: x for name, x in environment.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS", "PYTHONPATH")
-    }
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "jax", "flax", "optax", "orbax-checkpoint"], check=True, env=environment
-    )
-    subprocess.run([HERE / "pack.sh", "--wheels-only", "--python", version], check=True, env=environment)
+def rehearse(tmp_path, python, environment):
+    """Rehearses all stages, and looks at what they wrote."""
     out = tmp_path / "out"
+    names = ("JAX_PLATFORMS", "XLA_FLAGS", "PYTHONPATH")
     ended = subprocess.run(
         [HERE / "run.sh", out, "--rehearse"],
-        env=environment | {"TMPDIR": str(tmp_path)},
+        env={name: x for name, x in environment.items() if name not in names}
+        | {"LUGGAGE": str(tmp_path / "luggage"), "PYTHON": str(python), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
@@ -73,3 +64,22 @@ def test_the_rehearsal_in_an_environment_with_nothing_but_jax_and_the_wheels(tmp
     assert right["same bits, default"] == {"run again": True, "killed and resumed": True}
     assert kaplan["finished runs"] == 12
     assert (out / "kaplan.tar.xz").exists()
+
+
+@pytest.mark.slow
+def test_the_rehearsal(tmp_path):
+    (tmp_path / "luggage").mkdir()
+    rehearse(tmp_path, sys.executable, os.environ)
+
+
+@pytest.mark.long
+def test_the_rehearsal_in_an_environment_with_nothing_but_jax_and_the_wheels(tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    environment = os.environ | {"LUGGAGE": str(tmp_path / "luggage"), "PYTHON": str(python)}
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "jax", "flax", "optax", "orbax-checkpoint"], check=True, env=environment
+    )
+    subprocess.run([HERE / "pack.sh", "--wheels-only", "--python", version], check=True, env=environment)
+    rehearse(tmp_path, python, os.environ)

@@ -104,7 +104,7 @@ def train_runs(folder: Path, toy: bool) -> None:
 
 
 def runs(toy, model_config, Run):
-    small = Run(model_config("1x16" if toy else "2x64"), 1_024, 4e-3, max_steps=60 if toy else 300, steps_per_call=16)
+    small = Run(model_config("1x16" if toy else "2x64"), 1_024, 4e-3, max_steps=40 if toy else 300, steps_per_call=16)
     if toy:
         return [small]
     wide = model_config("4x256", context=256, compute_dtype="bfloat16")

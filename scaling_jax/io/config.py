@@ -212,7 +212,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         kinds = [kind for kind in args if kind is not type(None)]
-        if isinstance(value, dict) and all(map(dataclasses.is_dataclass, kinds)):  # the kind that has all of its keys, else the first, which says what is wrong
+        if isinstance(value, dict) and all(
+            map(dataclasses.is_dataclass, kinds)
+        ):  # the kind that has all of its keys, else the first, which says what is wrong
             kinds.sort(key=lambda kind: not set(value) <= {field.name for field in dataclasses.fields(kind)})
         return _convert(kinds[0], value, where)
     if isinstance(value, _Typed) and hint in (int, float):

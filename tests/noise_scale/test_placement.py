@@ -183,7 +183,8 @@ def _how_often(kind, layout, m):
     if (kind, layout, m) == (AxisType.Auto, "rows", 2):
         return ()
     explicit = (kind, layout, m) == (AxisType.Explicit, "columns", 1)
-    return pytest.mark.slow if explicit or (kind == AxisType.Auto and m <= 2) else pytest.mark.long
+    auto = kind == AxisType.Auto and m == (1 if layout in ("rows", "tensor") else 2)
+    return pytest.mark.slow if explicit or auto else pytest.mark.long
 
 
 DRAWS = [

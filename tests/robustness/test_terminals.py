@@ -137,7 +137,7 @@ def test_a_terminal_shows_what_a_long_command_is_doing_and_a_short_one_shows_not
     assert bool(screen.getvalue()) == (patience == 0.0)
 
 
-@pytest.mark.parametrize("command", ["status", "fit", "report"])
+@pytest.mark.parametrize("command", ["status", "fit", pytest.param("report", marks=pytest.mark.long)])
 def test_a_command_counts_the_runs_that_it_reads(command, cli, scanned, monkeypatch):
     counted = []
     monkeypatch.setattr(Working, "count", lambda self, *numbers: counted.append(numbers))

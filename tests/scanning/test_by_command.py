@@ -73,9 +73,9 @@ def test_a_loss_that_is_no_number_is_a_run_that_diverged(tmp_path):
     ("fault", "why"),
     [
         ("dies", "exit code 1"),
-        ("killed", "killed by SIGKILL"),
-        ("hangs", "wrote no evaluation for"),
-        ("nothing", "wrote no step and loss to"),
+        pytest.param("killed", "killed by SIGKILL", marks=pytest.mark.slow),
+        pytest.param("hangs", "wrote no evaluation for", marks=pytest.mark.slow),
+        pytest.param("nothing", "wrote no step and loss to", marks=pytest.mark.long),
     ],
 )
 def test_what_fails_is_named_and_left_and_the_rest_goes_on(tmp_path, fault, why):

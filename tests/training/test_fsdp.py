@@ -87,7 +87,8 @@ def test_a_line_says_the_small_batch_of_its_steps(tmp_path, corpus):
     assert (line.batch_tokens, line.small_batch_tokens) == (512, 256)
 
 
-@pytest.mark.parametrize("name", ["muon", *(pytest.param(n, marks=pytest.mark.long) for n in ("adafactor", "signum"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["muon", "adafactor", "signum"])
 def test_every_optimizer_takes_the_same_step_on_parts(corpus, name):
     """By the loss after a step: biases of keys don't count, whose gradients are rounding alone."""
     config = OptimizerConfig(name, clip_norm=0.1)
@@ -144,6 +145,7 @@ def test_a_run_goes_on_with_another_sharding_or_number_of_devices(tmp_path, corp
     assert_same_curves(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_run_with_a_ramp_that_is_interrupted_compiles_once_for_each_batch(tmp_path, corpus, monkeypatch):
     run = dataclasses.replace(RUN, batch_tokens=256, ramp=(Stage(256 * 12, 512),), learning_rate=2.9e-3)
     traced, compiled = [], []

@@ -116,6 +116,7 @@ def compiled_as_users_programs_are(monkeypatch):
         cache.cache_clear()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compiled_as_users_programs_are")
 def test_an_average_changes_what_is_evaluated_and_not_the_training(tmp_path, corpus):
     plain, averaged = RUN, dataclasses.replace(RUN, average_half_life_tokens=1_000.0)

@@ -92,7 +92,7 @@ def test_two_processes_train_what_two_devices_of_one_do(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "streamed", [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)]
+    "streamed", [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.long)]
 )
 def test_two_processes_share_a_sharded_state_and_one_goes_on_with_all_of_it(tmp_path, streamed):
     """Stopped in the middle; what comes out is what one process gives undisturbed."""
