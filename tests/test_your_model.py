@@ -19,7 +19,7 @@ def test_scikit_learn_is_scanned(tmp_path, monkeypatch, capsys):
     exec(example, {})
     fit = sj.read_results("results/digits").fit()
     assert [point.loss for point in fit.points] == list(sj.log_spaced(0.6, 0.35, 6))
-    assert all(4 < point.tradeoff.b_crit < 256 for point in fit.points)
+    assert all(8 < point.tradeoff.b_crit < 512 for point in fit.points)
     assert "S_min is below 100 steps at 6 of 6 losses" in capsys.readouterr().out
     assert " images" in (tmp_path / "results/digits/report.html").read_text()
 

@@ -99,6 +99,7 @@ def test_points_that_the_data_do_not_bound_stay_out_of_the_law():
     assert "no bound above" in note
 
 
+@pytest.mark.long
 def test_a_scan_on_one_side_has_no_law_and_says_so():
     """Also where B_crit has a bounded interval by luck at some losses, which share their runs and so their luck."""
     fits = [fit_scan(**draw(seed, b_crit_middle=1e8)[1], resamples=10) for seed in range(30)]

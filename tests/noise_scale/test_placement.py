@@ -182,7 +182,7 @@ def test_the_noise_scale_sends_one_number_more_than_gradient_accumulation(layout
 def _how_often(kind, layout, m):
     if (kind, layout, m) == (AxisType.Auto, "rows", 2):
         return ()
-    explicit = (kind, layout, m) == (AxisType.Explicit, "columns", 1)
+    explicit = (kind, layout, m) == (AxisType.Explicit, "rows", 1)
     auto = kind == AxisType.Auto and m == (1 if layout in ("rows", "tensor") else 2)
     return pytest.mark.slow if explicit or auto else pytest.mark.long
 

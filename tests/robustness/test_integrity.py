@@ -144,6 +144,7 @@ def test_damaged_records_of_a_finished_run_are_refused_by_readers(whole, tmp_pat
     check_read(whole, record_damages(whole, 60), tmp_path)
 
 
+@pytest.mark.long
 def test_damaged_records_of_a_finished_run_are_trained_again(whole, tmp_path, capfd):
     check_continued(whole, whole, record_damages(whole, 10), tmp_path, capfd)
 

@@ -58,6 +58,7 @@ def test_workers_save_and_end_quietly(how, tmp_path):
     assert [path.read_text() for path in tmp_path.glob("*.log")] == ["", ""]
 
 
+@pytest.mark.long
 def test_a_worker_of_a_scan_saves_its_run(tmp_path):
     """The pipes break at an evaluation; a checkpoint of this or a later step is there when the worker has ended."""
     folder = tmp_path / "scan"

@@ -146,7 +146,7 @@ def test_a_scan_into_a_bucket_is_complete_there(folder, bucket, monkeypatch, tmp
     assert all(finished_runs(experiment, cell, copy) for cell in experiment.cells)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_the_first_process_refuses_ends_both_in_its_words(folder, tmp_path):
     with locked(tmp_path / ".lock", "it"):
         for code, output in Scan(folder, tmp_path).ended():

@@ -63,6 +63,7 @@ def test_the_scan_finds_the_true_critical_batch_size():
         assert covered
 
 
+@pytest.mark.long
 def test_a_coarse_grid_of_learning_rates_makes_it_too_small():
     """Why the test above takes a fine one."""
     assert np.median([ratio for ratio, _ in ratios(range(2), COARSE)]) < 0.93

@@ -97,7 +97,8 @@ def test_gpus_compute_what_cpus_do_in_bfloat16(monkeypatch):
     params, tokens = initialised(half)
 
     def value_and_grad():
-        return jax.value_and_grad(lambda params: Transformer(half).apply({"params": params}, tokens, tokens))(params)
+        loss = jax.value_and_grad(lambda params: Transformer(half).apply({"params": params}, tokens, tokens))
+        return jax.jit(loss)(params)
 
     loss, grads = value_and_grad()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
