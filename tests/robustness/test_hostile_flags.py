@@ -123,7 +123,7 @@ def in_time():
     assert time.process_time() - started < SECONDS
 
 
-@pytest.mark.parametrize("words", marked())
+@pytest.mark.parametrize("words", list(marked()))
 def test_what_nobody_should_give_gets_an_answer(words, places, cli, in_time):
     before = contents(places["scanned"])
     done = cli(*(places.get(word.strip("{}"), word) if word.startswith("{") else word for word in words))

@@ -108,9 +108,8 @@ def test_an_orphan_keeps_its_setting(tmp_path):
     free = study.ask(wait=False)
     assert free.name not in {marker.parent.name for marker in markers}
     assert study.ask(wait=False) is None
-    orphans = subprocess.run(["pgrep", "-f", f"{tmp_path}/commands"], capture_output=True, text=True).stdout.split()
-    for orphan in orphans:
-        os.kill(int(orphan), signal.SIGKILL)
+    for marker in markers:
+        os.kill(int(marker.read_text()), signal.SIGKILL)
     deadline = time.monotonic() + 10
     while (again := study.ask(wait=False)) is None and time.monotonic() < deadline:
         time.sleep(0.1)

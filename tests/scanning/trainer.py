@@ -16,7 +16,7 @@ batch, rate, steps, curve = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3
 fault = sys.argv[5] if len(sys.argv) > 5 else ""
 marker = curve.with_name("marker")
 first = not marker.exists()
-marker.touch()
+marker.write_text(str(os.getpid()))
 with curve.open("a" if fault == "starts-over" else "w") as out:
 
     def write(line: str, end: str = "\n") -> None:
