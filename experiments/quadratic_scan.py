@@ -151,8 +151,9 @@ class NoisyTraining:
         while status is None:
             there = min(next_evaluation(step, run.eval_growth), last_step)
             squares = self.after(squares, there - step, run, rng)
-            step, loss = there, jsonable(0.5 * float(self.problem.curvature @ squares))
-            lines.append(_evaluation(run, step, loss))
+            loss = jsonable(0.5 * float(self.problem.curvature @ squares))
+            lines.append(MetricsLine.told(step, there, run.batch_tokens, math.nan if loss is None else loss))
+            step = there
             status = ending(run, lines[-2:])
         result = RunResult(run.run_id, status, step, step * run.batch_tokens, loss, "")
         self.records.append(RunRecord(Path(run.run_id), run, {}, result, course(lines)))
@@ -169,27 +170,6 @@ class NoisyTraining:
         if not (np.isfinite(variance) & np.isfinite(centre)).all():
             return np.full_like(squares, math.inf)
         return variance * rng.noncentral_chisquare(self.problem.multiplicity, centre)
-
-
-def _evaluation(run: Run, step: int, loss: float | None) -> MetricsLine:
-    """A line without its steps, a million or more of which nobody measured."""
-    none = np.zeros(0)
-    return MetricsLine(
-        step=step,
-        tokens=step * run.batch_tokens,
-        epoch=math.nan,
-        batch_tokens=run.batch_tokens,
-        small_batch_tokens=run.model.context,
-        train_loss=none,
-        small_sq_norm=none,
-        big_sq_norm=none,
-        small_sq_norm_by_part=None,
-        big_sq_norm_by_part=None,
-        live=None,
-        evaluated=True,
-        test_loss=math.nan if loss is None else loss,
-        test_bits_per_byte=None,
-    )
 
 
 def scan_experiment(losses: tuple[float, ...], batch_tokens: tuple[int, ...], **grid: Any) -> Experiment:

@@ -45,13 +45,13 @@ def test_a_table_has_a_line_for_every_figure(tmp_path):
     assert "| 1x32, 512 tokens, 64 runs | 12.5× |" in lines
 
 
-def rehearse(tmp_path, python, environment):
+def rehearse(tmp_path, python):
     """Rehearses all stages, and looks at what they wrote."""
     out = tmp_path / "out"
     names = ("JAX_PLATFORMS", "XLA_FLAGS", "PYTHONPATH")
     ended = subprocess.run(
         [HERE / "run.sh", out, "--rehearse"],
-        env={name: x for name, x in environment.items() if name not in names}
+        env={name: x for name, x in os.environ.items() if name not in names}
         | {"LUGGAGE": str(tmp_path / "luggage"), "PYTHON": str(python), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -69,7 +69,7 @@ def rehearse(tmp_path, python, environment):
 @pytest.mark.slow
 def test_the_rehearsal(tmp_path):
     (tmp_path / "luggage").mkdir()
-    rehearse(tmp_path, sys.executable, os.environ)
+    rehearse(tmp_path, sys.executable)
 
 
 @pytest.mark.long
@@ -82,4 +82,4 @@ def test_the_rehearsal_in_an_environment_with_nothing_but_jax_and_the_wheels(tmp
         [python, "-m", "pip", "install", "-q", "jax", "flax", "optax", "orbax-checkpoint"], check=True, env=environment
     )
     subprocess.run([HERE / "pack.sh", "--wheels-only", "--python", version], check=True, env=environment)
-    rehearse(tmp_path, python, os.environ)
+    rehearse(tmp_path, python)

@@ -30,6 +30,7 @@ from scaling_jax.training.metrics import SquaredNorms
 PLACES = ("batch", "learning_rate", "seed", "max_steps", "target_loss", "subject", "curve", "folder")
 _NEEDED = ("batch", "learning_rate", "curve")
 _POLL_SECONDS = 0.2
+_ASK_SECONDS = 2.0  # between looks for what others have made possible; each reads the folder
 _STOP_SECONDS = 30  # from SIGTERM to SIGKILL
 
 
@@ -73,7 +74,7 @@ class Attempt:
             return None
         self._seen, before = seen, self.curve
         self.curve = read_curve(self.path)
-        if not self.curve.steps or self.curve.steps == before.steps:
+        if not self.curve.steps or self.curve[:2] == before[:2]:
             return None
         now, (step, loss), setting = time.monotonic(), (self.curve.steps[-1], self.curve.losses[-1]), self.setting
         gained = step - (before.steps[-1] if before.steps else 0)
@@ -143,7 +144,7 @@ def train_by_command(
     running: list[Attempt] = []
     failures: dict[str, int] = {}
     left: dict[str, str] = {}  # {setting: why it is left}
-    cells = set(study.cells_left)
+    cells, ask_at = set(study.cells_left), 0.0
 
     def start(setting: Setting) -> None:
         folder = study.folder / "commands" / setting.name
@@ -151,30 +152,34 @@ def train_by_command(
 
     try:
         while True:
-            while len(running) < jobs and (setting := study.ask(wait=False)) is not None:
-                start(setting)
-            if not running and not study.wanted - set(left):
-                break
+            if len(running) < jobs and time.monotonic() >= ask_at:
+                while len(running) < jobs and (setting := study.ask(wait=False)) is not None:
+                    start(setting)
+                if not running and not study.wanted - set(left):
+                    break
+                ask_at = time.monotonic() + _ASK_SECONDS
             for attempt in list(running):
                 ended = attempt.process.poll() is not None  # before the look, which then sees the whole curve
                 if (progress := attempt.look()) is not None:
                     on_event(Event(_cell(attempt.setting), progress))
                 setting, curve = attempt.setting, attempt.curve
-                over = bool(curve.steps) and has_ended(setting, curve.steps, curve.losses)
+                over = progress is not None and has_ended(setting, curve.steps, curve.losses)
                 why = None if over else attempt.failure(silent_seconds)
                 if not over and why is None and not ended:
                     continue
                 attempt.stop()
                 running.remove(attempt)
+                ask_at = 0.0
                 if why is None:
                     try:
                         study.tell(setting, curve.steps, curve.losses, norms=curve.norms)
                     except UserError as error:  # norms that can't be
                         why = str(error)
                 if why is None:
-                    for cell in cells - set(study.cells_left):
+                    cells_left = set(study.cells_left)
+                    for cell in cells - cells_left:
                         on_event(Event(cell))
-                    cells &= set(study.cells_left)
+                    cells = cells_left
                     continue
                 failures[setting.name] = failures.get(setting.name, 0) + 1
                 again = failures[setting.name] <= retries

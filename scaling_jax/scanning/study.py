@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from scaling_jax.io import UserError
-from scaling_jax.io.config import to_dict
 from scaling_jax.io.files import refuse_links
 from scaling_jax.io.locks import InUse, locked
 from scaling_jax.scanning.cells import find_outcome, finished_runs
@@ -23,15 +22,15 @@ from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.records import check_same_recipe, write_experiment, write_search
 from scaling_jax.scanning.search import Tried, look_at, next_wave
 from scaling_jax.tasks import OtherModel
-from scaling_jax.training.integrity import LinesHash, records_checksum
+from scaling_jax.training.integrity import LinesHash
 from scaling_jax.training.journal import ending
 from scaling_jax.training.metrics import MetricsLine, SquaredNorms, jsonable
 from scaling_jax.training.records import (
     RunResult,
     Status,
-    config_text,
     records_to_disk,
     run_folder,
+    with_checksum,
     write_metrics,
     write_result,
     write_run_config,
@@ -325,7 +324,5 @@ def _write_run(
     last = lines[-1]
     loss = None if math.isnan(last.test_loss) else last.test_loss
     result = RunResult(folder.name, status, last.step, last.tokens, loss, corpus["sha256"])
-    config = hashlib.sha256(config_text(setting.run, corpus).encode()).hexdigest()
-    checksum = records_checksum(config, LinesHash(lines).digest, to_dict(result))
     records_to_disk(folder)  # before what says that they are complete
-    write_result(folder, dataclasses.replace(result, checksum=checksum))
+    write_result(folder, with_checksum(result, setting.run, corpus, LinesHash(lines).digest))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import address, claim, in_bucket, publish
 from scaling_jax.parallel import agree, from_first, is_first, together
 from scaling_jax.training.checkpoints import Checkpoints
-from scaling_jax.training.integrity import LinesHash, records_checksum
+from scaling_jax.training.integrity import LinesHash
 from scaling_jax.training.journal import Journal, Progress, ending
 from scaling_jax.training.live_ramp import next_stage
 from scaling_jax.training.metrics import MetricsLine, jsonable
@@ -25,12 +24,12 @@ from scaling_jax.training.records import (
     DamagedRecords,
     RunResult,
     Status,
-    config_text,
     read_metrics,
     records_to_disk,
     run_folder,
     whole_lines,
     whole_result,
+    with_checksum,
     write_metrics,
     write_result,
     write_run_config,
@@ -170,9 +169,8 @@ class Attempt:
             test_loss=jsonable(last.test_loss),
             corpus_sha256=self._corpus.manifest["sha256"],
         )
-        config = hashlib.sha256(config_text(self.run, self._corpus.manifest).encode()).hexdigest()
-        checksum = records_checksum(config, self.journal.written.digest, to_dict(result))
-        result = dataclasses.replace(result, checksum=from_first(checksum))
+        result = with_checksum(result, self.run, self._corpus.manifest, self.journal.written.digest)
+        result = dataclasses.replace(result, checksum=from_first(result.checksum))
         if is_first():
             records_to_disk(self.folder)  # before what says that they are complete
             write_result(self.folder, result)

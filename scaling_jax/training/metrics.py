@@ -165,7 +165,7 @@ def course(lines: Sequence[MetricsLine]) -> Course:
     """The columns of a run's lines. Each step has the batch sizes of its line."""
     steps = np.array([line.num_steps for line in lines], int)
     measured = np.array([len(line.small_sq_norm) for line in lines], int)
-    before_end = np.concatenate([np.arange(n - 1, -1, -1) for n in measured] or [np.zeros(0, int)])  # of its line
+    before_end = np.repeat(np.cumsum(measured), measured) - np.arange(1, measured.sum() + 1)  # of its line
     batch, small_batch = (
         np.array([getattr(line, name) for line in lines], float) for name in ("batch_tokens", "small_batch_tokens")
     )

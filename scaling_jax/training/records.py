@@ -158,6 +158,16 @@ def whole_result(folder: Path) -> RunResult | None:
     return result
 
 
+def with_checksum(result: RunResult, run: Run, corpus: dict[str, Any], metrics_sha256: str) -> RunResult:
+    """The result with the checksum of all records of its run; they are as this version writes them.
+
+    Args:
+      metrics_sha256: of metrics.jsonl, see `integrity.LinesHash`.
+    """
+    config_sha256 = hashlib.sha256(config_text(run, corpus).encode()).hexdigest()
+    return dataclasses.replace(result, checksum=records_checksum(config_sha256, metrics_sha256, to_dict(result)))
+
+
 def write_result(folder: Path, result: RunResult) -> None:
     write_json(folder / "result.json", to_dict(result))
     to_disk(folder)
