@@ -64,11 +64,11 @@ class Checkpoints:
         state: TrainState | None = None
         checksums: dict[str, Any] = {}
         problem = ""
+        _ignore_late_failures()  # before the read: some of it ends while its error is on its way here
         with _quiet():
             try:
                 state, checksums = self._read(step, like)
             except Exception as error:  # Orbax may raise anything
-                _ignore_late_failures()
                 problem = f"is damaged ({type(error).__name__})"
         if agree(bool(problem))[0]:
             return None, problem or "is damaged (in another process)"
