@@ -64,11 +64,30 @@ def read_config(cls: type[C], path: Path, remedy: str) -> C:
       UserError: if the file can't be read. Names the file, what is wrong and the remedy.
     """
     try:
-        return from_dict(cls, json.loads(read_whole(path)))
+        return from_dict(cls, unsealed(json.loads(read_whole(path))))
     except UserError as error:
         raise UserError(f"{path} is from another version, or damaged ({error}): {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't read {path} ({error}): {remedy}") from None
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values with their checksum, `sha256`."""
+    return {**values, "sha256": _sha256(values)}
+
+
+def unsealed(values: Any) -> Any:
+    """The values without their checksum; older files have none.
+
+    Raises:
+      UserError: if they have another checksum.
+    """
+    if not isinstance(values, dict) or "sha256" not in values:
+        return values
+    rest = {key: value for key, value in values.items() if key != "sha256"}
+    if values["sha256"] != _sha256(rest):
+        raise UserError("its values don't agree with its sha256")
+    return rest
 
 
 def differing(config: Any) -> dict[str, Any]:
@@ -146,6 +165,10 @@ def size(text: str) -> float:
         return number ** float(match["power"] or 1) * _UNITS[match["unit"] or ""]
     except OverflowError:
         raise ValueError(f"{text!r} is too large a number") from None
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class _New(dict):

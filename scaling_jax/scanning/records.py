@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_jax.io import UserError
-from scaling_jax.io.config import from_dict, read_config, to_dict
+from scaling_jax.io.config import from_dict, read_config, sealed, to_dict, unsealed
 from scaling_jax.io.files import read_whole, write_json
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
 from scaling_jax.training import Recipe, Run
@@ -25,7 +25,7 @@ from scaling_jax.training.records import read_run_config
 
 SCHEMA = 3
 _WARMUP_BEFORE = 10  # steps; the default up to schema 2
-_REMEDY = "give the folder of a scan, or scan again in another one"
+_REMEDY = "give the folder of a scan; or remove it, then the same scan command writes it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SearchRecord:
 def write_search(workdir: Path, experiment: Experiment, cell: Cell, runs: Sequence[str]) -> None:
     subject = experiment.subject(cell.model)
     record = SearchRecord(*cell, subject.target_losses, subject.learning_rates, experiment.max_tokens, tuple(runs))
-    write_json(workdir / "cells" / f"{cell.file_name}.json", to_dict(record))
+    write_json(workdir / "cells" / f"{cell.file_name}.json", sealed(to_dict(record)))
 
 
 def read_search(workdir: Path, cell: Cell) -> SearchRecord | None:
@@ -82,7 +82,7 @@ def read_search(workdir: Path, cell: Cell) -> SearchRecord | None:
 
 def write_experiment(workdir: Path, experiment: Experiment) -> None:
     """Writes experiment.json, unless it already holds this experiment."""
-    path, values = workdir / "experiment.json", {"schema": SCHEMA, **to_dict(experiment)}
+    path, values = workdir / "experiment.json", sealed({"schema": SCHEMA, **to_dict(experiment)})
     try:
         if json.loads(read_whole(path)) == values:
             return
@@ -106,7 +106,7 @@ def read_experiment(workdir: Path) -> Experiment:
 def parse_experiment(path: Path, remedy: str) -> Experiment:
     """The experiment in an experiment.json. Raises UserError as `read_experiment` does."""
     try:
-        values = json.loads(read_whole(path))
+        values = unsealed(json.loads(read_whole(path)))
         schema = values.pop("schema", 1) if isinstance(values, dict) else 1
         if not isinstance(schema, int) or schema > SCHEMA:
             raise UserError(f"its schema {schema} is from a later version; this version reads up to {SCHEMA}")
@@ -214,7 +214,7 @@ def _definitions(path: Path) -> dict[str, Any]:
         except (Exception, SystemExit) as error:
             what = traceback.format_exception_only(error)[-1].strip()
             raise UserError(f"{path}{_line(path, error)} can't be run: {what}") from error
-    return {"EXPERIMENT": parse_experiment(path, "give the experiment.json of a scan")}
+    return {"EXPERIMENT": parse_experiment(path, "give a scan's experiment.json, without sha256 if you changed it")}
 
 
 def _line(path: Path, error: BaseException) -> str:

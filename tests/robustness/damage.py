@@ -2,9 +2,11 @@
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from scaling_jax.io import UserError
 
 KINDS = ("bit", "digit", "cut", "emptied", "zeroed", "deleted", "line taken", "line twice", "lines swapped", "grown")
 
@@ -74,3 +76,11 @@ def copies(folder: Path, to: Path, damages: list[Damage]) -> Iterator[tuple[Dama
         do(copy, damage)
         yield damage, copy
         shutil.rmtree(copy)
+
+
+def attempted(do: Callable[[], Any]) -> Any:
+    """What is returned, or the `UserError` that is raised."""
+    try:
+        return do()
+    except UserError as error:
+        return error

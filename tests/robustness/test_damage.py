@@ -12,11 +12,12 @@ from scaling_jax.results import read_results
 from scaling_jax.results.branches import read_branches
 from scaling_jax.results.status import read_status
 from scaling_jax.scanning import Cell
-from scaling_jax.scanning.records import read_search
+from scaling_jax.scanning.records import load_experiment, read_experiment, read_search
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.records import read_clock, read_metrics, read_result, read_run_config
 from scaling_jax.training.run import read_stages
 from tests.robustness.conftest import contents, replaced
+from tests.robustness.damage import attempted, damaged, draw
 
 NO_JSON = (b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'"text"', b"3", b"NaN")
 
@@ -28,7 +29,7 @@ def run(scanned):
 
 
 def changed(path, drop=(), **values):
-    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("sha256", *drop)}
     return json.dumps(kept | values).encode()
 
 
@@ -155,6 +156,41 @@ def test_a_damaged_record_of_a_search_is_named_with_the_way_out(scanned):
         assert read_search(scanned, cell) is None
         with pytest.raises(UserError, match=cell.name):
             results.fit()
+
+
+def test_no_damage_to_an_experiment_or_a_search_changes_what_is_read(scanned):
+    def read():
+        experiment = read_experiment(scanned)
+        return experiment, [read_search(scanned, cell) for cell in experiment.cells]
+
+    before, refused = read(), 0
+    for damage in draw(scanned, [scanned / "experiment.json", *sorted((scanned / "cells").iterdir())], 300):
+        path = scanned / damage.file
+        with replaced(path, damaged(path.read_bytes(), damage)):
+            found = attempted(read)
+        if isinstance(found, UserError):
+            assert str(scanned) in str(found), damage
+            assert path.name in str(found)
+            refused += 1
+        elif damage.kind == "deleted":  # a search that hasn't ended, and is said to be so
+            assert found[1].count(None) == 1
+        else:
+            assert found == before, damage
+    assert refused > 0.7 * 300
+
+
+def test_an_experiment_without_a_checksum_is_read(scanned):
+    """As earlier versions wrote it, and as somebody who changed a value leaves it."""
+    path, experiment = scanned / "experiment.json", read_experiment(scanned)
+    with replaced(path, changed(path)):
+        assert load_experiment(path) == experiment
+    with replaced(path, changed(path, max_tokens=7)):
+        assert load_experiment(path).max_tokens == 7
+    with replaced(path, path.read_bytes().replace(b'"seeds": [', b'"seeds": [1, ')):
+        with pytest.raises(UserError, match=rf"{path} .*sha256.*; or remove it, then the same scan"):
+            read_experiment(scanned)
+        with pytest.raises(UserError, match=rf"{path} .*: give .* without sha256 if you changed it"):
+            load_experiment(path)
 
 
 @pytest.mark.parametrize(

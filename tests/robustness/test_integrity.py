@@ -17,7 +17,7 @@ from scaling_jax.training import Interrupted, train
 from scaling_jax.training.checkpoints import _ignore_late_failures
 from scaling_jax.training.records import read_metrics, read_result, whole_result
 from tests.robustness.conftest import replaced
-from tests.robustness.damage import KINDS, copies, draw
+from tests.robustness.damage import KINDS, attempted, copies, draw
 from tests.training.counting import CORPUS, RUN
 
 FILES_OF_RECORDS = ("config.json", "metrics.jsonl", "result.json")
@@ -117,13 +117,6 @@ def check_continued(start, whole, damages, to, capfd):
         assert (place / "metrics.jsonl").read_bytes() == records(whole)["metrics.jsonl"], damage
         assert without_names(whole_result(place)) == without_names(whole_result(run_in(whole))), damage
     assert refused <= 0.2 * len(damages)
-
-
-def attempted(do):
-    try:
-        return do()
-    except UserError as error:
-        return error
 
 
 def without_names(result):
