@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scaling_jax import advice, data, fitting, noise_scale, tasks
     from scaling_jax.io import UserError
-    from scaling_jax.report import write_figures, write_report
+    from scaling_jax.report import draw_figure, write_figures, write_report
     from scaling_jax.results import analyse, read_results
     from scaling_jax.scanning import Experiment, LearningRates, Study, Subject, log_spaced, powers_of_two, scan
     from scaling_jax.tasks import MODELS, ModelConfig, OtherModel, model_config
@@ -36,6 +36,7 @@ _HOMES = {
     "scan": "scanning",
     "analyse": "results",
     "read_results": "results",
+    "draw_figure": "report",
     "write_figures": "report",
     "write_report": "report",
     "UserError": "io",
@@ -58,6 +59,7 @@ __all__ = [
     "advice",
     "analyse",
     "data",
+    "draw_figure",
     "fitting",
     "log_spaced",
     "model_config",

@@ -1,7 +1,7 @@
 """Figures and HTML reports of results. Trains nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,9 @@ from scaling_jax.io import UserError
 from scaling_jax.results import Analysis, Results
 
 if TYPE_CHECKING:
-    from scaling_jax.report.chart import Chart
+    from matplotlib.figure import Figure, SubFigure
+
+    from scaling_jax.report.chart import Into
 
 
 def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list[Path]:
@@ -24,13 +26,31 @@ def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list
 
     _check_matplotlib()
     from scaling_jax.report.chart import save
-    from scaling_jax.report.units import chart_in_unit
+    from scaling_jax.report.figures import charts
 
     folder = analysis.results.folder if workdir is None else working_copy(workdir, fetch=False)
-    unit = analysis.experiment.unit
-    paths = [save(chart_in_unit(chart, unit), folder / "figures") for chart in _charts(analysis)]
+    paths = [save(chart, folder / "figures") for chart in charts(analysis)]
     publish(folder)
     return paths
+
+
+def draw_figure(
+    analysis: Analysis, name: str, into: "Into" = None, models: Sequence[str] | None = None
+) -> "Figure | SubFigure":
+    """Draws one of the scan's figures, into a figure or axes of yours if you give them, and returns its figure.
+
+    Args:
+      name: of its file, such as "critical_batch_size"; `write_figures` writes them all.
+      into: an empty matplotlib figure or subfigure, or an axis for each of the figure's panels.
+      models: those to show, in this order; None takes all. A figure with panels has one for each model.
+
+    Raises:
+      UserError: if there is no such figure or model, nothing to show, or another number of axes than panels.
+    """
+    _check_matplotlib()
+    from scaling_jax.report.figures import chart_of, models_of
+
+    return chart_of(analysis, name, models_of(analysis) if models is None else list(models), into).figure
 
 
 def write_report(analysis: Analysis, workdir: str | Path | None = None) -> Path:
@@ -77,33 +97,3 @@ def _check_matplotlib() -> None:
     except ValueError as error:
         what = str(error).splitlines()[0].partition(";")[0]
         raise UserError(f"MPLBACKEND={os.environ.get('MPLBACKEND')} ({what}): unset it, or set it to agg") from None
-
-
-def _charts(analysis: Analysis) -> "Iterator[Chart]":
-    from scaling_jax.report.critical_batch import critical_batch_chart, three_measurements_chart
-    from scaling_jax.report.noise_charts import noise_by_layer_chart, noise_chart, run_near_b_crit
-    from scaling_jax.report.scan_charts import (
-        batch_scan_chart,
-        pareto_chart,
-        rate_search_chart,
-        residuals_chart,
-        tradeoffs_chart,
-    )
-    from scaling_jax.report.spread_chart import law_spread_chart
-    from scaling_jax.results.runs import few_enough
-
-    models = [subject.model.name for subject in analysis.experiment.subjects]
-    runs = few_enough(analysis.results.cells)
-    yield critical_batch_chart(analysis)
-    yield batch_scan_chart(analysis, models)
-    yield three_measurements_chart(analysis, models)
-    if spread := law_spread_chart(analysis):
-        yield spread
-    yield tradeoffs_chart(analysis, models)
-    yield residuals_chart(analysis, models)
-    yield pareto_chart(analysis)
-    if analysis.noise:
-        yield noise_chart(runs, models)
-    if near := [run for model in models if (run := run_near_b_crit(analysis, model))]:
-        yield noise_by_layer_chart(near)
-    yield rate_search_chart(runs, models)

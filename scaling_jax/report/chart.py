@@ -5,7 +5,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from scaling_jax.io import UserError
 from scaling_jax.io.files import refuse_links, whole_file, write_rows, write_whole
 
 # Okabe and Ito's palette for colour-blind readers; its green is for noise scales
@@ -39,6 +41,8 @@ PARAMETERS: Any = {
     "svg.hashsalt": "scaling_jax",  # so that equal figures give equal files
 }
 _POINTS_PER_INCH = 72  # the unit of an SVG is a point
+
+Into = Figure | SubFigure | Axes | Sequence[Axes] | None  # where a chart is drawn; None makes a figure
 
 
 class Mark(NamedTuple):
@@ -71,7 +75,7 @@ class Chart:
 
     name: str  # of its files
     caption: str  # a description, also for readers who can't see the figure
-    figure: Figure
+    figure: Figure | SubFigure
     marks: list[Mark] = dataclasses.field(default_factory=list)
 
     def mark(
@@ -111,6 +115,7 @@ class Drawn(NamedTuple):
 def save(chart: Chart, folder: Path) -> Path:
     """Writes the chart as PNG and SVG and its data as CSV, whole or not at all. Returns the path of the PNG file."""
     refuse_links(folder)
+    assert isinstance(chart.figure, Figure)
     path = folder / f"{chart.name}.png"
     write_rows(path.with_suffix(".csv"), Point, chart.points())
     write_whole(path.with_suffix(".svg"), _svg(chart))
@@ -122,6 +127,7 @@ def save(chart: Chart, folder: Path) -> Path:
 
 def draw(chart: Chart, prefix: str) -> Drawn:
     """The chart for an HTML page. Charts on one page need different prefixes, so that their ids differ."""
+    assert isinstance(chart.figure, Figure)
     svg = _svg(chart)  # comes first, because saving sets the layout of the axes
     width, height = chart.figure.get_size_inches() * _POINTS_PER_INCH
     to_figure = chart.figure.transFigure.inverted()
@@ -133,22 +139,53 @@ def draw(chart: Chart, prefix: str) -> Drawn:
     return Drawn(chart.caption, _inline(svg, prefix, chart.caption), marks)
 
 
-def new_figure(panels: int = 1, *, width: float = 5.6, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side; sizes are in inches. There is room for a colour bar or a legend."""
+def new_figure(
+    panels: int = 1, *, width: float = 5.6, height: float = 4.2, into: Into = None
+) -> tuple[Figure | SubFigure, list[Axes]]:
+    """A figure with panels side by side; sizes are in inches. There is room for a colour bar or a legend.
+
+    Args:
+      into: what a caller gave instead: an empty figure, or an axis for each panel.
+
+    Raises:
+      UserError: if there aren't as many axes as panels.
+    """
+    if isinstance(into, Figure | SubFigure):
+        return into, list(into.subplots(1, panels, squeeze=False, sharey=True)[0])
+    if into is not None:
+        axes = axes_of(into)
+        if len(axes) != panels:
+            raise UserError(f"the figure needs {panels} axes, one for each panel, but was given {len(axes)}")
+        for other in axes[1:]:
+            if not axes[0].get_shared_y_axes().joined(axes[0], other):
+                other.sharey(axes[0])
+        return axes[0].figure, axes
     with matplotlib.rc_context(PARAMETERS):
         figure = Figure(figsize=(width + 4.8 * (panels - 1), height), layout="constrained")
         (axes,) = figure.subplots(1, panels, squeeze=False, sharey=True)
     return figure, list(axes)
 
 
-def loss_bar(figure: Figure, axes: list[Axes], losses: list[float]) -> Normalize:
+def axes_of(into: Axes | Sequence[Axes]) -> list[Axes]:
+    return [into] if isinstance(into, Axes) else list(into)
+
+
+def legend_below(figure: Figure | SubFigure, axes: list[Axes], handles: list, labels: list[str], columns: int) -> None:
+    """Adds a legend below the panels; in the first panel if the layout of the figure keeps no room for it."""
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.legend(handles, labels, loc="outside lower center", fontsize=8.5, ncols=columns)
+    else:
+        axes[0].legend(handles, labels, fontsize=8.5)
+
+
+def loss_bar(figure: Figure | SubFigure, axes: list[Axes], losses: list[float]) -> Normalize:
     """Adds a colour bar for test losses, dark = low. Returns the scale of its colours."""
     norm = Normalize(min(losses, default=2.0), max(losses, default=3.0))
     _bar(figure, axes, norm).set_label("test loss, nats per token")
     return norm
 
 
-def batch_bar(figure: Figure, axes: list[Axes], batch_tokens: list[int]) -> Normalize:
+def batch_bar(figure: Figure | SubFigure, axes: list[Axes], batch_tokens: list[int]) -> Normalize:
     """Adds a colour bar for batch sizes, dark = small. Returns the scale of its colours."""
     norm = LogNorm(min(batch_tokens), max(batch_tokens))
     bar = _bar(figure, axes, norm)
@@ -214,7 +251,7 @@ def _logarithmic(axis: Any, **options: Any) -> tuple[float, float]:
     return low, high
 
 
-def _bar(figure: Figure, axes: list[Axes], norm: Normalize):
+def _bar(figure: Figure | SubFigure, axes: list[Axes], norm: Normalize):
     bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, pad=0.02)
     bar.outline.set_visible(False)  # type: ignore[operator]
     return bar
@@ -229,6 +266,7 @@ def _count(value: float) -> str:
 
 def _svg(chart: Chart) -> str:
     text = io.StringIO()
+    assert isinstance(chart.figure, Figure)
     with matplotlib.rc_context(PARAMETERS):
         chart.figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

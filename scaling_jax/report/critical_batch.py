@@ -14,7 +14,9 @@ from scaling_jax.report.chart import (
     MODEL_COLOURS,
     NOISE_COLOUR,
     Chart,
+    Into,
     count_axis,
+    legend_below,
     loss_axis,
     new_figure,
     plain,
@@ -25,9 +27,9 @@ from scaling_jax.results import Analysis
 from scaling_jax.results.branches import BranchMeasurement
 
 
-def critical_batch_chart(analysis: Analysis) -> Chart:
+def critical_batch_chart(analysis: Analysis, into: Into = None) -> Chart:
     """B_crit of all models, the law and the noise scales. Log-log; x = test loss, falling to the right; y = tokens."""
-    figure, (axis,) = new_figure(width=6.4, height=4.8)
+    figure, (axis,) = new_figure(width=6.4, height=4.8, into=into)
     chart = Chart(
         "critical_batch_size",
         "Critical batch size against test loss for each model, with the fitted law and all measured noise scales.",
@@ -56,12 +58,12 @@ def critical_batch_chart(analysis: Analysis) -> Chart:
     return chart
 
 
-def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
+def three_measurements_chart(analysis: Analysis, models: list[str], into: Into = None) -> Chart:
     """The local B_crit of the scan, noise scales, B_crit of branches; and the scan's B_crit from the start, pale.
 
     A panel per model; x = test loss, falling; y = tokens.
     """
-    figure, axes = new_figure(len(models), height=4.8)
+    figure, axes = new_figure(len(models), height=4.8, into=into)
     chart = Chart(
         "three_measurements",
         "Noise scale, local critical batch size of the scan, and that of branches of one run, against test loss.",
@@ -95,9 +97,7 @@ def three_measurements_chart(analysis: Analysis, models: list[str]) -> Chart:
     count_axis(axes[0].yaxis)
     axes[0].set_ylabel("tokens per batch")
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", fontsize=8.5, ncols=min(2, len(models))
-    )
+    legend_below(figure, axes, list(entries.values()), list(entries), min(2, len(models)))
     return chart
 
 

@@ -7,7 +7,17 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.lines import Line2D
 
-from scaling_jax.report.chart import COLOURS, MODEL_COLOURS, Chart, batch_bar, count_axis, new_figure, plain
+from scaling_jax.report.chart import (
+    COLOURS,
+    MODEL_COLOURS,
+    Chart,
+    Into,
+    batch_bar,
+    count_axis,
+    legend_below,
+    new_figure,
+    plain,
+)
 from scaling_jax.report.critical_batch import whiskers
 from scaling_jax.report.words import short as tokens
 from scaling_jax.results import Analysis, CellRuns, RunRecord
@@ -53,9 +63,9 @@ def loss_chart(runs: Sequence[SingleRun], models: list[str]) -> Chart:
     return chart
 
 
-def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Chart:
+def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str], into: Into = None) -> Chart:
     """The noise scale of each run, with intervals. A panel per model; x = tokens processed; y = tokens."""
-    figure, axes = new_figure(len(models))
+    figure, axes = new_figure(len(models), into=into)
     chart = Chart(
         "noise_scale_over_training",
         "Noise scale against tokens processed, for the best run of every batch size.",
@@ -85,7 +95,7 @@ def noise_chart(runs: Sequence[CellRuns | SingleRun], models: list[str]) -> Char
     count_axis(axes[0].yaxis)
     axes[0].set_ylabel("noise scale tr(Σ)/|G|², tokens")
     bound = Line2D([], [], ls="none", marker="^", mfc="none", mec="0.4", ms=4, label="unresolved: at least")
-    figure.legend(handles=[bound], loc="outside lower center", fontsize=8.5)
+    legend_below(figure, axes, [bound], [str(bound.get_label())], 1)
     return chart
 
 
@@ -98,12 +108,12 @@ def run_near_b_crit(analysis: Analysis, model: str) -> CellRuns | None:
     return min(measured, key=lambda r: abs(math.log(r.batch_tokens) - middle), default=None)
 
 
-def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
+def noise_by_layer_chart(runs: Sequence[CellRuns], into: Into = None) -> Chart:
     """The resolved noise scales of each part of a model, and of all parts in the same windows, with intervals.
 
     A panel per run; x = tokens processed; y = tokens.
     """
-    figure, axes = new_figure(len(runs))
+    figure, axes = new_figure(len(runs), into=into)
     chart = Chart(
         "noise_scale_by_layer",
         "Noise scale of the embedding, of each layer and of the unembedding against tokens processed.",
@@ -138,7 +148,7 @@ def noise_by_layer_chart(runs: Sequence[CellRuns]) -> Chart:
         axis.set_title(plain(run.name), loc="left")
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(entries, key=lambda label: (label == "whole model", label == "unembedding"))
-    figure.legend([entries[k] for k in order], order, loc="outside lower center", fontsize=8.5, ncols=3 + len(axes))
+    legend_below(figure, axes, [entries[k] for k in order], order, 3 + len(axes))
     if values:
         axes[0].set_ylim(min(values) / 1.5, max(values) * 1.5)
     count_axis(axes[0].yaxis)

@@ -14,9 +14,11 @@ from scaling_jax.report.chart import (
     LAW_COLOUR,
     MODEL_COLOURS,
     Chart,
+    Into,
     batch_axis,
     batch_bar,
     count_axis,
+    legend_below,
     loss_bar,
     new_figure,
     plain,
@@ -52,13 +54,13 @@ def best_rate(cell: CellRuns, target: int) -> Best | None:
     return Best(best.run.learning_rate, float(best.steps_to_target[target]), at_edge)
 
 
-def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
+def batch_scan_chart(analysis: Analysis, models: list[str], into: Into = None) -> Chart:
     """The best run of every batch size, coloured by loss. A panel per model; log-log; x = steps; y = tokens.
 
     The lines of constant loss are the fits (S/S_min − 1)(E/E_min − 1) = 1 (McCandlish et al. 2018, eq. 2.11).
     """
     subjects = [s for s in analysis.experiment.subjects if s.model.name in models]
-    figure, axes = new_figure(len(subjects), height=4.6)
+    figure, axes = new_figure(len(subjects), height=4.6, into=into)
     chart = Chart(
         "batch_size_scan",
         "Tokens processed against optimizer steps along the best run of every batch size, coloured by test loss.",
@@ -101,16 +103,16 @@ def batch_scan_chart(analysis: Analysis, models: list[str]) -> Chart:
         Line2D([], [], ls="--", marker="o", color="0.8", mfc="0.4", mec="none", ms=3.5, label=_RUN_LABEL),
         Line2D([], [], color="0.3", lw=1, label="fit at constant loss"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", fontsize=8.5, ncols=2)
+    legend_below(figure, axes, handles, [str(handle.get_label()) for handle in handles], 2)
     return chart
 
 
-def rate_search_chart(runs: Sequence[CellRuns], models: list[str]) -> Chart:
+def rate_search_chart(runs: Sequence[CellRuns], models: list[str], into: Into = None) -> Chart:
     """The learning-rate search. A panel per model; log-log; x = learning rate; y = steps to its middle target loss.
 
     Not the lowest target loss: runs end earlier when their rate can no longer be the best.
     """
-    figure, axes = new_figure(len(models))
+    figure, axes = new_figure(len(models), into=into)
     chart = Chart(
         "learning_rate_search",
         "Optimizer steps to a loss against learning rate, one line per batch size, with the best rate marked.",
@@ -133,13 +135,13 @@ def rate_search_chart(runs: Sequence[CellRuns], models: list[str]) -> Chart:
         Line2D([], [], ls="none", marker="s", color=_FLAG, ms=10, mfc="none", label="best, but at an edge: not tuned"),
         Line2D([], [], ls="none", marker="^", color="0.4", ms=5, mfc="none", label="ended before it reached the loss"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", fontsize=8.5, ncols=2)
+    legend_below(figure, axes, handles, [str(handle.get_label()) for handle in handles], 2)
     return chart
 
 
-def pareto_chart(analysis: Analysis) -> Chart:
+def pareto_chart(analysis: Analysis, into: Into = None) -> Chart:
     """What batch sizes cost, for all models and losses. Log-log; x = steps/S_min (time); y = tokens/E_min (compute)."""
-    figure, (axis,) = new_figure(width=6.0, height=4.8)
+    figure, (axis,) = new_figure(width=6.0, height=4.8, into=into)
     chart = Chart(
         "time_and_compute",
         "Steps divided by the minimum against tokens divided by the minimum, for every run and loss.",
@@ -191,9 +193,9 @@ def pareto_chart(analysis: Analysis) -> Chart:
     return chart
 
 
-def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
+def tradeoffs_chart(analysis: Analysis, models: list[str], into: Into = None) -> Chart:
     """The fitted trade-offs S_min·(1 + B_crit/B). A panel per model; log-log; x = batch size; y = steps to a loss."""
-    figure, axes = new_figure(len(models))
+    figure, axes = new_figure(len(models), into=into)
     chart = Chart(
         "tradeoff_fits",
         "Optimizer steps to each loss against batch size, with the fitted trade-off and its critical batch size.",
@@ -230,9 +232,9 @@ def tradeoffs_chart(analysis: Analysis, models: list[str]) -> Chart:
     return chart
 
 
-def residuals_chart(analysis: Analysis, models: list[str]) -> Chart:
+def residuals_chart(analysis: Analysis, models: list[str], into: Into = None) -> Chart:
     """Residuals of the trade-offs. A panel per model; x = batch size; y = steps measured/fitted; colour = loss."""
-    figure, axes = new_figure(len(models), height=3.6)
+    figure, axes = new_figure(len(models), height=3.6, into=into)
     chart = Chart(
         "residuals",
         "Measured steps divided by fitted steps, against batch size. A trend would show a misfit.",

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from scaling_jax.fitting import FormFit, LossLaw
-from scaling_jax.report.chart import LAW_COLOUR, MODEL_COLOURS, Chart, new_figure
+from scaling_jax.report.chart import LAW_COLOUR, MODEL_COLOURS, Chart, Into, new_figure
 from scaling_jax.results import Analysis
 
 _MOST_FLOORS = 4  # rows of the chart
@@ -17,7 +17,7 @@ class _Row(NamedTuple):
     interval: tuple[float, float] | None = None
 
 
-def law_spread_chart(analysis: Analysis) -> Chart | None:
+def law_spread_chart(analysis: Analysis, into: Into = None) -> Chart | None:
     """Exponents of the law, and of the local law. A panel each; a row for each part of the data or floor; or None."""
     fit, forms = analysis.fit, analysis.forms
     of_whole = fit.table_of_law is not None  # forms are of the law from the start; else of the local one
@@ -28,7 +28,7 @@ def law_spread_chart(analysis: Analysis) -> Chart | None:
     if not panels:
         return None
     labels = list(dict.fromkeys(row.label for rows in panels.values() for row in rows))
-    figure, axes = new_figure(len(panels), width=6.4, height=1.4 + 0.28 * len(labels))
+    figure, axes = new_figure(len(panels), width=6.4, height=1.4 + 0.28 * len(labels), into=into)
     chart = Chart("law_spread", "Exponent of the law with parts of the data left out, and with floors.", figure)
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         for row in rows:

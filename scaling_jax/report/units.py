@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Set
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scaling_jax.report.chart import Chart
@@ -26,15 +27,15 @@ def page_in_unit(page: str, unit: str) -> str:
     return _TEXT_OF_PAGE.sub(lambda found: found[0] if found[1] else in_unit(found[0], unit), page)
 
 
-def chart_in_unit(chart: "Chart", unit: str) -> "Chart":
-    """A chart whose labels, caption and marks are in a unit; its figure is changed."""
+def chart_in_unit(chart: "Chart", unit: str, except_for: Set[Any] = frozenset()) -> "Chart":
+    """A chart whose labels, caption and marks are in a unit; its figure is changed, except for some of its texts."""
     if unit == "tokens":
         return chart
     from matplotlib.text import Text
 
     for label in chart.figure.findobj(Text):
         assert isinstance(label, Text)
-        if (text := in_unit(label.get_text(), unit)) != label.get_text():
+        if label not in except_for and (text := in_unit(label.get_text(), unit)) != label.get_text():
             label.set_text(text)
     marks = [mark._replace(text=in_unit(mark.text, unit)) for mark in chart.marks]
     return dataclasses.replace(chart, caption=in_unit(chart.caption, unit), marks=marks)

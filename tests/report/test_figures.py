@@ -5,12 +5,14 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from scaling_jax.io import UserError
-from scaling_jax.report import write_figures
+from scaling_jax.report import draw_figure, write_figures
 from scaling_jax.report.chart import Chart, draw, new_figure, save
 from scaling_jax.report.critical_batch import critical_batch_chart, three_measurements_chart
+from scaling_jax.report.figures import FIGURES
 from scaling_jax.report.noise_charts import SingleRun, loss_chart, noise_by_layer_chart, noise_chart, run_near_b_crit
 from scaling_jax.report.scan_charts import (
     batch_scan_chart,
@@ -22,6 +24,7 @@ from scaling_jax.report.scan_charts import (
 )
 from scaling_jax.results.branches import BranchMeasurement
 from scaling_jax.results.runs import part_windows, ratio_of_means
+from scaling_jax.tasks import OtherModel
 from scaling_jax.training import read_metrics, run_folder
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.records import write_metrics
@@ -360,3 +363,57 @@ def test_the_data_of_a_figure_lie_beside_it_with_their_intervals(analysis, tmp_p
         np.testing.assert_allclose(found, [point.loss, point.b_crit, *point.b_crit_interval], rtol=1e-9)
         assert row["x_axis"] == "test loss, nats per token"
         assert row["y_axis"] == "critical batch size, tokens"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_drawn_into_axes_of_the_caller(name, analysis):
+    own = draw_figure(analysis, name)
+    panels = [axis for axis in own.axes if axis.get_label() != "<colorbar>"]
+    figure = Figure()
+    mine, *axes = figure.subplots(1, 1 + len(panels))
+    mine.set_title("a word on tokens")
+    given = axes if len(axes) > 1 else axes[0]
+    assert draw_figure(analysis, name, given) is figure
+    for axis, panel in zip(axes, panels, strict=True):
+        assert len(axis.lines) == len(panel.lines) > 0
+        assert axis.get_xlabel() == panel.get_xlabel()
+        assert axis.get_ylim() == panel.get_ylim()
+    assert not mine.lines
+    assert not figure.legends  # no room was kept outside
+
+
+def test_a_figure_is_drawn_into_a_subfigure_for_some_models(analysis):
+    figure = Figure(layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    assert draw_figure(analysis, "residuals", left, models=["1x32", "1x16"]) is left
+    draw_figure(analysis, "three_measurements", right, models=["1x32"])
+    assert [axis.get_title(loc="left") for axis in left.axes[:2]] == ["1x32", "1x16"]
+    assert [axis.get_title(loc="left") for axis in right.axes] == ["1x32"]
+    assert len(right.legends) == 1
+    save(Chart("both", "", figure), analysis.results.folder)
+
+
+def test_the_words_of_the_caller_stay_when_the_unit_is_another(analysis):
+    model = OtherModel("1x16", 10, unit="images")
+    experiment = analysis.experiment
+    subjects = (dataclasses.replace(experiment.subjects[0], model=model),)
+    results = dataclasses.replace(analysis.results, experiment=dataclasses.replace(experiment, subjects=subjects))
+    other = dataclasses.replace(analysis, results=results)
+    mine, theirs = Figure().subplots(1, 2)
+    mine.set_title("a word on tokens")
+    draw_figure(other, "tradeoff_fits", theirs)
+    assert mine.get_title() == "a word on tokens"
+    assert theirs.get_xlabel() == "batch size, images"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("no_such", {}, "no figure 'no_such': choose from critical_batch_size"),
+        ("residuals", {"models": ["other"]}, "no model 'other': choose from 1x16, 1x32"),
+        ("residuals", {"into": Figure().subplots()}, "needs 2 axes, one for each panel, but was given 1"),
+    ],
+)
+def test_a_figure_that_cannot_be_drawn_is_refused(name, options, says, analysis):
+    with pytest.raises(UserError, match=says):
+        draw_figure(analysis, name, **options)
