@@ -45,20 +45,24 @@ def test_a_table_has_a_line_for_every_figure(tmp_path):
     assert "| 1x32, 512 tokens, 64 runs | 12.5× |" in lines
 
 
-def rehearse(tmp_path, python):
-    """Rehearses all stages, and looks at what they wrote."""
+def rehearse(tmp_path, python, *options):
+    """Rehearses stages; returns the folder of what they wrote, and how each ended."""
     out = tmp_path / "out"
     names = ("JAX_PLATFORMS", "XLA_FLAGS", "PYTHONPATH")
     ended = subprocess.run(
-        [HERE / "run.sh", out, "--rehearse"],
+        [HERE / "run.sh", out, "--rehearse", *options],
         env={name: x for name, x in os.environ.items() if name not in names}
         | {"LUGGAGE": str(tmp_path / "luggage"), "PYTHON": str(python), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    machine = json.loads((out / "machine.json").read_text())
-    assert {name: stage["status"] for name, stage in machine["stages"].items()} == dict.fromkeys(STAGES, "done")
+    stages = json.loads((out / "machine.json").read_text())["stages"]
+    return out, {name: stage["status"] for name, stage in stages.items()}
+
+
+def check_all(out, statuses):
+    assert statuses == dict.fromkeys(STAGES, "done")
     right, kaplan = (json.loads((out / f"{stage}.json").read_text()) for stage in ("right", "kaplan"))
     assert right["beyond the limits"] == []
     assert right["same bits, default"] == {"run again": True, "killed and resumed": True}
@@ -67,9 +71,17 @@ def rehearse(tmp_path, python):
 
 
 @pytest.mark.slow
+def test_a_stage_of_the_rehearsal(tmp_path):
+    (tmp_path / "luggage").mkdir()
+    out, statuses = rehearse(tmp_path, sys.executable, "--stages", "many")
+    assert statuses == {"many": "done"}
+    assert json.loads((out / "many.json").read_text())
+
+
+@pytest.mark.long
 def test_the_rehearsal(tmp_path):
     (tmp_path / "luggage").mkdir()
-    rehearse(tmp_path, sys.executable)
+    check_all(*rehearse(tmp_path, sys.executable))
 
 
 @pytest.mark.long
@@ -82,4 +94,4 @@ def test_the_rehearsal_in_an_environment_with_nothing_but_jax_and_the_wheels(tmp
         [python, "-m", "pip", "install", "-q", "jax", "flax", "optax", "orbax-checkpoint"], check=True, env=environment
     )
     subprocess.run([HERE / "pack.sh", "--wheels-only", "--python", version], check=True, env=environment)
-    rehearse(tmp_path, python)
+    check_all(*rehearse(tmp_path, python))

@@ -123,8 +123,8 @@ def largest_within(to: Goal, budget_tokens: float) -> float:
         least, where = float(to.tokens(smallest)), "at any batch size of the runs"
     if not budget_tokens > least * (1 + 1e-8):
         raise UserError(
-            f"model {to.model} needs more than {least:.3g} tokens to loss {to.loss:g} {where}, but the "
-            f"budget is {budget_tokens:.3g}: give a larger budget or a higher loss"
+            f"model {to.model} needs more than {least:,.0f} tokens to loss {to.loss:g} {where}, but the "
+            f"budget is {budget_tokens:,.0f}: give a larger budget or a higher loss"
         )
     return largest_batch_of(to.steps, budget_tokens, smallest)
 

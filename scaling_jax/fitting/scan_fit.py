@@ -283,9 +283,9 @@ def _of_shapes(points: list[CriticalBatch], bent: np.ndarray) -> list[str]:
         if curved:
             b_opt = sorted(point.tradeoff.shape.b_opt for point in curved)
             notes.append(
-                f"model {model}: tokens are U-shaped at {_losses(curved, own)}: fewest at {b_opt[0]:.3g} to "
-                f"{b_opt[-1]:.3g} tokens a batch, more with smaller ones. So there is B_opt and no B_crit; left out of "
-                "the law"
+                f"model {model}: tokens are U-shaped at {_losses(curved, own)}: fewest at {b_opt[0]:,.0f} to "
+                f"{b_opt[-1]:,.0f} tokens a batch, more with smaller ones. So there is B_opt and no B_crit; left out "
+                "of the law"
             )
         rejected = [point for point in own if point.tradeoff.shape_p < REJECTED and point not in curved]
         if rejected and rejected[0].free_shape:
@@ -336,10 +336,10 @@ def _of_intervals(table: ScanTable, tradeoffs: list[Tradeoff], identified: np.nd
         where = "below" if (low <= 0).all() else "above" if np.isinf(high).all() else "below or above"
         interval = f"B_crit has no bound {where}"
         if len(own) == 1:
-            interval = f"B_crit is in [{low[0]:.3g}, {high[0]:.3g}] tokens"
+            interval = f"B_crit is in [{low[0]:,.0f}, {high[0]:,.0f}] tokens"
         notes.append(f"{place}: {interval}, left out of the law")
     for place, own in _places(table, np.flatnonzero(identified & one_sided)):
-        b_crit = [f"{end:.3g}" for end in sorted(tradeoffs[g].b_crit for g in own)]
+        b_crit = [f"{end:,.0f}" for end in sorted(tradeoffs[g].b_crit for g in own)]
         around = " to ".join(dict.fromkeys((b_crit[0], b_crit[-1])))
         notes.append(f"{place}: too uncertain to be sure of batches on both sides of {around}")
     return notes

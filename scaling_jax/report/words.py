@@ -195,7 +195,7 @@ def _law(law: LossLaw) -> str:
     spread = law.systematic_spread
     parts = f"; with parts of the data {spread[0]:.2f} to {spread[1]:.2f}" if spread else ""
     return (
-        f"B_crit = {law.b_star:.3g} tokens · L^{law.exponent:.2f} ({100 * law.confidence:.0f} % interval of the "
+        f"B_crit = {short(law.b_star)} tokens · L^{law.exponent:.2f} ({100 * law.confidence:.0f} % interval of the "
         f"exponent [{low:.2f}, {high:.2f}]{parts})"
     )
 

@@ -29,7 +29,7 @@ def test_both_laws_and_every_form_are_printed_with_their_ranges(tmp_path):
     found, text = fit_table(path), printed(path)
     for law in (found.fit.law, found.joint.law):
         low, high = law.exponent_interval
-        (line,) = [line for line in text.splitlines() if f"{law.b_star:.3g} tokens · L^{law.exponent:.2f}" in line]
+        (line,) = [line for line in text.splitlines() if f"{short(law.b_star)} tokens · L^{law.exponent:.2f}" in line]
         assert f"[{low:.2f}, {high:.2f}]" in line
     assert [line for line in text.splitlines() if "2.9 to 1.75" in line and "nats per token" in line]
     assert {form.form for form in found.forms} == {"loss", "above floor", "data", "size"}

@@ -164,7 +164,7 @@ def test_the_law_is_said_in_words(document, analysis):
     law, said = analysis.fit.law, document.text("li")
     low, high = (short(float(end[0])) for end in analysis.fit.band([2.0]))
     assert [x for x in said if "2.00 nats per token" in x and f"{short(law(2.0))} [{low}, {high}] tokens" in x]
-    assert [x for x in said if f"{law.b_star:.3g} tokens · L" in x]
+    assert [x for x in said if f"{short(law.b_star)} tokens · L" in x]
     assert f"{law.exponent:.2f}".replace("-", "−") in document.text("sup")
     lowest = min((p for p in analysis.fit.points if p.in_law), key=lambda p: p.loss).tradeoff
     dearer = short(lowest.tokens_at(4 * lowest.b_crit))
