@@ -68,8 +68,7 @@ def look_up(source: str) -> Source:
         text, left_out = _known_fingerprint(source, documents)
         kept = [document for document in documents if document.name not in left_out]
         if source.startswith("tokens:"):
-            rule, shards = token_shards(kept)
-            return Source(text, rule, shards, len(left_out))
+            return Source(text, "", token_shards(kept), len(left_out))  # the rule depends on the separator
         shards = file_shards(source, kept)
     except OSError as error:
         raise UserError(f"--text {source}: can't read {error.filename} ({error.strerror})") from None

@@ -25,7 +25,7 @@ from scaling_jax.data.corpus import (
 )
 from scaling_jax.data.shards import pack_in_workers, pack_shard, shard_counts, train_in_worker
 from scaling_jax.data.sources import Source, find_documents
-from scaling_jax.data.token_documents import ids_in
+from scaling_jax.data.token_documents import held_out_rule, ids_in
 from scaling_jax.data.tokenizers import (
     GPT2,
     Ids,
@@ -167,8 +167,9 @@ def _read_as(found: Source, tokenizer: str) -> tuple[Source, str]:
     """The source as this tokenizer reads it. Ids that were made elsewhere stay ids, whichever tokenizer made them."""
     if found.text.source.startswith("tokens:"):
         if tokenizer == "bytes":  # not said
-            return found, ids_in(find_documents(found.text.source))
-        return found, tokenizer if tokenizer.startswith("ids:") else ids_name(tokenizer)
+            tokenizer = ids_in(find_documents(found.text.source))
+        ids = Ids(tokenizer if tokenizer.startswith("ids:") else ids_name(tokenizer))
+        return found._replace(held_out=held_out_rule(found.shards, ids.separator)), ids.name
     if is_file(tokenizer):  # the text of another file of the same name is another text
         content = read_tokenizer(tokenizer)[1]
         both = hashlib.sha256(f"{found.text.sha256}\0".encode() + content).hexdigest()

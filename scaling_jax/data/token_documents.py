@@ -39,14 +39,14 @@ def held_out_files(documents: Sequence[Document]) -> set[str]:
     return chosen if len(chosen) < len(files) else set()
 
 
-def token_shards(documents: Sequence[Document]) -> tuple[str, list[Shard]]:
-    """The rule for what is held out, in words, and shards of the files.
+def token_shards(documents: Sequence[Document]) -> list[Shard]:
+    """Shards of the files: ranges of tokens, or of Megatron's documents.
 
     Raises:
       UserError: if a file isn't one of tokens.
     """
     chosen = held_out_files(documents)
-    found = [(d, open_tokens(d.path)) for d in documents if d.path.suffix != ".idx"]
+    found = [(document, open_tokens(document.path)) for document in documents if document.path.suffix != ".idx"]
     shard_bytes = max(SHARD_BYTES, -(-sum(file.tokens.nbytes for _, file in found) // MOST_SHARDS))
     shards = []
     for document, file in found:
@@ -57,14 +57,19 @@ def token_shards(documents: Sequence[Document]) -> tuple[str, list[Shard]]:
         held_out = document.name in chosen if chosen else None
         path = str(document.path.absolute())
         shards += [[Part("tokens", path, held_out, k, min(k + step, count))] for k in range(0, count, step)]
-    if chosen:
-        names = sorted(chosen)
+    return shards
+
+
+def held_out_rule(shards: Sequence[Shard], separator: int) -> str:
+    """What is held out, in words."""
+    parts = [part for shard in shards for part in shard]
+    if any(part.held_out for part in parts):
+        names = sorted({Path(part.path).name for part in parts if part.held_out})
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return f"the files named for it: {', '.join(names[:3])}{more}", shards
-    rule = "one document in ten, by the hash of its tokens"
-    if any(file.offsets is None for _, file in found):
-        rule += f" (if nothing says where documents end: one block of {BLOCK:,} tokens in ten)"
-    return rule, shards
+        return f"the files named for it: {', '.join(names[:3])}{more}"
+    if separator >= 0 or all(Path(part.path).with_suffix(".idx").exists() for part in parts):
+        return "one document in ten, by the hash of its tokens"
+    return f"one block of {BLOCK:,} tokens in ten, by the hash of its tokens, as nothing says where documents end"
 
 
 def ids_in(documents: Sequence[Document]) -> str:
@@ -74,10 +79,10 @@ def ids_in(documents: Sequence[Document]) -> str:
       UserError: if they don't, or name several tokenizers.
     """
     files = [document.path for document in documents if document.path.suffix != ".idx"]
-    said = {open_tokens(path).ids for path in files}
+    said = {open_tokens(path, check=False).ids for path in files}
     if len(said) == 1 and (ids := said.pop()) is not None:
         return ids
-    highest = max(int(open_tokens(path).tokens[:_AT_ONCE].max()) for path in files)
+    highest = max(int(open_tokens(path, check=False).tokens[:_AT_ONCE].max()) for path in files)
     raise UserError(
         f"{files[0]} doesn't say which tokenizer made its ids (up to {highest:,} at its start): give --tokenizer gpt2, "
         "the path of a tokenizer.json or .model, or ids:<vocabulary>[,<id that ends a document>], such as "
@@ -95,7 +100,7 @@ def read_tokens(part: Part, vocab_size: int, separator: int) -> Iterator[Tokens]
       UserError: if a token isn't in the vocabulary, or a document between separators has no end.
     """
     path = Path(part.path)
-    file = open_tokens(path)
+    file = open_tokens(path, check=False)
     waiting: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     lengths, counts = [0, 0], [0, 0]
     end = np.array([] if separator < 0 else [separator], np.int64)

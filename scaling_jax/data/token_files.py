@@ -40,8 +40,11 @@ class TokenFile(NamedTuple):
         return found if len(found) > stop - start else np.append(found, len(self.tokens))
 
 
-def open_tokens(path: Path) -> TokenFile:
+def open_tokens(path: Path, check: bool = True) -> TokenFile:
     """Maps a file of tokens; what it is follows from its content, or from the .idx beside it.
+
+    Args:
+      check: read the whole .idx, to see if it fits the file.
 
     Raises:
       UserError: if it is none of the known formats, was cut off, or isn't a plain file. Names the file.
@@ -55,7 +58,7 @@ def open_tokens(path: Path) -> TokenFile:
             return TokenFile(_npy(path, size), None, None)
         index = path.with_suffix(".idx")
         if index.exists():
-            return _megatron(path, size, index)
+            return _megatron(path, size, index, check)
         magic, version, count = struct.unpack("<3i", start[:12]) if len(start) >= 12 else (0, 0, 0)
         if magic in {known for known, _ in _LLM_C}:
             return _llm_c(path, size, magic, version, count)
@@ -104,7 +107,7 @@ def _npy(path: Path, size: int) -> np.ndarray:
     return np.memmap(path, dtype, "r", start, (count,))
 
 
-def _megatron(path: Path, size: int, index: Path) -> TokenFile:
+def _megatron(path: Path, size: int, index: Path, check: bool) -> TokenFile:
     with open_plain(index) as file:
         index_size, start = os.fstat(file.fileno()).st_size, file.read(_MEGATRON_HEADER.size)
     if len(start) < _MEGATRON_HEADER.size or start[:9] != _MEGATRON:
@@ -124,9 +127,9 @@ def _megatron(path: Path, size: int, index: Path) -> TokenFile:
         at += arrays[-1].nbytes
     lengths, pointers, documents = arrays
     of_tokens = np.dtype(_MEGATRON_DTYPES[code])
-    if size % of_tokens.itemsize or not _follow(lengths, pointers, of_tokens.itemsize, size):
+    if size % of_tokens.itemsize or (check and not _follow(lengths, pointers, of_tokens.itemsize, size)):
         raise UserError(f"{path} has {size:,} bytes, which aren't those that {index.name} lists: get both again")
-    if documents[0] != 0 or documents[-1] > sequences or not _rises(documents):
+    if documents[0] != 0 or documents[-1] > sequences or (check and not _rises(documents)):
         raise UserError(f"{index} lists documents that don't follow each other: get it again")
     firsts = documents if documents[-1] < sequences else documents[:-1]  # the last entry is the end of all
     return TokenFile(np.memmap(path, of_tokens, "r"), _Picked(pointers, firsts), None)  # type: ignore[arg-type]
