@@ -1,5 +1,6 @@
 """Packs a source into a corpus in the cache folder, with all cores; it can be stopped and resumed at any moment."""
 
+import dataclasses
 import errno
 import hashlib
 import itertools
@@ -92,7 +93,7 @@ def prepare(
             _pack(found, tokenizer, folder, workers, on_progress)
         except OSError as error:
             raise UserError(_what_stopped(error, folder)) from None
-    return open_corpus(folder, context, check)
+    return _opened(found, folder, context, check)
 
 
 def inspect(source: str, context: int, tokenizer: str = "bytes", rows: int = 3) -> str:
@@ -111,7 +112,7 @@ def inspect(source: str, context: int, tokenizer: str = "bytes", rows: int = 3) 
         raise UserError(
             f"{source} isn't packed as {asked} yet: scaling-jax data prepare '{source}' --tokenizer {asked}"
         )
-    corpus = open_corpus(folder, context, check=True)
+    corpus = _opened(found, folder, context, check=True)
     lines = [f"{folder}: all checksums match", *summary(corpus)]
     packed_by = corpus_tokenizer(folder, corpus.manifest)
     if isinstance(packed_by, Ids) and asked not in ("bytes", packed_by.name):
@@ -180,6 +181,12 @@ def _read_as(found: Source, tokenizer: str) -> tuple[Source, str]:
 def _maker(name: str) -> Tokenizer:
     """The tokenizer that made ids elsewhere."""
     return GPT2() if name == "gpt2" else from_file(name)
+
+
+def _opened(found: Source, folder: Path, context: int, check: bool) -> Corpus:
+    """The packed corpus. Its manifest says how many files were left out, which may have changed since it was packed."""
+    corpus = open_corpus(folder, context, check)
+    return dataclasses.replace(corpus, manifest=corpus.manifest | {"copies": found.copies}) if found.copies else corpus
 
 
 def _pack(found: Source, name: str, folder: Path, workers: int | None, on_progress: OnProgress) -> None:
@@ -283,8 +290,6 @@ def _join(found: Source, tokenizer: Tokenizer, work: Path, on_progress: OnProgre
         "test_bytes_per_token": sums("text_bytes")["test"] / max(1, sums("tokens")["test"]),  # 0: unknown
         "checksums": checksums,
     }
-    if found.copies:
-        manifest["copies"] = found.copies
     write_json(whole / "manifest.json", manifest | {"manifest_sha256": manifest_sha256(manifest)})
 
 

@@ -161,7 +161,8 @@ class SentencePiece:
             ) from None
         self.name = name
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.load_from_serialized_proto(content)
             ids = self._model.get_piece_size()
         except Exception as error:  # RuntimeError, and others from version to version
             raise UserError(
