@@ -1,8 +1,9 @@
 """A PyTorch trainer that knows nothing of this package: a perceptron that reads scikit-learn's digits.
 
-    python experiments/digits_torch_trainer.py --batch 64 --learning-rate 0.8 --seed 0 --steps 300 --curve curve.jsonl
+    python experiments/digits_torch_trainer.py 64 0.8 0 300 curve.jsonl
 
-Takes 4 seconds on one CPU core, most of them to import PyTorch and scikit-learn. `digits_torch.py` scans it.
+The words are the batch size, the learning rate, the seed, the number of steps, and the file for the loss curve. Takes 4
+seconds on one CPU core, most of them to import PyTorch and scikit-learn. `digits_torch.py` scans it.
 
 64 → 64 → 10 with BatchNorm before the ReLU, plain SGD, cross-entropy. 1,400 images to train on, drawn with replacement;
 397 held out, whose loss is that of the running statistics.
@@ -62,11 +63,11 @@ def evaluations(batch: int, learning_rate: float, seed: int, max_steps: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, kind in {"batch": int, "learning-rate": float, "seed": int, "steps": int, "curve": Path}.items():
-        parser.add_argument(f"--{flag}", type=kind, required=True)
+    for name, kind in {"batch": int, "learning_rate": float, "seed": int, "max_steps": int, "curve": Path}.items():
+        parser.add_argument(name, type=kind)
     given = parser.parse_args()
     with given.curve.open("w") as curve:
-        for step, loss in evaluations(given.batch, given.learning_rate, given.seed, given.steps):
+        for step, loss in evaluations(given.batch, given.learning_rate, given.seed, given.max_steps):
             curve.write(json.dumps({"step": step, "loss": loss if math.isfinite(loss) else None}) + "\n")
             curve.flush()
 

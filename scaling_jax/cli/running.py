@@ -158,8 +158,8 @@ def train(
       batch_tokens: batch size in tokens; or give --ramp.
       ramp: a file with a growing batch size, written by 'advise --write-ramp'.
       model: layers x width, such as 2x64 (default), 4x256 or 12x768.
-      text: 'python' (default), 'files:<glob>' or 'tfds:<name>'; see 'data prepare'.
-      tokenizer: bytes (default), gpt2, or bpe:<vocabulary>.
+      text: 'python' (default), 'files:<glob>', 'tfds:<name>' or 'tokens:<glob>'; see 'data prepare'.
+      tokenizer: bytes (default), gpt2, bpe:<vocabulary>, or the path of a file; see 'data prepare'.
       context: tokens per sequence; 64 by default.
       max_tokens: end the run after this many tokens; or give --max-steps.
       max_steps: end the run after this many steps.

@@ -105,9 +105,9 @@ def open_corpus(folder: Path, context: int, check: bool = False) -> Corpus:
         rows[split] = rows_of(stream, context)
         if not len(rows[split]):
             raise UserError(
-                f"--text {manifest['source']}: {manifest['files']} files of {manifest['bytes']:,} bytes are too short "
-                f"for a {split} row of {context} tokens (held out: {manifest['held_out']}): add text or use a shorter "
-                "context"
+                f"--text {manifest['source']}: {manifest['files']} files of {manifest['bytes']:,} bytes, which are "
+                f"{sum(manifest['documents'].values()):,} documents, are too short for a {split} row of {context} "
+                f"tokens (held out: {manifest['held_out']}): add text or use a shorter context"
             )
     counts = {f"{split}_tokens": len(rows[split]) * context for split in SPLITS}
     return Corpus(rows["train"], rows["test"], manifest["vocab_size"], {**manifest, "context": context, **counts})
