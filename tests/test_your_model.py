@@ -1,27 +1,68 @@
 """The examples of docs/your_model.md and of the README's section on other trainers, as they are printed."""
 
+import ast
+import dataclasses
 import math
+import re
 import shlex
 
 import pytest
 
 import scaling_jax as sj
+from scaling_jax.scanning import Setting
 from scaling_jax.scanning.by_command import check_command
+from scaling_jax.scanning.records import load_experiment
 from tests.scanning.made_up_loss import loss_after
 from tests.test_docs import DOCS, blocks
+
+SCIKIT_LEARN, TORCH = blocks(DOCS / "your_model.md", "python")
+BEFORE, _, AFTER = SCIKIT_LEARN.partition("def evaluations(")
+WITH_TORCH = BEFORE + TORCH + AFTER[AFTER.index("study = ") :]
 
 
 @pytest.mark.slow
 def test_scikit_learn_is_scanned(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks(DOCS / "your_model.md", "python")
-    exec(example, {})
+    exec(SCIKIT_LEARN, {})
     fit = sj.read_results("results/digits").fit()
     assert [point.loss for point in fit.points] == list(sj.log_spaced(0.6, 0.35, 6))
     assert all(8 < point.tradeoff.b_crit < 512 for point in fit.points)
     assert "S_min is below 100 steps at 6 of 6 losses" in capsys.readouterr().out
     assert " images" in (tmp_path / "results/digits/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_pytorch_is_scanned(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    exec(WITH_TORCH, {})
+    fit = sj.read_results("results/digits").fit()
+    assert [point.loss for point in fit.points] == list(sj.log_spaced(0.6, 0.35, 6))
+    assert all(8 < point.tradeoff.b_crit < 512 for point in fit.points)
+
+
+def test_pytorchs_trainer_takes_the_place_of_scikit_learns():
+    """By its syntax and its names alone, because the tests do without PyTorch."""
+    compile(WITH_TORCH, "your_model.md", "exec")
+    for example in (SCIKIT_LEARN, TORCH):
+        (trainer,) = (node for node in ast.parse(example).body if isinstance(node, ast.FunctionDef))
+        assert (trainer.name, [argument.arg for argument in trainer.args.args]) == ("evaluations", ["setting"])
+        used = {node.attr for node in ast.walk(trainer) if isinstance(node, ast.Attribute)}
+        assert used & {field.name for field in dataclasses.fields(Setting)} >= {"batch", "learning_rate", "seed"}
+
+
+def test_the_experiment_in_pytorch_scans_its_trainer_by_both_doors():
+    """`digits_torch.py`: its experiment can be read, and its command gives what its trainer takes, in that order."""
+    folder = DOCS.parent / "experiments"
+    experiment = load_experiment(folder / "digits_torch.py")
+    said = ast.get_docstring(ast.parse((folder / "digits_torch.py").read_text()))
+    (command,) = re.findall(r"TRAIN='(.*?)'", said)
+    check_command(command)
+    (kinds,) = re.findall(r"for name, kind in \{(.*)\}", (folder / "digits_torch_trainer.py").read_text())
+    assert re.findall(r'"(\w+)"', kinds) == re.findall(r"\{(\w+)\}", command)
+    model = sj.OtherModel("mlp", 64 * 64 + 2 * 64 + 64 * 10 + 10, unit="images")
+    assert [subject.model for subject in experiment.subjects] == [model]
 
 
 def test_the_example_of_the_readme(tmp_path, monkeypatch):

@@ -23,8 +23,10 @@ def prepare_data(
     Example: scaling-jax data prepare 'files:~/notes/**/*.txt' --tokenizer bpe:4096
 
     Args:
-      source: 'python', 'files:<glob>[#field]' (text, .jsonl[.gz|.zst]) or 'tfds:<name>[/<config>][#field]'.
-      tokenizer: bytes, gpt2, or bpe:<vocabulary>, which is trained on the source's train split.
+      source: 'python', 'files:<glob>[#field]' (text, .jsonl[.gz|.zst]), 'tfds:<name>[/<config>][#field]', or
+        'tokens:<glob>' (token files of nanoGPT, llm.c, Megatron, NumPy).
+      tokenizer: bytes, gpt2, bpe:<vocabulary>, which is trained on the source's train split, or the path of a
+        tokenizer.json or a SentencePiece .model; for tokens the one that made them, or ids:<vocabulary>.
       context: tokens per row; packed text works with any context.
       workers: number of processes; by default one per core.
       check: if the text is already packed, compare all checksums.

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_jax.data.packing import vocabulary
 from scaling_jax.data.sources import find_documents
-from scaling_jax.data.tokenizers import bpe_vocabulary, most_ids
+from scaling_jax.data.tokenizers import bpe_vocabulary
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_positive, with_overrides
 from scaling_jax.scanning.records import load_run
@@ -61,7 +62,7 @@ def planned_run(
         run = _from_flags(given, overrides, model, context)
     run = with_overrides(run, with_other_halves(run, overrides))
     if run_file is None:
-        run = with_vocabulary(run, most_ids(run.tokenizer), overrides)
+        run = with_vocabulary(run, vocabulary(run.text, run.tokenizer), overrides)
     return run if factor == 1.0 else dataclasses.replace(run, learning_rate=run.learning_rate * factor)
 
 
@@ -73,7 +74,7 @@ def check_text(run: Run) -> None:
     """
     if not run.text.startswith("tfds:"):
         find_documents(run.text)
-    ids, size = most_ids(run.tokenizer), run.transformer.vocab_size
+    ids, size = vocabulary(run.text, run.tokenizer), run.transformer.vocab_size
     if bpe_vocabulary(run.tokenizer) is None and ids > size:
         raise UserError(
             f"the tokenizer {run.tokenizer} has {ids:,} tokens but the model's vocab_size is {size:,}: "

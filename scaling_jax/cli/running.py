@@ -73,12 +73,13 @@ def scan(
       overrides: values to change, such as max_tokens=2e6 seeds=[0,1] optimizer.beta2=0.95.
       results: folder for runs, tables and figures, or gs://bucket/folder; by default results/<name of the experiment>.
       dry_run: time some steps, show what the scan needs, probably and at most, and train nothing.
-      executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder.
+      executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder;
+        also for --command.
       executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
       command: train by your own program, such as 'python train.py --batch {batch} --lr {learning_rate} --out {curve}',
         for an experiment with OtherModels. It writes a line with step and loss to {curve} at each evaluation. Start the
-        scan on several machines to share the work. See docs/your_model.md.
-      jobs: number of commands that run at a time on this machine.
+        scan on several machines to share the work, or give --executor. See docs/your_model.md.
+      jobs: number of commands that run at a time: on this machine, or as jobs of Ray or SLURM.
       retries: times that a command that failed is started again.
       silent_minutes: a command that writes no evaluation for so long has failed.
       tensorboard: also write TensorBoard event files next to each run's metrics.
@@ -103,19 +104,17 @@ def scan(
     if command is None:
         _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
         return
-    if executor != "local" or coordinator is not None or tensorboard or wandb:
+    if coordinator is not None or tensorboard or wandb:
         raise UserError(
-            "--command goes with none of --executor, --coordinator, --tensorboard and --wandb: start the same scan on "
-            "each machine that shall help"
+            "--command goes with none of --coordinator, --tensorboard and --wandb: give --executor, or start the same "
+            "scan on each machine that shall help"
         )
     from scaling_jax.console.by_command import scan_by_command
+    from scaling_jax.scanning.by_command import Limits
 
     folder = results or Path("results") / loaded.name
-    limits = {"jobs": jobs, "retries": retries, "silent_seconds": 60 * silent_minutes}
-    for name, least in {"jobs": 1, "retries": 0, "silent_seconds": 1}.items():
-        if limits[name] < least:
-            raise UserError(f"--{name.replace('_seconds', '-minutes')} is too small: give more")
-    if scan_by_command(loaded, folder, command, dry_run, **limits):
+    limits = Limits(jobs, retries, silent_minutes)
+    if scan_by_command(loaded, folder, command, limits, dry_run, executor, executor_options):
         show(folder)
 
 
@@ -159,8 +158,8 @@ def train(
       batch_tokens: batch size in tokens; or give --ramp.
       ramp: a file with a growing batch size, written by 'advise --write-ramp'.
       model: layers x width, such as 2x64 (default), 4x256 or 12x768.
-      text: 'python' (default), 'files:<glob>' or 'tfds:<name>'; see 'data prepare'.
-      tokenizer: bytes (default), gpt2, or bpe:<vocabulary>.
+      text: 'python' (default), 'files:<glob>', 'tfds:<name>' or 'tokens:<glob>'; see 'data prepare'.
+      tokenizer: bytes (default), gpt2, bpe:<vocabulary>, or the path of a file; see 'data prepare'.
       context: tokens per sequence; 64 by default.
       max_tokens: end the run after this many tokens; or give --max-steps.
       max_steps: end the run after this many steps.

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from scaling_jax.data.duplicates import copies
 from scaling_jax.data.sources import Document, Fingerprint, Source, file_shards, find_documents, fingerprint
-from scaling_jax.data.tokenizers import Tokenizer, load_tokenizer
+from scaling_jax.data.token_documents import held_out_files, token_shards
+from scaling_jax.data.tokenizers import Tokenizer, is_file, load_tokenizer
 from scaling_jax.io import UserError
 from scaling_jax.io.files import write_whole
 from scaling_jax.io.stores import cache_folder
@@ -63,20 +65,25 @@ def look_up(source: str) -> Source:
         return find_data_set(source)
     documents = find_documents(source)
     try:
-        text, shards = _known_fingerprint(source, documents), file_shards(source, documents)
+        text, left_out = _known_fingerprint(source, documents)
+        kept = [document for document in documents if document.name not in left_out]
+        if source.startswith("tokens:"):
+            return Source(text, "", token_shards(kept), len(left_out))  # the rule depends on the separator
+        shards = file_shards(source, kept)
     except OSError as error:
         raise UserError(f"--text {source}: can't read {error.filename} ({error.strerror})") from None
     if any(part.kind == "text" for shard in shards for part in shard):
         rule = "one file in ten, by the hash of its name"
     else:
         rule = "one line in ten, by the hash of its text"
-    return Source(text, rule, shards)
+    return Source(text, rule, shards, len(left_out))
 
 
 def corpus_folder(text: Fingerprint, tokenizer: str) -> Path:
     """The folder of the packed corpus of a text. Each field of a source has its own folder."""
     field = text.source.rpartition("#")[2] if "#" in text.source else ""
-    parts = [text.sha256[:16], tokenizer.replace(":", ""), *([field.replace("/", "_")] if field else [])]
+    name = Path(tokenizer).name if is_file(tokenizer) else tokenizer.replace(":", "")
+    parts = [text.sha256[:16], name, *([field.replace("/", "_")] if field else [])]
     return cache_folder() / "rows" / "-".join(parts)
 
 
@@ -98,9 +105,9 @@ def open_corpus(folder: Path, context: int, check: bool = False) -> Corpus:
         rows[split] = rows_of(stream, context)
         if not len(rows[split]):
             raise UserError(
-                f"--text {manifest['source']}: {manifest['files']} files of {manifest['bytes']:,} bytes are too short "
-                f"for a {split} row of {context} tokens (held out: {manifest['held_out']}): add text or use a shorter "
-                "context"
+                f"--text {manifest['source']}: {manifest['files']} files of {manifest['bytes']:,} bytes, which are "
+                f"{sum(manifest['documents'].values()):,} documents, are too short for a {split} row of {context} "
+                f"tokens (held out: {manifest['held_out']}): add text or use a shorter context"
             )
     counts = {f"{split}_tokens": len(rows[split]) * context for split in SPLITS}
     return Corpus(rows["train"], rows["test"], manifest["vocab_size"], {**manifest, "context": context, **counts})
@@ -143,7 +150,7 @@ def _what_is_wrong(manifest: dict, folder: Path) -> str | None:
     if corpus_folder(text, manifest["tokenizer"]).name != folder.name:
         return f"it is that of {text.source}, sha256 {text.sha256[:16]}, as {manifest['tokenizer']}"
     files = {f"{split}.tokens" for split in SPLITS}
-    if not files <= set(manifest["checksums"]) <= files | {"tokenizer.json"}:
+    if not files <= set(manifest["checksums"]) <= files | {"tokenizer.json", "tokenizer.model"}:
         return f"its files are {', '.join(manifest['checksums'])}"
     if manifest["dtype"] != token_dtype(manifest["vocab_size"]).str:
         return f"dtype {manifest['dtype']} with {manifest['vocab_size']:,} ids"
@@ -179,8 +186,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
-    """`fingerprint`, cached on disk by the names, sizes and change times of the files."""
+def _known_fingerprint(source: str, documents: list[Document]) -> tuple[Fingerprint, set[str]]:
+    """The fingerprint of the files that count, and the names of those that don't, because others hold the same text.
+
+    Cached on disk by the names, sizes and change times of the files.
+    """
     digest, newest = hashlib.sha256(), 0
     for document in documents:
         stat = document.path.stat()
@@ -192,13 +202,28 @@ def _known_fingerprint(source: str, documents: list[Document]) -> Fingerprint:
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         *said, checksum = json.loads(path.read_text())
         if checksum == _fingerprint_checksum(path, said):
-            return Fingerprint(source, *said)
-    text = fingerprint(source, documents)
+            *values, left_out = said
+            return Fingerprint(source, *values), set(left_out)
+    left_out = _copies(source, documents)
+    text = fingerprint(source, [document for document in documents if document.name not in left_out])
     # A file that changed just now could change again with the same time stamp, so don't cache its fingerprint yet.
     if time.time_ns() - newest > 2e9:
         with contextlib.suppress(OSError):
-            write_whole(path, json.dumps([*text[1:], _fingerprint_checksum(path, text[1:])]))
-    return text
+            values = [*text[1:], left_out]
+            write_whole(path, json.dumps([*values, _fingerprint_checksum(path, values)]))
+    return text, set(left_out)
+
+
+def _copies(source: str, documents: list[Document]) -> list[str]:
+    """Names of files that hold the same text as another. The built-in text is taken as it is."""
+    if source == "python":
+        return []
+    held_out = held_out_files(documents) if source.startswith("tokens:") else set()
+    files = [document for document in documents if document.path.suffix != ".idx" or not source.startswith("tokens:")]
+    files.sort(key=lambda document: (document.name not in held_out, document.name))  # a held-out copy is kept
+    found = sorted(files[index].name for index in copies([document.path for document in files]))
+    indices = {document.name for document in documents} & {str(Path(name).with_suffix(".idx")) for name in found}
+    return found + sorted(indices if source.startswith("tokens:") else [])
 
 
 def _fingerprint_checksum(path: Path, values: Sequence) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from scaling_jax.data.corpus import SPLITS, token_dtype
 from scaling_jax.data.sources import Part, Shard
 from scaling_jax.data.text_files import Piece, read_lines, read_text
+from scaling_jax.data.token_documents import read_tokens
 from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer, train_bpe
 from scaling_jax.io.files import whole_file, write_json, write_whole
 from scaling_jax.io.workers import Command, Message, run_jobs, serve
@@ -48,9 +49,14 @@ def pack_shard(shard: Shard, tokenizer: Tokenizer, work: Path, number: int) -> N
     with contextlib.ExitStack() as files:
         paths = [work / f"{number:05}.{split}" for split in SPLITS]
         streams = [_Stream(files.enter_context(whole_file(path)), tokenizer) for path in paths]
-        add = [stream.add for stream in streams]  # there are so many short documents that attribute look-ups cost time
-        for held_out, text, last in read(shard):
-            add[held_out](text, last)
+        if shard and shard[0].kind == "tokens":
+            for part in shard:
+                for held_out, tokens, documents in read_tokens(part, tokenizer.vocab_size, tokenizer.separator):
+                    streams[held_out].add_tokens(tokens, documents)
+        else:
+            add = [stream.add for stream in streams]  # there are so many short documents that look-ups cost time
+            for held_out, text, last in read(shard):
+                add[held_out](text, last)
         counts = {split: stream.finish() for split, stream in zip(SPLITS, streams, strict=True)}
     write_json(work / f"{number:05}.json", counts)
 
@@ -119,15 +125,18 @@ class _Stream:
         if self._characters >= _BATCH:
             self._write()
 
-    def _write(self) -> None:
-        tokens, lengths = self._tokenizer.encode(self._waiting)
-        ends = np.cumsum(lengths)[np.array(self._is_last, bool)]
-        dtype = token_dtype(self._tokenizer.vocab_size)
-        data = np.insert(tokens, ends, self._tokenizer.separator).astype(dtype, copy=False)
+    def add_tokens(self, tokens: np.ndarray, documents: int) -> None:
+        """Adds tokens, with their separators. `documents` end in them."""
+        data = tokens.astype(token_dtype(self._tokenizer.vocab_size), copy=False)
         self._file.write(data.data)
         self._digest.update(data.data)
         self._tokens += len(data)
-        self._documents += len(ends)
+        self._documents += documents
+
+    def _write(self) -> None:
+        tokens, lengths = self._tokenizer.encode(self._waiting)
+        ends = np.cumsum(lengths)[np.array(self._is_last, bool)]
+        self.add_tokens(np.insert(tokens, ends, self._tokenizer.separator), len(ends))
         self._bytes += _utf8_bytes("".join(self._waiting))
         self._waiting, self._is_last, self._characters = [], [], 0
 
@@ -156,7 +165,7 @@ def _reader(kind: str):
         from scaling_jax.data.tfds_text import read_records  # takes seconds
 
         return read_records
-    return read_text if kind == "text" else read_lines
+    return {"text": read_text, "jsonl": read_lines}[kind]
 
 
 def _in_workers(jobs: list[Any], tokenizer: str, work: Path, workers: int, on_done: Callable[[Any], None]) -> None:

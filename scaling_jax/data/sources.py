@@ -1,4 +1,4 @@
-"""Text sources `python` and `files:<glob>`: their files, fingerprint, train/test split, and shards to read."""
+"""Sources on this machine, `python`, `files:` and `tokens:`: their files, fingerprint, train/test split, and shards."""
 
 import glob
 import hashlib
@@ -8,10 +8,13 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+from scaling_jax.data.duplicates import without_links
 from scaling_jax.io import UserError
 
 SHARD_BYTES = 16 << 20  # of text; one process packs this in seconds
 MOST_SHARDS = 4096  # for more text, shards get larger
+
+TOKEN_SUFFIXES = (".bin", ".npy")
 
 # Some distributions ship the test suites of Python and others don't, so they are left out.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -34,10 +37,10 @@ class Fingerprint(NamedTuple):
 class Part(NamedTuple):
     """A range of bytes in the file `path`, or of records in the data set in the folder `path`."""
 
-    kind: str  # "text": the file is one document; "jsonl": each line is one; "tfds": each record is one
+    kind: str  # "text": the file is one document; "jsonl": each line is one; "tfds": each record is one; "tokens"
     path: str
     held_out: bool | None  # None: the text of each document decides
-    start: int = 0
+    start: int = 0  # of a file of tokens, the first token or document
     stop: int | None = None  # None: to the end
     field: str = ""  # the field of a line or record that holds the text
     split: str = ""  # the split of the data set
@@ -52,6 +55,7 @@ class Source(NamedTuple):
     text: Fingerprint
     held_out: str  # the documents of the test split, in words
     shards: list[Shard]
+    copies: int = 0  # files left out, because others hold the same text
 
 
 def is_test(name: str | bytes) -> bool:
@@ -59,15 +63,20 @@ def is_test(name: str | bytes) -> bool:
 
     For lines and records, which have no name, pass the text: equal texts then stay in one split.
     """
-    utf8 = name if isinstance(name, bytes) else name.encode()
-    return int.from_bytes(hashlib.sha256(utf8).digest()[:8], "big") % 10 == 0
+    return in_ten(hashlib.sha256(name if isinstance(name, bytes) else name.encode()))
+
+
+def in_ten(digest: "hashlib._Hash") -> bool:
+    """True for one SHA-256 in ten."""
+    return int.from_bytes(digest.digest()[:8], "big") % 10 == 0
 
 
 def find_documents(source: str) -> list[Document]:
     """The files of a source, in the order of their names.
 
     Args:
-      source: `python`, or `files:<glob>[#field]` (`**` stands for any folders).
+      source: `python`, `files:<glob>[#field]` or `tokens:<glob or folder>` (`**` stands for any folders). Of several
+        links to one file, one counts. With a Megatron .bin comes its .idx.
 
     Raises:
       UserError: if the source is unknown or has no files.
@@ -75,9 +84,11 @@ def find_documents(source: str) -> list[Document]:
     if source == "python":
         return _python_sources(Path(sysconfig.get_path("stdlib")))
     if source.startswith("files:"):
-        return _matching_files(_split_field(source)[0].removeprefix("files:"))
+        return _documents(_matching_files("files:", _split_field(source)[0].removeprefix("files:")))
+    if source.startswith("tokens:"):
+        return _documents(_token_files(source.removeprefix("tokens:")))
     raise UserError(
-        f"unknown text source {source!r}: use 'python', 'tfds:<name>[/<config>]' or 'files:<glob>', "
+        f"unknown text source {source!r}: use 'python', 'tfds:<name>[/<config>]', 'tokens:<glob>' or 'files:<glob>', "
         "such as files:~/notes/**/*.txt or files:~/web/*.jsonl.gz#text"
     )
 
@@ -152,10 +163,37 @@ def _python_sources(root: Path) -> list[Document]:
     return sorted(documents)
 
 
-def _matching_files(pattern: str) -> list[Document]:
+def _matching_files(kind: str, pattern: str) -> list[Path]:
+    matches = sorted(Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True))
+    paths = [path for path in matches if path.is_file()]
+    if others := [path for path in matches if not path.is_file() and not path.is_dir()]:
+        if not paths:
+            raise UserError(
+                f"--text {kind}{pattern} matches no plain file; {others[0]} is a pipe, a device or a lost link"
+            )
+    elif not paths:
+        raise UserError(f"--text {kind}{pattern} matches no file; for all files in a folder, write {pattern}/**")
+    return paths
+
+
+def _token_files(pattern: str) -> list[Path]:
+    """The .bin and .npy files, and the .idx of each .bin that has one."""
     expanded = os.path.expanduser(pattern)
-    paths = sorted(Path(match) for match in glob.glob(expanded, recursive=True) if os.path.isfile(match))
+    if os.path.isfile(f"{expanded}.idx"):  # Megatron names a data set by its files without their ends
+        pattern += ".bin"
+    elif os.path.isdir(expanded):
+        pattern = os.path.join(pattern, "**")
+    matches = _matching_files("tokens:", pattern)
+    paths = [path for path in matches if path.suffix in TOKEN_SUFFIXES]
     if not paths:
-        raise UserError(f"--text files:{pattern} matches no file; for all files in a folder, write {pattern}/**")
+        raise UserError(
+            f"--text tokens:{pattern} matches {matches[0].name}, but no {' or '.join(TOKEN_SUFFIXES)}: give files of "
+            "nanoGPT, llm.c, Megatron or NumPy"
+        )
+    paths = without_links(paths)
+    return paths + [index for path in paths if (index := path.with_suffix(".idx")).is_file() and path.suffix == ".bin"]
+
+
+def _documents(paths: list[Path]) -> list[Document]:
     root = os.path.commonpath([path.parent for path in paths])
-    return sorted(Document(path.relative_to(root).as_posix(), path) for path in paths)
+    return sorted(Document(path.relative_to(root).as_posix(), path) for path in without_links(paths))

@@ -7,6 +7,7 @@ count.
 
 import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaling_jax.io import UserError
-from scaling_jax.io.files import open_plain
+from scaling_jax.io.config import check_positive
+from scaling_jax.io.files import open_plain, write_whole
 from scaling_jax.scanning.experiment import Cell
-from scaling_jax.scanning.study import Setting, Study, has_ended
+from scaling_jax.scanning.study import Setting, Study, evaluations_needed
 from scaling_jax.scanning.worker import STOPPING, Event
 from scaling_jax.training import Progress
 from scaling_jax.training.metrics import SquaredNorms
@@ -32,6 +34,22 @@ _NEEDED = ("batch", "learning_rate", "curve")
 _POLL_SECONDS = 0.2
 _ASK_SECONDS = 2.0  # between looks for what others have made possible; each reads the folder
 _STOP_SECONDS = 30  # from SIGTERM to SIGKILL
+_LEFT = "left"  # file that says why a setting is left
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How commands are run."""
+
+    jobs: int = 1  # number of commands that run at the same time
+    retries: int = 2  # times that a setting whose command failed is started again
+    silent_minutes: float = 30.0  # a command that writes no evaluation for so long is stopped, and has failed
+
+    def __post_init__(self):
+        for field in ("jobs", "silent_minutes"):
+            check_positive(field, getattr(self, field))
+        if self.retries < 0:
+            raise UserError(f"retries = {self.retries} must be 0 or more")
 
 
 class Curve(NamedTuple):
@@ -119,10 +137,8 @@ class Attempt:
 def train_by_command(
     study: Study,
     command: str,
+    limits: Limits = Limits(),
     *,
-    jobs: int = 1,
-    retries: int = 2,
-    silent_seconds: float = 1_800,
     on_event: Callable[[Event], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -130,9 +146,6 @@ def train_by_command(
 
     Args:
       command: with `{batch}`, `{learning_rate}`, `{curve}` and others of `PLACES`; no shell sees it.
-      jobs: number of commands that run at the same time.
-      retries: times that a setting whose command failed is started again.
-      silent_seconds: a command that writes no evaluation for so long is stopped, and has failed.
       on_event: called at each evaluation, and when a batch size is done.
       say: called with a line about each failure.
 
@@ -143,19 +156,30 @@ def train_by_command(
     check_command(command)
     running: list[Attempt] = []
     failures: dict[str, int] = {}
-    left: dict[str, str] = {}  # {setting: why it is left}
-    cells, ask_at = set(study.cells_left), 0.0
+    left: dict[str, str] = {}  # {setting: why it is left}; their locks are kept, so that nobody asks for them again
+    cells, ask_at, started = set(study.cells_left), 0.0, time.time()
 
     def start(setting: Setting) -> None:
         folder = study.folder / "commands" / setting.name
+        (folder / _LEFT).unlink(missing_ok=True)
         running.append(Attempt(setting, folder, command, study.lock_of(setting)))
+
+    def left_elsewhere(name: str) -> str | None:
+        """Why another worker left a setting since this one began: neither tried again nor waited for."""
+        path = study.folder / "commands" / name / _LEFT
+        with contextlib.suppress(OSError):
+            return path.read_text() if path.stat().st_mtime >= started else None
+        return None
 
     try:
         while True:
-            if len(running) < jobs and time.monotonic() >= ask_at:
-                while len(running) < jobs and (setting := study.ask(wait=False)) is not None:
-                    start(setting)
-                if not running and not study.wanted - set(left):
+            if len(running) < limits.jobs and time.monotonic() >= ask_at:
+                while len(running) < limits.jobs and (setting := study.ask(wait=False)) is not None:
+                    if (why := left_elsewhere(setting.name)) is not None:
+                        left[setting.name] = why
+                    else:
+                        start(setting)
+                if not running and not {name for name in study.wanted - set(left) if left_elsewhere(name) is None}:
                     break
                 ask_at = time.monotonic() + _ASK_SECONDS
             for attempt in list(running):
@@ -163,16 +187,17 @@ def train_by_command(
                 if (progress := attempt.look()) is not None:
                     on_event(Event(_cell(attempt.setting), progress))
                 setting, curve = attempt.setting, attempt.curve
-                over = progress is not None and has_ended(setting, curve.steps, curve.losses)
-                why = None if over else attempt.failure(silent_seconds)
-                if not over and why is None and not ended:
+                needed = evaluations_needed(setting, curve.steps, curve.losses) if progress is not None else None
+                why = None if needed else attempt.failure(60 * limits.silent_minutes)
+                if not needed and why is None and not ended:
                     continue
                 attempt.stop()
                 running.remove(attempt)
                 ask_at = 0.0
                 if why is None:
                     try:
-                        study.tell(setting, curve.steps, curve.losses, norms=curve.norms)
+                        # Without what the command wrote before it was stopped, which chance decides.
+                        study.tell(setting, curve.steps[:needed], curve.losses[:needed], norms=curve.norms[:needed])
                     except UserError as error:  # norms that can't be
                         why = str(error)
                 if why is None:
@@ -182,12 +207,13 @@ def train_by_command(
                     cells = cells_left
                     continue
                 failures[setting.name] = failures.get(setting.name, 0) + 1
-                again = failures[setting.name] <= retries
+                again = failures[setting.name] <= limits.retries
                 say(f"{setting.name}: {why}; {'started again' if again else 'left'}, see {attempt.log}")
                 if again:
                     start(setting)
                 else:
-                    left[setting.name] = why  # its lock is kept, so that nobody asks for it again
+                    left[setting.name] = why
+                    write_whole(attempt.folder / _LEFT, why)
             time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
         on_event(STOPPING)
@@ -199,7 +225,7 @@ def train_by_command(
     if left:
         name, why = next(iter(left.items()))
         raise UserError(
-            f"{len(left)} of the runs failed {retries + 1} times and are left, such as {name} ({why}): see "
+            f"{len(left)} of the runs failed {limits.retries + 1} times and are left, such as {name} ({why}): see "
             f"{study.folder / 'commands' / name / 'log.txt'}, then give the same command again"
         )
 

@@ -1,11 +1,12 @@
-"""Trains a scan's cells on several machines through Ray or SLURM. All machines share the results folder.
+"""Trains a scan on several machines through Ray or SLURM. All machines share the results folder.
 
-A cell is one task of the engine. A task continues what the folder holds of its cell, so the engine may restart it at
-any time. If the engine wrongly takes a machine for dead, it may start a cell while the old process still writes. So a
+A cell is one job of the engine. It continues what the folder holds of its cell, so the engine may restart it at any
+time. If the engine wrongly takes a machine for dead, it may start a cell while the old process still writes. So a
 cell is trained under a lock in the folder. The training process holds it, and the file system frees it when that ends.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from scaling_jax.io import UserError
 from scaling_jax.io.files import Tail, append_line
@@ -27,24 +28,66 @@ _STOP_SECONDS = 60
 _POLL_SECONDS = 1.0
 _MINUTES_PER_JOB = 240  # time limit of a SLURM job; afterwards it is queued again and continues
 
-Ended = Iterable[tuple[Cell, str | None]]  # cells whose task has ended; the text is the error, None if it is done
+
+class Job(Protocol):
+    """What a machine shall do: a value that travels there by pickle, and may be called again after it was lost."""
+
+    @property
+    def log(self) -> Path:
+        """File in the shared folder to which the job appends messages, as JSON lines."""
+        ...
+
+    def __call__(self) -> str | None:
+        """Does the work. Returns None, or the error message if it can't be done."""
+        ...
 
 
-def train_on_ray(
-    workdir: Path, cells: Iterable[Cell], on_event: Callable[[Event], None], options: dict[str, Any] | None = None
+Ended = Iterable[tuple[Job, str | None]]  # jobs that have ended; the text is the error, None if it is done
+
+
+class Listener(NamedTuple):
+    """What to do with the news of jobs."""
+
+    on_message: Callable[[Any], None]  # a line of a job's log
+    on_end: Callable[[Job], None]  # a job is done
+    on_stop: Callable[[], None]  # an interrupt; the jobs are told to stop
+
+
+def train_cells(
+    executor: str,
+    workdir: Path,
+    cells: Sequence[Cell],
+    on_event: Callable[[Event], None],
+    options: dict[str, Any] | None = None,
+    **further: Any,
 ) -> None:
-    """Trains the cells as tasks of a Ray cluster: the one in `RAY_ADDRESS`, or this machine's, or a new local one.
+    """Trains the cells of a scan by the executor "ray" or "slurm", a job for each.
+
+    Raises:
+      UserError, KeyboardInterrupt: see `run_on_ray` and `run_on_slurm`; also if a cell can't be trained.
+    """
+    jobs: dict[Job, Cell] = {CellJob(workdir.resolve(), cache_folder().resolve(), cell): cell for cell in cells}
+    listener = Listener(
+        on_message=lambda message: on_event(read_event(message)),
+        on_end=lambda job: on_event(Event(jobs[job])),
+        on_stop=lambda: on_event(STOPPING),
+    )
+    ENGINES[executor](workdir, list(jobs), listener, options, **further)
+
+
+def run_on_ray(workdir: Path, jobs: Sequence[Job], listener: Listener, options: dict[str, Any] | None = None) -> None:
+    """Runs the jobs as tasks of a Ray cluster: the one in `RAY_ADDRESS`, or this machine's, or a new local one.
 
     Args:
       options: of `ray.remote`, such as num_gpus. The default is one CPU per task, and any number of restarts.
 
     Raises:
-      UserError: if Ray is missing or doesn't know an option, or a cell can't be trained.
-      KeyboardInterrupt: after the cells were told to save, and a minute at most.
+      UserError: if Ray is missing or doesn't know an option, or a job returns an error.
+      KeyboardInterrupt: after the jobs were told to save, and a minute at most.
     """
     ray = _engine("ray", extra="ray")
     try:  # Ray restarts a task if its machine or process dies, but not if its code raises an error
-        remote = ray.remote(**({"num_cpus": 1, "max_retries": -1} | (options or {})))(train_in_lock)
+        remote = ray.remote(**({"num_cpus": 1, "max_retries": -1} | (options or {})))(_call)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"Ray refuses these --executor-options ({' '.join(str(error).split())}): give options of ray.remote"
@@ -53,7 +96,7 @@ def train_on_ray(
     if started_here:
         ray.init(log_to_driver=False)
     try:
-        tasks = {remote.remote(workdir.resolve(), cache_folder().resolve(), cell): cell for cell in cells}
+        tasks = {remote.remote(job): job for job in jobs}
 
         def ended() -> Ended:
             for task in ray.wait(list(tasks), timeout=_POLL_SECONDS)[0]:
@@ -66,33 +109,32 @@ def train_on_ray(
                 if not tasks or not ray.wait(list(tasks), num_returns=len(tasks), timeout=_STOP_SECONDS)[1]:
                     return
 
-        _watch(workdir, list(tasks.values()), on_event, ended, cancel)
+        _watch(jobs, listener, ended, cancel)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def train_on_slurm(
+def run_on_slurm(
     workdir: Path,
-    cells: Iterable[Cell],
-    on_event: Callable[[Event], None],
+    jobs: Sequence[Job],
+    listener: Listener,
     options: dict[str, Any] | None = None,
     cluster: str = "slurm",
 ) -> None:
-    """Trains the cells as a SLURM job array, through submitit. The logs of the jobs are in `workdir/logs/slurm`.
+    """Runs the jobs as a SLURM job array, through submitit. Their logs are in `workdir/logs/slurm`.
 
     Args:
       options: of submitit's `update_parameters`, such as slurm_partition, gpus_per_node or timeout_min.
       cluster: "local" runs the jobs on this machine.
 
     Raises:
-      UserError: if submitit or SLURM is missing, SLURM refuses the jobs, or a cell can't be trained.
+      UserError: if submitit or SLURM is missing, SLURM refuses the jobs, or a job returns an error.
       KeyboardInterrupt: after the jobs were cancelled. SLURM gives them time to save: KillWait, by default 30 seconds.
     """
     submitit = _engine("submitit", extra="slurm")
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError("no sbatch on this machine: start the scan on a machine that submits jobs to SLURM")
-    waiting = list(cells)
     folder = workdir.resolve() / "logs" / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=1_000)
@@ -104,28 +146,28 @@ def train_on_slurm(
     }
     try:
         executor.update_parameters(**(defaults | (options or {})))
-        submitted = executor.map_array(CellJob(workdir.resolve(), cache_folder().resolve()), waiting)
+        submitted = executor.map_array(_Submitted(), jobs)
     except (NameError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"SLURM refused the jobs ({' '.join(str(error).split())}): change --executor-options") from None
-    jobs = dict(zip(waiting, submitted, strict=True))
+    waiting = dict(zip(jobs, submitted, strict=True))
 
     def ended() -> Ended:
         time.sleep(_POLL_SECONDS)
-        for cell in [cell for cell, job in jobs.items() if job.done()]:
-            job = jobs.pop(cell)
+        for job in [job for job, slurm in waiting.items() if slurm.done()]:
+            slurm = waiting.pop(job)
             try:
-                yield cell, job.result()
+                yield job, slurm.result()
             except submitit.core.utils.UncompletedJobError:
-                yield cell, f"SLURM job {job.job_id} ended without a result: see its log {job.paths.stderr}"
+                yield job, f"SLURM job {slurm.job_id} ended without a result: see its log {slurm.paths.stderr}"
 
     def cancel() -> None:
-        for job in jobs.values():
-            job.cancel()
+        for slurm in waiting.values():
+            slurm.cancel()
 
-    _watch(workdir, waiting, on_event, ended, cancel)
+    _watch(jobs, listener, ended, cancel)
 
 
-ENGINES = {"ray": train_on_ray, "slurm": train_on_slurm}
+ENGINES: dict[str, Callable[..., None]] = {"ray": run_on_ray, "slurm": run_on_slurm}
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -146,37 +188,45 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def train_in_lock(workdir: Path, cache: Path, cell: Cell) -> str | None:
-    """Trains one cell on this machine. Returns None, or the error message if the cell can't be trained.
-
-    Args:
-      cache: folder for packed text; the same path on every machine.
-    """
-    os.environ["SCALING_JAX_CACHE"] = str(cache)
-
-    def report(event: Event) -> None:
-        if event.progress is not None:
-            append_line(_event_log(workdir, cell), event_message(event))
-
-    try:
-        with locked_cell(workdir, cell) as lock:
-            train_in_workers(workdir, [cell], report, [None], lock, platform=None)
-    except (UserError, OSError) as error:
-        return str(error)
-    return None
-
-
+@dataclasses.dataclass(frozen=True)
 class CellJob:
-    """`train_in_lock` for submitit, which calls `checkpoint` to know what to queue again: the same job."""
+    """Trains one cell."""
 
-    def __init__(self, workdir: Path, cache: Path):
-        self._folders = workdir, cache
+    workdir: Path
+    cache: Path  # folder for packed text; the same path on every machine
+    cell: Cell
 
-    def __call__(self, cell: Cell) -> str | None:
-        return train_in_lock(*self._folders, cell)
+    @property
+    def log(self) -> Path:
+        return self.workdir / "logs" / f"{self.cell.file_name}.jsonl"
 
-    def checkpoint(self, cell: Cell) -> Any:
-        return _engine("submitit", extra="slurm").helpers.DelayedSubmission(self, cell)
+    def __call__(self) -> str | None:
+        os.environ["SCALING_JAX_CACHE"] = str(self.cache)
+
+        def report(event: Event) -> None:
+            if event.progress is not None:
+                append_line(self.log, event_message(event))
+
+        try:
+            with locked_cell(self.workdir, self.cell) as lock:
+                train_in_workers(self.workdir, [self.cell], report, [None], lock, platform=None)
+        except (UserError, OSError) as error:
+            return str(error)
+        return None
+
+
+class _Submitted:
+    """Calls a job for submitit, which calls `checkpoint` to know what to queue again: the same job."""
+
+    def __call__(self, job: Job) -> str | None:
+        return job()
+
+    def checkpoint(self, job: Job) -> Any:
+        return _engine("submitit", extra="slurm").helpers.DelayedSubmission(self, job)
+
+
+def _call(job: Job) -> str | None:
+    return job()
 
 
 def locked_cell(
@@ -191,35 +241,25 @@ def locked_cell(
     return locked(path, f"{cell.name} of {workdir}", seconds=seconds, wait=True, insist=True)
 
 
-def _watch(
-    workdir: Path,
-    cells: Sequence[Cell],
-    on_event: Callable[[Event], None],
-    ended: Callable[[], Ended],
-    cancel: Callable[[], None],
-) -> None:
-    """Passes on the events that the cells' machines write to the folder, until all cells have ended."""
-    logs = {cell: Tail(_event_log(workdir, cell)) for cell in cells}
+def _watch(jobs: Sequence[Job], listener: Listener, ended: Callable[[], Ended], cancel: Callable[[], None]) -> None:
+    """Passes on what the jobs' machines write to the folder, until all jobs have ended."""
+    logs = {job: Tail(job.log) for job in jobs}
     try:
         while logs:
-            for cell, refusal in list(ended()):
+            for job, refusal in list(ended()):
+                for message in logs.pop(job).new():
+                    listener.on_message(message)
                 if refusal is not None:
                     raise UserError(refusal)
-                for message in logs.pop(cell).new():
-                    on_event(read_event(message))
-                on_event(Event(cell))
+                listener.on_end(job)
             for log in logs.values():
                 for message in log.new():
-                    on_event(read_event(message))
+                    listener.on_message(message)
     except KeyboardInterrupt:
-        on_event(STOPPING)
+        listener.on_stop()
         raise
     finally:
         cancel()
-
-
-def _event_log(workdir: Path, cell: Cell) -> Path:
-    return workdir / "logs" / f"{cell.file_name}.jsonl"
 
 
 def _engine(module: str, extra: str) -> Any:

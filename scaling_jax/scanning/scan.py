@@ -21,7 +21,7 @@ from scaling_jax.parallel import from_first, is_first, leave_if_one_is_gone, tog
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import stop_on_signals
 from scaling_jax.scanning.cells import can_run_together, compile_ahead, finished_runs, train_alike, train_cell
-from scaling_jax.scanning.executors import ENGINES, parse_options
+from scaling_jax.scanning.executors import parse_options, train_cells
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.plan import MOST_WORKERS, tokens_by_batch
 from scaling_jax.scanning.records import check_same_recipe, read_search, write_experiment, write_search
@@ -100,7 +100,7 @@ def scan(
         if not missing:
             return workdir
         if executor != "local":
-            ENGINES[executor](workdir, missing, on_event, parse_options(executor_options))
+            train_cells(executor, workdir, missing, on_event, parse_options(executor_options))
         elif jax.default_backend() == "cpu" and jax.process_count() == 1:
             train_in_workers(workdir, missing, on_event, available_cores()[:MOST_WORKERS], lock)
         else:

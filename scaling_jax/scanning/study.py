@@ -296,9 +296,10 @@ def _lines(
     return lines
 
 
-def has_ended(setting: Setting, steps: Sequence[int], losses: Sequence[float]) -> bool:
-    """True if a run with this curve needs no more steps; see `Study.should_stop`."""
-    return _ended(setting, _lines(setting, steps, losses))
+def evaluations_needed(setting: Setting, steps: Sequence[int], losses: Sequence[float]) -> int | None:
+    """The number of evaluations after which a run with this curve needs no more steps; None if it needs more."""
+    lines = _lines(setting, steps, losses)
+    return next((k for k in range(1, len(lines) + 1) if _ended(setting, lines[:k])), None)
 
 
 def _ended(setting: Setting, lines: Sequence[MetricsLine]) -> bool:

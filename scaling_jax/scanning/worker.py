@@ -70,13 +70,16 @@ def train_in_workers(
 
 
 def event_message(event: Event) -> Message:
-    """The JSON values of an event with progress; `read_event` is the inverse."""
-    assert event.progress is not None
+    """The JSON values of an event of a cell; `read_event` is the inverse."""
+    if event.progress is None:
+        return {"cell": event.cell, "progress": None}
     return {"cell": event.cell, "progress": {k: None if v != v else v for k, v in to_dict(event.progress).items()}}
 
 
 def read_event(message: Message) -> Event:
     """The event in a message of `event_message`."""
+    if message["progress"] is None:
+        return Event(Cell(*message["cell"]))
     values: dict[str, Any] = {
         name: float("nan") if value is None else value for name, value in message["progress"].items()
     }

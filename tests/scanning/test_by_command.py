@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -12,8 +13,9 @@ import pytest
 from scaling_jax.io import UserError
 from scaling_jax.results import analyse, read_results
 from scaling_jax.scanning import Study
-from scaling_jax.scanning.by_command import arguments, check_command, read_curve, train_by_command
-from scaling_jax.training.metrics import SquaredNorms
+from scaling_jax.scanning.by_command import Limits, arguments, check_command, read_curve, train_by_command
+from scaling_jax.training.journal import ending
+from scaling_jax.training.metrics import MetricsLine, SquaredNorms
 from tests.scanning.told import B_CRIT, EXPERIMENT, least_steps, work
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +28,10 @@ def from_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def by_command(folder, fault="", experiment=SMALL, **options):
+def by_command(folder, fault="", experiment=SMALL):
     said, events = [], []
     train_by_command(
-        Study(experiment, folder), f"{COMMAND} {fault}", say=said.append, on_event=events.append, jobs=2, **options
+        Study(experiment, folder), f"{COMMAND} {fault}", Limits(jobs=2), say=said.append, on_event=events.append
     )
     return said, events
 
@@ -62,6 +64,11 @@ def test_a_run_ends_when_it_cannot_be_the_best(tmp_path):
     results = read_results(tmp_path)
     ends = {record.result.status for record in results.runs}
     assert {"reached", "given up"} <= ends
+    for record in results.runs:  # however many evaluations the command wrote before it was stopped
+        lines = [
+            MetricsLine.read(json.loads(line)) for line in (record.folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert not any(ending(record.run, lines[:k][-2:]) for k in range(1, len(lines)))
 
 
 def test_a_loss_that_is_no_number_is_a_run_that_diverged(tmp_path):
@@ -84,9 +91,9 @@ def test_what_fails_is_named_and_left_and_the_rest_goes_on(tmp_path, fault, why)
     def say(line):
         seen.append(line)
 
-    silent = {"silent_seconds": 3} if fault == "hangs" else {}
+    limits = Limits(jobs=3, retries=1, silent_minutes=0.05 if fault == "hangs" else 30)
     with pytest.raises(UserError, match=f"of the runs failed 2 times and are left, such as net-b.*{why}"):
-        train_by_command(Study(SMALL, tmp_path), f"{COMMAND} {fault}", say=say, retries=1, jobs=3, **silent)
+        train_by_command(Study(SMALL, tmp_path), f"{COMMAND} {fault}", limits, say=say)
     assert len(seen) == 6  # each of three batch sizes, twice
     assert all(why in line and "\n" not in line for line in seen)
     train_by_command(Study(SMALL, tmp_path), COMMAND)  # once it is mended, the same scan goes on

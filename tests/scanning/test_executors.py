@@ -65,12 +65,12 @@ def test_whoever_comes_second_waits_for_the_first(tmp_path):
 
 @pytest.mark.parametrize(
     ("engine", "module", "extra"),
-    [(executors.train_on_ray, "ray", "ray"), (executors.train_on_slurm, "submitit", "slurm")],
+    [("ray", "ray", "ray"), ("slurm", "submitit", "slurm")],
 )
 def test_a_missing_engine_is_one_line_that_says_what_to_install(tmp_path, monkeypatch, engine, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"{module}: pip install 'scaling-jax\[{extra}\]'"):
-        engine(tmp_path, [CELL], print)
+        executors.train_cells(engine, tmp_path, [CELL], print)
 
 
 def test_slurm_is_asked_for_an_array_that_is_queued_again_when_a_machine_dies(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_slurm_is_asked_for_an_array_that_is_queued_again_when_a_machine_dies(tm
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     options = executors.parse_options(["slurm_partition=x", "gpus_per_node=2", "timeout_min=30"])
     with pytest.raises(UserError, match=r"SLURM .*invalid partition: x") as refused:
-        executors.train_on_slurm(tmp_path, [CELL, OTHER], print, options)
+        executors.train_cells("slurm", tmp_path, [CELL, OTHER], print, options)
     assert "\n" not in str(refused.value)
     script = (tmp_path / "submitted").read_text()
     for line in ("--array=0-1%2", "--requeue", "--signal=USR2@90", "--partition=x", "--gpus-per-node=2", "--time=30"):
@@ -92,12 +92,12 @@ def test_slurm_is_asked_for_an_array_that_is_queued_again_when_a_machine_dies(tm
 def test_slurm_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch on this machine"):
-        executors.train_on_slurm(tmp_path, [CELL], print)
+        executors.train_cells("slurm", tmp_path, [CELL], print)
 
 
 def test_an_unknown_option_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"SLURM .*speed"):
-        executors.train_on_slurm(tmp_path, [CELL], print, {"speed": 3}, cluster="local")
+        executors.train_cells("slurm", tmp_path, [CELL], print, {"speed": 3}, cluster="local")
     with pytest.raises(UserError, match=r"'num_gpus' .*key=value"):
         executors.parse_options(["num_gpus"])
 
@@ -105,7 +105,7 @@ def test_an_unknown_option_is_refused(tmp_path):
 def test_an_option_that_ray_does_not_know_is_refused(tmp_path):
     pytest.importorskip("ray")
     with pytest.raises(UserError, match=r"Ray .*speed"):
-        executors.train_on_ray(tmp_path, [CELL], print, {"speed": 3})
+        executors.train_cells("ray", tmp_path, [CELL], print, {"speed": 3})
 
 
 def test_options_are_numbers_where_they_can_be():
@@ -126,7 +126,8 @@ def progress(cell, step):
 
 def test_events_of_other_machines_are_passed_on_and_a_refusal_cancels_the_rest(tmp_path):
     """An earlier scan's events are not; a line is passed on once it is whole."""
-    log = tmp_path / "logs" / f"{CELL.file_name}.jsonl"
+    job, other = (executors.CellJob(tmp_path, tmp_path, cell) for cell in (CELL, OTHER))
+    log = job.log
     log.parent.mkdir()
     earlier, first, second = (json.dumps(event_message(progress(CELL, step))) + "\n" for step in (1, 2, 3))
     log.write_text(earlier)
@@ -136,11 +137,12 @@ def test_events_of_other_machines_are_passed_on_and_a_refusal_cancels_the_rest(t
         rounds.append(None)
         with log.open("a") as file:
             file.write([first + second[:30], second[30:], ""][len(rounds) - 1])
-        return [[], [(CELL, None)], [(OTHER, "batch of 3 tokens")]][len(rounds) - 1]
+        return [[], [(job, None)], [(other, "batch of 3 tokens")]][len(rounds) - 1]
 
+    listener = executors.Listener(lambda message: seen.append(read_event(message)), seen.append, print)
     with pytest.raises(UserError, match="batch of 3 tokens"):
-        executors._watch(tmp_path, [CELL, OTHER], seen.append, ended, lambda: cancelled.append(True))
-    assert seen == [progress(CELL, 2), progress(CELL, 3), Event(CELL)]
+        executors._watch([job, other], listener, ended, lambda: cancelled.append(True))
+    assert seen == [progress(CELL, 2), progress(CELL, 3), job]
     assert cancelled == [True]
 
 
@@ -211,7 +213,7 @@ def test_ray_trains_a_cell_again_when_its_node_is_killed(undisturbed, watched_cl
             cluster.remove_node(node, allow_graceful=False)
 
     try:
-        executors.train_on_ray(results, undisturbed[0].cells[:2], on_event)
+        executors.train_cells("ray", results, undisturbed[0].cells[:2], on_event)
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -231,7 +233,7 @@ def test_a_submitit_job_that_is_preempted_is_queued_again_and_continues(undistur
             preempted.append(owner(results, OTHER))
             os.kill(preempted[0], signal.SIGUSR2)
 
-    executors.train_on_slurm(results, [OTHER], on_event, {"timeout_min": 10}, cluster="local")
+    executors.train_cells("slurm", results, [OTHER], on_event, {"timeout_min": 10}, cluster="local")
     assert owner(results, OTHER) != preempted[0]
     (log,) = (results / "logs" / "slurm").glob("*_log.out")
     assert "Requeued job" in log.read_text()
