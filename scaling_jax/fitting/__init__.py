@@ -1,5 +1,7 @@
 """Critical batch sizes and their power law, with confidence intervals, from steps-to-loss data of any training code."""
 
+from scaling_jax.fitting.budget import Budget, BudgetFit, fit_budget
+from scaling_jax.fitting.budget_law import BudgetLaw
 from scaling_jax.fitting.crossings import Crossings, steps_to_loss
 from scaling_jax.fitting.forms import FormFit, compare_forms, further_fits
 from scaling_jax.fitting.joint import JointFit, fit_joint
@@ -10,6 +12,9 @@ from scaling_jax.fitting.scan_fit import CriticalBatch, ScanFit, fit_scan
 from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoff
 
 __all__ = [
+    "Budget",
+    "BudgetFit",
+    "BudgetLaw",
     "CriticalBatch",
     "Crossings",
     "FormFit",
@@ -21,6 +26,7 @@ __all__ = [
     "Tradeoff",
     "cbs20",
     "compare_forms",
+    "fit_budget",
     "fit_data_law",
     "fit_joint",
     "fit_loss_law",
