@@ -3,7 +3,8 @@
 Each budget says of any batch how surely the loss still falls or already rises there: the slope of its curve over its
 standard error (`Curve.scores`). If a law is true, the squared scores at its batches add up like errors do. Its interval
 holds every law whose sum isn't too far above the least one (profile likelihood; Fieller 1954 for a single parabola). So
-budgets whose best batch is only bounded enter as bounds.
+budgets whose best batch is only bounded enter as bounds. What the unknown shape of the curves adds to the error of a
+best batch is common to the budgets: it widens the band of the law, not the interval of its exponent.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ class BudgetLaw:
     misfit_p: float  # p of a test that one law holds for all budgets
     budgets: int  # number in the fit
     bounds: int  # number of these that only bound their best batch
+    _shared_error: float = dataclasses.field(repr=False)  # of all best batches alike, in logs
     _region: _Region = dataclasses.field(repr=False)
 
     def __call__(self, tokens):
@@ -52,7 +54,12 @@ class BudgetLaw:
         middle = np.log(self.valid_range).mean()
         x = np.log(np.asarray(tokens, float))[..., None] - middle
         at = self._region.level + self._region.slope * x
-        return np.exp(at.min(-1)), np.exp(at.max(-1))
+        middle_of_law = np.log(self(tokens))
+        low, high = (
+            middle_of_law + sign * np.hypot(end - middle_of_law, self._shared_error)
+            for sign, end in ((-1, at.min(-1)), (1, at.max(-1)))
+        )
+        return np.exp(low), np.exp(high)
 
 
 def fit_budget_law(
@@ -105,14 +112,16 @@ def fit_budget_law(
         misfit_p=misfit_p,
         budgets=len(tokens),
         bounds=int((~bounded).sum()),
+        _shared_error=float(np.mean([c.shared_error(confidence) for c, b in zip(curves, bounded, strict=True) if b])),
         _region=region,
     )
 
 
 def _squared(curve: Curve, log_batch) -> np.ndarray:
     """Squared scores at log batch sizes; 0 beyond an end towards which the loss still falls."""
-    first, last = min(curve.scores[0], 0.0), max(curve.scores[-1], 0.0)
-    return np.interp(log_batch, curve.grid, curve.scores, left=first, right=last) ** 2
+    scores = curve.noise_scores
+    first, last = min(scores[0], 0.0), max(scores[-1], 0.0)
+    return np.interp(log_batch, curve.grid, scores, left=first, right=last) ** 2
 
 
 def _line(curves: Sequence[Curve], x, confidence: float) -> tuple[float, float, float, float]:

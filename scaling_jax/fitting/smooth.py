@@ -8,6 +8,7 @@ restricted maximum likelihood; roughness is averaged over what the losses allow,
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,9 +69,21 @@ class Curve:
 
         If the minimum is at a point, its score is a draw from Student's t with `freedom` degrees.
         """
+        return self._scores(noise_only=False)
+
+    @functools.cached_property
+    def noise_scores(self) -> np.ndarray:
+        """`[grid]`: `scores` with the error from noise alone, without that from roughness.
+
+        Curves of one shape share the error from roughness, so it moves all their minima alike.
+        """
+        return self._scores(noise_only=True)
+
+    def _scores(self, noise_only: bool) -> np.ndarray:
         below = np.zeros(len(self.grid))  # probability that the slope is negative
         for r, solved in self._solved:
-            slope, variance = solved.slope(self.grid)
+            slope, variance, noise = solved.slope(self.grid)
+            variance = noise if noise_only else variance
             below += r.weight * special.stdtr(self.freedom, -slope / np.sqrt(r.variance * variance))
         scores = -special.stdtrit(self.freedom, np.clip(below, 1e-15, 1 - 1e-15))
         k = self.lowest
@@ -86,6 +99,15 @@ class Curve:
             difference, variance = solved.difference(x, base)
             found.append((r.weight, difference, np.sqrt(r.variance * variance)))
         return found
+
+    def shared_error(self, confidence: float) -> float:
+        """Half of the interval of the minimum that comes from roughness alone, in log batch size."""
+        limit = special.stdtrit(self.freedom, 0.5 + confidence / 2)
+        whole, noise = (
+            (np.interp(limit, scores, self.grid) - np.interp(-limit, scores, self.grid)) / 2
+            for scores in (self.scores, self.noise_scores)
+        )
+        return math.sqrt(max(whole**2 - noise**2, 0.0))
 
     def minimum(self, confidence: float) -> tuple[float, float, float]:
         """(log batch size of the least loss, low, high); an end is infinite if the losses don't bound it.
@@ -112,15 +134,15 @@ class _Solved:
         self._inverse = np.linalg.inv(losses.covariance + roughness * _covariance(self._x, self._x))
         self._basis = _basis(self._x)
         self._gram = np.linalg.inv(self._basis.T @ self._inverse @ self._basis)
-        self._loss = losses.loss
+        self._loss, self._covariance = losses.loss, losses.covariance
 
     def values(self, x) -> np.ndarray:
         """`[m, n]`: the curve at x as weights of the losses."""
         t = x - self._origin
         return self._weights(self._roughness * _covariance(t, self._x), _basis(t))[0]
 
-    def slope(self, x) -> tuple[np.ndarray, np.ndarray]:
-        """(slope at x, its variance relative to that of a loss), `[m]` each."""
+    def slope(self, x) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(slope at x, its variance relative to that of a loss, the part from noise), `[m]` each."""
         t = x - self._origin
         with_losses = self._roughness * _slope_covariance(t, self._x)
         basis = np.stack([0 * t, 1 + 0 * t, 2 * t], axis=1)
@@ -131,13 +153,14 @@ class _Solved:
         t, u = x - self._origin, np.array([base - self._origin])
         with_losses = self._roughness * (_covariance(t, self._x) - _covariance(u, self._x))
         prior = _variance(t) + _variance(u) - 2 * _covariance(t, u)[:, 0]
-        return self._predict(with_losses, _basis(t) - _basis(u), self._roughness * prior)
+        return self._predict(with_losses, _basis(t) - _basis(u), self._roughness * prior)[:2]
 
-    def _predict(self, with_losses, basis, prior) -> tuple[np.ndarray, np.ndarray]:
+    def _predict(self, with_losses, basis, prior) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         weights, rest = self._weights(with_losses, basis)
         known = np.einsum("ij,jk,ik->i", with_losses, self._inverse, with_losses)
         variance = prior - known + np.einsum("ij,jk,ik->i", rest, self._gram, rest)
-        return weights @ self._loss, np.maximum(variance, 1e-18)
+        noise = np.einsum("ij,jk,ik->i", weights, self._covariance, weights)
+        return weights @ self._loss, np.maximum(variance, 1e-18), np.maximum(noise, 1e-18)
 
     def _weights(self, with_losses, basis) -> tuple[np.ndarray, np.ndarray]:
         direct = with_losses @ self._inverse
