@@ -1,5 +1,6 @@
 """The commands that read results: status, fit, report, advise."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -35,17 +36,27 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 @app.command
 def fit(
-    results: tyro.conf.Positional[Path], above_minimum: bool = False, json: bool = False, latex: Path | None = None
+    results: tyro.conf.Positional[Path],
+    above_minimum: bool = False,
+    to_steps: bool = False,
+    penalty: str | None = None,
+    json: bool = False,
+    latex: Path | None = None,
 ) -> None:
     """Fit critical batch sizes and their law to a finished scan, or to your own table.
 
-    Writes fit.json into the folder of a scan, or <table>.fit.json beside a table.
+    A table of losses at fixed numbers of tokens, with columns model, batch_tokens, tokens, loss and perhaps
+    learning_rate and seed, gives the best batch at each budget instead, and figures. Writes fit.json into the folder of
+    a scan, or <table>.fit.json beside a table.
 
     Example: scaling-jax fit mine.csv
 
     Args:
       results: the folder of a finished scan, or a CSV with columns model, batch_tokens, target_loss, steps.
       above_minimum: where a table's tokens are U-shaped over batch sizes, fit the batches above the minimum.
+      to_steps: turn losses at several budgets into steps to a loss, by interpolation, and fit those.
+      penalty: tell the largest batch whose loss is this far above that of the best one, in nats per token or as a share
+        of the loss, such as 1%; by default 0.01.
       json: print what is written instead of a table.
       latex: also write the table to this file, for LaTeX.
     """
@@ -53,14 +64,34 @@ def fit(
     from scaling_jax.console.terminal import Terminal, Working
     from scaling_jax.io.stores import working_copy
     from scaling_jax.results import analyse, read_results
+    from scaling_jax.results.budget_table import is_budget_table
     from scaling_jax.results.table import fit_table, write_fit
 
     results = working_copy(results)
     if results.suffix == ".csv" and not results.exists():
         raise UserError(f"there is no table {results}: give the path of a CSV file")
+    budgets = results.is_file() and is_budget_table(results)
+    if budgets and not to_steps:
+        for given, flag in ((above_minimum, "--above-minimum"), (latex, "--latex")):
+            if given:
+                raise UserError(f"{flag} is for steps to a loss: give --to-steps too, or leave it out")
+        _fit_budgets(results, penalty or "0.01", json)
+        return
+    if (to_steps or penalty) and not (budgets and to_steps and not penalty):
+        raise UserError(
+            "--penalty goes without --to-steps, as it is for budgets"
+            if budgets
+            else "--to-steps and --penalty are for a table of losses at fixed tokens: model,batch_tokens,tokens,loss"
+        )
     if results.is_file():
+        if to_steps:
+            from scaling_jax.results.budget_table import interpolated_note, write_steps
+
+            results = write_steps(results)
         with Working("fitting the table"):
             found = fit_table(results, above_minimum=above_minimum)
+            if to_steps:
+                found = dataclasses.replace(found, notes=(interpolated_note(results), *found.notes))
         written, fitted = write_fit(found), found.fit
         table = print_fit(found, written)
     else:
@@ -82,6 +113,24 @@ def fit(
         print(written.read_text(), end="")
     else:
         Terminal(said).print(table)
+
+
+def _fit_budgets(table: Path, penalty: str, json: bool) -> None:
+    """Fits a table of losses at fixed tokens, and writes its fit and figures."""
+    from scaling_jax.console.budgets import budget_tables
+    from scaling_jax.console.terminal import Terminal, Working
+    from scaling_jax.report import write_budget_figures
+    from scaling_jax.results.budget_table import fit_budget_table, write_budget_fit
+
+    with Working("fitting the table") as working:
+        found = fit_budget_table(table, penalty)
+        written = write_budget_fit(found)
+        working.say("drawing figures")
+        figures = write_budget_figures(found)
+    if json:
+        print(written.read_text(), end="")
+    else:
+        Terminal().print(budget_tables(found, written, figures))
 
 
 @app.command

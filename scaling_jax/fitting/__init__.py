@@ -9,6 +9,7 @@ from scaling_jax.fitting.linear_scaling import cbs20
 from scaling_jax.fitting.loss_law import LossLaw, PowerLaw, fit_data_law, fit_loss_law, fit_size_law
 from scaling_jax.fitting.published_laws import PublishedLaw, published
 from scaling_jax.fitting.scan_fit import CriticalBatch, ScanFit, fit_scan
+from scaling_jax.fitting.to_steps import steps_from_budgets
 from scaling_jax.fitting.tradeoff import Tradeoff, fit_tradeoff
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "fit_tradeoff",
     "further_fits",
     "published",
+    "steps_from_budgets",
     "steps_to_loss",
 ]

@@ -249,6 +249,7 @@ def _notes(budgets: list[Budget], law: BudgetLaw | None, models: int) -> Iterato
     if law.misfit_p < MISFIT:
         yield (
             f"the budgets don't follow one power law (p = {law.misfit_p:.2g}): its interval is as wide as they scatter"
+            + "; use each model's own" * (models > 1)
         )
     if models > 1 and len({b.model for b in budgets}) == of:
         yield "each model has one budget: the law can't tell tokens from model size"

@@ -10,6 +10,7 @@ from scaling_jax.results import Analysis, Results
 
 if TYPE_CHECKING:
     from scaling_jax.report.chart import Chart
+    from scaling_jax.results.budget_table import BudgetTableFit
 
 
 def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list[Path]:
@@ -31,6 +32,16 @@ def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list
     paths = [save(chart_in_unit(chart, unit), folder / "figures") for chart in _charts(analysis)]
     publish(folder)
     return paths
+
+
+def write_budget_figures(found: "BudgetTableFit") -> list[Path]:
+    """Writes the figures of a table of budgets to <table>.figures beside it. Returns the paths of the PNG files."""
+    _check_matplotlib()
+    from scaling_jax.report.budget_charts import budget_charts
+    from scaling_jax.report.chart import save
+
+    folder = found.table.path.with_suffix(".figures")
+    return [save(chart, folder) for chart in budget_charts(found.fit)]
 
 
 def write_report(analysis: Analysis, workdir: str | Path | None = None) -> Path:
