@@ -168,6 +168,9 @@ def advise(
     ramp_fraction: float = 1.0,
     reference_batch_tokens: Size | None = None,
     write_ramp: Path | None = None,
+    format: str = "json",
+    context: int | None = None,
+    drop_rates: bool = False,
     extrapolate: bool = False,
     json: bool = False,
 ) -> None:
@@ -189,7 +192,10 @@ def advise(
         steps and fewer tokens.
       reference_batch_tokens: CBS20 is 20 % over linear scaling from this batch size (Zhang et al. 2024 take 256
         sequences); by default the smallest batch size of the runs.
-      write_ramp: write the ramp's stages to this file, as JSON.
+      write_ramp: write the ramp's stages to this file.
+      format: of the ramp: json, megatron, megatron-rampup, olmo-core or maxtext (docs/running.md).
+      context: tokens of a sequence, for the formats that count sequences; by default that of the model.
+      drop_rates: leave out the ramp's learning rates where the format has none.
       extrapolate: allow a loss outside the measured range.
       json: print JSON.
     """
@@ -200,7 +206,8 @@ def advise(
     from scaling_jax.io.files import as_json
     from scaling_jax.io.stores import working_copy
 
-    if (devices is None) != (tokens_per_second is None):
+    per_device = write_ramp is not None and format == "maxtext"
+    if (devices is None) != (tokens_per_second is None) and not (per_device and tokens_per_second is None):
         raise UserError("give both --devices and --tokens-per-second, or neither")
     hardware = None
     if devices is not None and tokens_per_second is not None:
@@ -218,7 +225,14 @@ def advise(
         extrapolate=extrapolate,
     )
     if write_ramp is not None:
-        advice_on.write_stages(write_ramp, advice.stages)
+        advice_on.write_stages(
+            write_ramp,
+            advice.stages,
+            format,
+            context=context or advice.context,
+            devices=devices,
+            drop_rates=drop_rates,
+        )
     if json:
         print(as_json(advice))
     else:
