@@ -94,7 +94,8 @@ def ramp_from_text(text: str, where: str, *, context: int | None = None) -> tupl
             raise UserError(
                 f"can't read a ramp from {where} ({error}): make one with scaling-jax advise --write-ramp"
             ) from None
-        return _from_olmo_core(found, where) if isinstance(found, dict) else _from_list(found, where)
+        olmo_core = isinstance(found, dict) and {"batch_sizes", "schedule"} & set(found)
+        return _from_olmo_core(found, where) if olmo_core else _from_list(found, where)
     if "per_device_batch_size_start" in stripped:
         return _from_maxtext(stripped, where, context)
     if _RAMPUP in stripped:

@@ -4,11 +4,15 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from scaling_jax.cli import Size, app
 from scaling_jax.io import UserError
+
+if TYPE_CHECKING:
+    from scaling_jax.advice.choices import Hardware
 
 
 @app.command
@@ -157,7 +161,11 @@ def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb
 @app.command
 def advise(
     results: tyro.conf.Positional[Path],
-    target_loss: float,
+    target_loss: float | None = None,
+    tokens: Size | None = None,
+    flops: float | None = None,
+    params: Size | None = None,
+    weight_decay: float | None = None,
     model: str | None = None,
     budget_tokens: Size | None = None,
     devices: int | None = None,
@@ -176,12 +184,18 @@ def advise(
 ) -> None:
     """Show steps, tokens, compute, wall time and learning rate to one loss for each batch size; B_crit; a batch ramp.
 
+    Or, for a number of tokens in place of a loss: the best batch, its steps, learning rate, weight decay and wall time.
+
     Example: scaling-jax advise results/demo --target-loss 2.2 --write-ramp ramp.json
 
     Args:
-      results: a results folder with measurements.csv, or a CSV with the same columns.
+      results: a results folder with measurements.csv, or a CSV table as `fit` takes.
       target_loss: loss to reach, in nats per token.
-      model: model to advise on; by default the model with the lowest loss.
+      tokens: tokens of the whole run, in place of a loss; 1e13 are ten trillion.
+      flops: its compute, in place of tokens, with --params.
+      params: the model's number of parameters.
+      weight_decay: AdamW's of the runs; with --tokens, the one that keeps its timescale is shown.
+      model: model to advise on; by default the model with the lowest loss, or with --tokens all models.
       budget_tokens: show the largest batch size that reaches the loss within this many tokens.
       devices: number of devices over which each batch is split; with --tokens-per-second it gives wall time.
       tokens_per_second: speed of one device.
@@ -200,18 +214,34 @@ def advise(
       json: print JSON.
     """
     from scaling_jax.advice import advise as advice_on
-    from scaling_jax.advice.choices import Hardware
+    from scaling_jax.advice.horizon import advise_tokens, tokens_of
     from scaling_jax.console.advice import advice_table
+    from scaling_jax.console.horizon import horizon_table
     from scaling_jax.console.terminal import Terminal
     from scaling_jax.io.files import as_json
     from scaling_jax.io.stores import working_copy
 
-    per_device = write_ramp is not None and format == "maxtext"
-    if (devices is None) != (tokens_per_second is None) and not (per_device and tokens_per_second is None):
-        raise UserError("give both --devices and --tokens-per-second, or neither")
-    hardware = None
-    if devices is not None and tokens_per_second is not None:
-        hardware = Hardware(devices, tokens_per_second, device_batch_tokens)
+    if tokens is not None or flops is not None or target_loss is None:
+        if (tokens is None) == (flops is None) or target_loss is not None:
+            raise UserError("give one of --target-loss, --tokens and --flops")
+        for value, flag in ((budget_tokens, "--budget-tokens"), (write_ramp, "--write-ramp")):
+            if value is not None:
+                raise UserError(f"{flag} goes with --target-loss, not with --tokens or --flops")
+        wanted = tokens if tokens is not None else tokens_of(flops or 0.0, params)
+        found = advise_tokens(
+            working_copy(results),
+            wanted,
+            model=model,
+            hardware=_hardware(devices, tokens_per_second, device_batch_tokens),
+            weight_decay=weight_decay,
+        )
+        if json:
+            print(as_json(found))
+        else:
+            Terminal(_in_unit_of(results)).print(horizon_table(found))
+        return
+    maxtext = write_ramp is not None and format == "maxtext" and tokens_per_second is None
+    hardware = None if maxtext else _hardware(devices, tokens_per_second, device_batch_tokens)
     advice = advice_on.advise(
         working_copy(results),
         target_loss,
@@ -237,6 +267,16 @@ def advise(
         print(as_json(advice))
     else:
         Terminal(_in_unit_of(results)).print(advice_table(advice))
+
+
+def _hardware(devices: int | None, tokens_per_second: float | None, device_batch_tokens: float) -> "Hardware | None":
+    from scaling_jax.advice.choices import Hardware
+
+    if (devices is None) != (tokens_per_second is None):
+        raise UserError("give both --devices and --tokens-per-second, or neither")
+    if devices is None or tokens_per_second is None:
+        return None
+    return Hardware(devices, tokens_per_second, device_batch_tokens)
 
 
 def show(folder: Path) -> None:

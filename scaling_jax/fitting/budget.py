@@ -19,8 +19,8 @@ from scaling_jax.fitting.smooth import Curve, Losses, roughness_of
 
 Kind = Literal["U-shaped", "rising", "falling", "flat", "too few"]
 FEWEST_BATCHES = 4
-NEAR = 5  # batches with the lowest losses always enter a curve;
-FAR = 0.05  # others do up to this rise of the loss, as a share: farther up they say nothing of the minimum
+NEAR = 7  # batches with the lowest losses always enter a curve;
+FAR = 0.02  # others do up to this rise of the loss, as a share: farther up they say nothing of the minimum
 _FEWEST_FREEDOM = 6  # degrees of freedom of the curves, below which runs at one batch size help to judge the noise
 
 
