@@ -14,7 +14,9 @@ from scaling_jax.advice.choices import (
 from scaling_jax.advice.goal import Goal, goal
 from scaling_jax.advice.measured import losses_of, models_of
 from scaling_jax.advice.ramp import Cost, Descent, Stage, cost, descent, ramp
+from scaling_jax.advice.ramp_formats import ramp_as_text, ramp_from_text
 from scaling_jax.advice.rates import Rate, Rates, best_rates
+from scaling_jax.advice.seesaw import seesaw
 
 __all__ = [
     "Adjusted",
@@ -39,4 +41,7 @@ __all__ = [
     "models_of",
     "powers_around",
     "ramp",
+    "ramp_as_text",
+    "ramp_from_text",
+    "seesaw",
 ]

@@ -7,10 +7,11 @@ from pathlib import Path
 from scaling_jax.advice.choices import Choice, Hardware, choices, fastest, largest_within, powers_around
 from scaling_jax.advice.goal import Goal, goal
 from scaling_jax.advice.ramp import Cost, Stage, cost, descent, ramp
+from scaling_jax.advice.ramp_formats import ramp_as_text
 from scaling_jax.advice.rates import best_rates
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most
-from scaling_jax.io.files import write_json
+from scaling_jax.io.files import write_whole
 from scaling_jax.results.results import check_measurements
 from scaling_jax.results.runs import check_runs
 from scaling_jax.results.table import fit_table
@@ -35,6 +36,7 @@ class Advice:
     reference_batch_tokens: float  # of CBS20, and of the excess if there is no E_min
     cbs20: float  # from the reference batch, in tokens
     cbs20_of_limit: float  # from the limit of small batches, in tokens; NaN if the trade-offs are no hyperbolas
+    context: int | None = None  # of the model, in tokens; None if it isn't known
 
 
 def advise(
@@ -121,19 +123,29 @@ def advise(
         reference_batch_tokens=reference,
         cbs20=to.cbs20(reference),
         cbs20_of_limit=to.cbs20(),
+        context=trained.context if isinstance(trained, ModelConfig) else None,
     )
 
 
-def write_stages(path: Path, stages: tuple[Stage, ...]) -> None:
-    """Writes a ramp as a JSON list of stages.
+def write_stages(
+    path: Path,
+    stages: tuple[Stage, ...],
+    format: str = "json",
+    *,
+    context: int | None = None,
+    devices: int | None = None,
+    drop_rates: bool = False,
+) -> None:
+    """Writes a ramp in a format; see `ramp_formats.ramp_as_text` for the arguments.
 
     Raises:
-      UserError: if there is no ramp, or the file can't be written.
+      UserError: if there is no ramp, the format can't say it, or the file can't be written.
     """
     if not stages:
         raise UserError("there is no ramp to an extrapolated loss: choose a loss inside the measured range")
+    text = ramp_as_text(stages, format, context=context, devices=devices, drop_rates=drop_rates)
     try:
-        write_json(path, [dataclasses.asdict(stage) for stage in stages])
+        write_whole(path, text)
     except (OSError, ValueError) as error:  # ValueError for a path without a file name
         raise UserError(f"can't write {path} ({error}): choose another file") from error
 

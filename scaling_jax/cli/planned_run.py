@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_jax.advice.ramp_formats import ramp_from_text
 from scaling_jax.data.packing import vocabulary
 from scaling_jax.data.sources import find_documents
 from scaling_jax.data.tokenizers import bpe_vocabulary
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_positive, with_overrides
+from scaling_jax.io.files import read_whole
 from scaling_jax.scanning.records import load_run
 from scaling_jax.tasks import model_config
-from scaling_jax.training import Recipe, Run
-from scaling_jax.training.run import read_stages
+from scaling_jax.training import Recipe, Run, Stage
 
+_CONTEXT = 64  # of a model without a file
 _EITHER = (("max_tokens", "max_steps"), ("warmup_tokens", "warmup_steps"))
 
 
@@ -36,7 +38,7 @@ def planned_run(
       run_file: a file with a run, whose values flags and overrides change; see `load_run`. Without a file, they must
         give the batch size, the learning rate and the end of the run.
       name: the run to take, if the file has several.
-      ramp: a file with stages; see `read_stages`.
+      ramp: a file with a ramp, in one of the formats of `advice.ramp_formats`.
       model, context: size of the model, and its context.
 
     Raises:
@@ -47,7 +49,8 @@ def planned_run(
     if ramp is not None:
         if "batch_tokens" in given:
             raise UserError(f"give --batch-tokens or --ramp {ramp}, not both")
-        first, *later = read_stages(ramp)
+        known = context or (load_run(run_file, name).model.context if run_file is not None else _CONTEXT)
+        first, *later = read_ramp(ramp, known)
         factor = first.learning_rate_factor
         check_positive(f"learning_rate_factor of the first stage of {ramp}", factor)
         later = [dataclasses.replace(s, learning_rate_factor=s.learning_rate_factor / factor) for s in later]
@@ -64,6 +67,21 @@ def planned_run(
     if run_file is None:
         run = with_vocabulary(run, vocabulary(run.text, run.tokenizer), overrides)
     return run if factor == 1.0 else dataclasses.replace(run, learning_rate=run.learning_rate * factor)
+
+
+def read_ramp(path: Path, context: int) -> tuple[Stage, ...]:
+    """The stages in a file; see `advice.ramp_formats`. `context` is the tokens of a sequence.
+
+    Raises:
+      UserError: if the file isn't there, or is no ramp.
+    """
+    try:
+        text = read_whole(path).decode()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"can't read a ramp from {path} ({error}): make one with scaling-jax advise --write-ramp"
+        ) from None
+    return ramp_from_text(text, str(path), context=context)
 
 
 def check_text(run: Run) -> None:
@@ -110,7 +128,7 @@ def _from_flags(given: dict[str, Any], overrides: Sequence[str], model: str | No
     ):
         if not said.intersection(keys):
             raise UserError(f"give {flag}, or a file that defines RUN = Run(…)")
-    size = model_config(model or "2x64", context=64 if context is None else context)
+    size = model_config(model or "2x64", context=_CONTEXT if context is None else context)
     # Overrides replace these values later.
     values: dict[str, Any] = {"batch_tokens": 2 * size.context, "learning_rate": 1.0}
     if not given.keys() & {"max_tokens", "max_steps"}:

@@ -1,13 +1,18 @@
 """The commands that read results: status, fit, report, advise."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from scaling_jax.cli import Size, app
 from scaling_jax.io import UserError
+
+if TYPE_CHECKING:
+    from scaling_jax.advice.choices import Hardware
 
 
 @app.command
@@ -35,17 +40,27 @@ def status(results: tyro.conf.Positional[Path], json: bool = False) -> None:
 
 @app.command
 def fit(
-    results: tyro.conf.Positional[Path], above_minimum: bool = False, json: bool = False, latex: Path | None = None
+    results: tyro.conf.Positional[Path],
+    above_minimum: bool = False,
+    to_steps: bool = False,
+    penalty: str | None = None,
+    json: bool = False,
+    latex: Path | None = None,
 ) -> None:
     """Fit critical batch sizes and their law to a finished scan, or to your own table.
 
-    Writes fit.json into the folder of a scan, or <table>.fit.json beside a table.
+    A table of losses at fixed numbers of tokens, with columns model, batch_tokens, tokens, loss and perhaps
+    learning_rate and seed, gives the best batch at each budget instead, and figures. Writes fit.json into the folder of
+    a scan, or <table>.fit.json beside a table.
 
     Example: scaling-jax fit mine.csv
 
     Args:
       results: the folder of a finished scan, or a CSV with columns model, batch_tokens, target_loss, steps.
       above_minimum: where a table's tokens are U-shaped over batch sizes, fit the batches above the minimum.
+      to_steps: turn losses at several budgets into steps to a loss, by interpolation, and fit those.
+      penalty: tell the largest batch whose loss is this far above that of the best one, in nats per token or as a share
+        of the loss, such as 1%; by default 0.01.
       json: print what is written instead of a table.
       latex: also write the table to this file, for LaTeX.
     """
@@ -53,14 +68,34 @@ def fit(
     from scaling_jax.console.terminal import Terminal, Working
     from scaling_jax.io.stores import working_copy
     from scaling_jax.results import analyse, read_results
+    from scaling_jax.results.budget_table import is_budget_table
     from scaling_jax.results.table import fit_table, write_fit
 
     results = working_copy(results)
     if results.suffix == ".csv" and not results.exists():
         raise UserError(f"there is no table {results}: give the path of a CSV file")
+    budgets = results.is_file() and is_budget_table(results)
+    if budgets and not to_steps:
+        for given, flag in ((above_minimum, "--above-minimum"), (latex, "--latex")):
+            if given:
+                raise UserError(f"{flag} is for steps to a loss: give --to-steps too, or leave it out")
+        _fit_budgets(results, penalty or "0.01", json)
+        return
+    if (to_steps or penalty) and not (budgets and to_steps and not penalty):
+        raise UserError(
+            "--penalty goes without --to-steps, as it is for budgets"
+            if budgets
+            else "--to-steps and --penalty are for a table of losses at fixed tokens: model,batch_tokens,tokens,loss"
+        )
     if results.is_file():
+        if to_steps:
+            from scaling_jax.results.budget_table import interpolated_note, write_steps
+
+            results = write_steps(results)
         with Working("fitting the table"):
             found = fit_table(results, above_minimum=above_minimum)
+            if to_steps:
+                found = dataclasses.replace(found, notes=(interpolated_note(results), *found.notes))
         written, fitted = write_fit(found), found.fit
         table = print_fit(found, written)
     else:
@@ -82,6 +117,24 @@ def fit(
         print(written.read_text(), end="")
     else:
         Terminal(said).print(table)
+
+
+def _fit_budgets(table: Path, penalty: str, json: bool) -> None:
+    """Fits a table of losses at fixed tokens, and writes its fit and figures."""
+    from scaling_jax.console.budgets import budget_tables
+    from scaling_jax.console.terminal import Terminal, Working
+    from scaling_jax.report import write_budget_figures
+    from scaling_jax.results.budget_table import fit_budget_table, write_budget_fit
+
+    with Working("fitting the table") as working:
+        found = fit_budget_table(table, penalty)
+        written = write_budget_fit(found)
+        working.say("drawing figures")
+        figures = write_budget_figures(found)
+    if json:
+        print(written.read_text(), end="")
+    else:
+        Terminal().print(budget_tables(found, written, figures))
 
 
 @app.command
@@ -108,7 +161,11 @@ def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb
 @app.command
 def advise(
     results: tyro.conf.Positional[Path],
-    target_loss: float,
+    target_loss: float | None = None,
+    tokens: Size | None = None,
+    flops: float | None = None,
+    params: Size | None = None,
+    weight_decay: float | None = None,
     model: str | None = None,
     budget_tokens: Size | None = None,
     devices: int | None = None,
@@ -119,17 +176,26 @@ def advise(
     ramp_fraction: float = 1.0,
     reference_batch_tokens: Size | None = None,
     write_ramp: Path | None = None,
+    format: str = "json",
+    context: int | None = None,
+    drop_rates: bool = False,
     extrapolate: bool = False,
     json: bool = False,
 ) -> None:
     """Show steps, tokens, compute, wall time and learning rate to one loss for each batch size; B_crit; a batch ramp.
 
+    Or, for a number of tokens in place of a loss: the best batch, its steps, learning rate, weight decay and wall time.
+
     Example: scaling-jax advise results/demo --target-loss 2.2 --write-ramp ramp.json
 
     Args:
-      results: a results folder with measurements.csv, or a CSV with the same columns.
+      results: a results folder with measurements.csv, or a CSV table as `fit` takes.
       target_loss: loss to reach, in nats per token.
-      model: model to advise on; by default the model with the lowest loss.
+      tokens: tokens of the whole run, in place of a loss; 1e13 are ten trillion.
+      flops: its compute, in place of tokens, with --params.
+      params: the model's number of parameters.
+      weight_decay: AdamW's of the runs; with --tokens, the one that keeps its timescale is shown.
+      model: model to advise on; by default the model with the lowest loss, or with --tokens all models.
       budget_tokens: show the largest batch size that reaches the loss within this many tokens.
       devices: number of devices over which each batch is split; with --tokens-per-second it gives wall time.
       tokens_per_second: speed of one device.
@@ -140,22 +206,42 @@ def advise(
         steps and fewer tokens.
       reference_batch_tokens: CBS20 is 20 % over linear scaling from this batch size (Zhang et al. 2024 take 256
         sequences); by default the smallest batch size of the runs.
-      write_ramp: write the ramp's stages to this file, as JSON.
+      write_ramp: write the ramp's stages to this file.
+      format: of the ramp: json, megatron, megatron-rampup, olmo-core or maxtext (docs/running.md).
+      context: tokens of a sequence, for the formats that count sequences; by default that of the model.
+      drop_rates: leave out the ramp's learning rates where the format has none.
       extrapolate: allow a loss outside the measured range.
       json: print JSON.
     """
     from scaling_jax.advice import advise as advice_on
-    from scaling_jax.advice.choices import Hardware
+    from scaling_jax.advice.horizon import advise_tokens, tokens_of
     from scaling_jax.console.advice import advice_table
+    from scaling_jax.console.horizon import horizon_table
     from scaling_jax.console.terminal import Terminal
     from scaling_jax.io.files import as_json
     from scaling_jax.io.stores import working_copy
 
-    if (devices is None) != (tokens_per_second is None):
-        raise UserError("give both --devices and --tokens-per-second, or neither")
-    hardware = None
-    if devices is not None and tokens_per_second is not None:
-        hardware = Hardware(devices, tokens_per_second, device_batch_tokens)
+    if tokens is not None or flops is not None or target_loss is None:
+        if (tokens is None) == (flops is None) or target_loss is not None:
+            raise UserError("give one of --target-loss, --tokens and --flops")
+        for value, flag in ((budget_tokens, "--budget-tokens"), (write_ramp, "--write-ramp")):
+            if value is not None:
+                raise UserError(f"{flag} goes with --target-loss, not with --tokens or --flops")
+        wanted = tokens if tokens is not None else tokens_of(flops or 0.0, params)
+        found = advise_tokens(
+            working_copy(results),
+            wanted,
+            model=model,
+            hardware=_hardware(devices, tokens_per_second, device_batch_tokens),
+            weight_decay=weight_decay,
+        )
+        if json:
+            print(as_json(found))
+        else:
+            Terminal(_in_unit_of(results)).print(horizon_table(found))
+        return
+    maxtext = write_ramp is not None and format == "maxtext" and tokens_per_second is None
+    hardware = None if maxtext else _hardware(devices, tokens_per_second, device_batch_tokens)
     advice = advice_on.advise(
         working_copy(results),
         target_loss,
@@ -169,11 +255,28 @@ def advise(
         extrapolate=extrapolate,
     )
     if write_ramp is not None:
-        advice_on.write_stages(write_ramp, advice.stages)
+        advice_on.write_stages(
+            write_ramp,
+            advice.stages,
+            format,
+            context=context or advice.context,
+            devices=devices,
+            drop_rates=drop_rates,
+        )
     if json:
         print(as_json(advice))
     else:
         Terminal(_in_unit_of(results)).print(advice_table(advice))
+
+
+def _hardware(devices: int | None, tokens_per_second: float | None, device_batch_tokens: float) -> "Hardware | None":
+    from scaling_jax.advice.choices import Hardware
+
+    if (devices is None) != (tokens_per_second is None):
+        raise UserError("give both --devices and --tokens-per-second, or neither")
+    if devices is None or tokens_per_second is None:
+        return None
+    return Hardware(devices, tokens_per_second, device_batch_tokens)
 
 
 def show(folder: Path) -> None:

@@ -59,7 +59,7 @@ def print_fit(found: TableFit, written: Path) -> Rows:
         *(f"note: {note}" for note in found.notes),
         f"fit: {written}",
     ]
-    return Rows(table, *map(_Line, lines))
+    return Rows(table, *map(Line, lines))
 
 
 def summary(analysis: Analysis, figures: Sequence[Path] = (), written: Path | None = None) -> Rows:
@@ -89,7 +89,7 @@ def summary(analysis: Analysis, figures: Sequence[Path] = (), written: Path | No
         lines.append(f"figures in {figures[0].parent}: {', '.join(path.name for path in figures)}")
     if written is not None:
         lines.append(f"fit: {written}")
-    return Rows(table, *map(_Line, lines))
+    return Rows(table, *map(Line, lines))
 
 
 def plan_table(plan: ScanPlan) -> Rows:
@@ -171,7 +171,7 @@ def status_table(status: Status) -> Rows:
     return Rows(Text(head), Grid(columns, rows, "", columns[:2], {"model · batch": 12}, heads=2, bordered=False))
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """A line of text; a terminal that can show them gets superscripts in place of `^`."""
 
     text: str

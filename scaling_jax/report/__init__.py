@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
     from scaling_jax.report.chart import Into
+    from scaling_jax.results.budget_table import BudgetTableFit
 
 
 def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list[Path]:
@@ -51,6 +52,16 @@ def draw_figure(
     from scaling_jax.report.figures import chart_of, models_of
 
     return chart_of(analysis, name, models_of(analysis) if models is None else list(models), into).figure
+
+
+def write_budget_figures(found: "BudgetTableFit") -> list[Path]:
+    """Writes the figures of a table of budgets to <table>.figures beside it. Returns the paths of the PNG files."""
+    _check_matplotlib()
+    from scaling_jax.report.budget_charts import budget_charts
+    from scaling_jax.report.chart import save
+
+    folder = found.table.path.with_suffix(".figures")
+    return [save(chart, folder) for chart in budget_charts(found.fit)]
 
 
 def write_report(analysis: Analysis, workdir: str | Path | None = None) -> Path:

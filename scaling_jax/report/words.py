@@ -15,10 +15,10 @@ _LAW_IN = {"loss": "L", "above floor": "L above a floor", "data": "D_min", "size
 
 
 def short(value: float) -> str:
-    """A number with three significant digits and k, M or G; "unresolved" for NaN."""
+    """A number with three significant digits and k, M, G or T; "unresolved" for NaN."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "unresolved"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size * 0.9995:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"

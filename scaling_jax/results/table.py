@@ -31,8 +31,8 @@ LARGEST_LOSS = 15.0  # nats per token; the loss of guessing among three million 
 
 
 _FROM_CURVES = (
-    "the table is another one: give rows of steps to the same few losses at each batch size, from each run's curve "
-    "(fitting.steps_to_loss)"
+    "the table is another one: give a column tokens (of the whole run) in place of steps, for the best batch at each "
+    "number of tokens; or rows of steps to the same few losses, from each run's curve (fitting.steps_to_loss)"
 )
 
 

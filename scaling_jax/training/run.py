@@ -8,12 +8,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, get_args
 
 from scaling_jax.io import UserError
-from scaling_jax.io.config import check_at_most, check_positive, config_hash, from_dict
-from scaling_jax.io.files import read_whole
+from scaling_jax.io.config import check_at_most, check_positive, config_hash
 from scaling_jax.tasks import ModelConfig, OtherModel
 from scaling_jax.training.optimizers import OptimizerConfig
 
@@ -262,37 +260,18 @@ class Run(Recipe):
         return dataclasses.replace(self, target_loss=None, max_steps=1, max_tokens=None, deadlines=())
 
 
-def read_stages(path: Path) -> tuple[Stage, ...]:
-    """The stages in a JSON file that `scaling-jax advise --write-ramp` wrote. The first stage starts at 0 tokens.
-
-    Raises:
-      UserError: if the file isn't there, or isn't a list of stages.
-    """
-    try:
-        listed = json.loads(read_whole(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"can't read a ramp from {path} ({error}): make one with scaling-jax advise --write-ramp"
-        ) from None
-    if not isinstance(listed, list) or not listed or not all(isinstance(stage, dict) for stage in listed):
-        raise UserError(f'{path} isn\'t a list of stages, such as [{{"tokens": 0, "batch_tokens": 128}}]')
-    stages = tuple(from_dict(Stage, stage, where=f"{path}[{k}].") for k, stage in enumerate(listed))
-    if stages[0].tokens != 0:
-        raise UserError(f"the first stage of {path} must start at 0 tokens, not at {stages[0].tokens:,}")
-    return stages
-
-
 def check_stages(batch_tokens: int, stages: Sequence[Stage]) -> None:
-    """Raises UserError unless each stage starts later than the one before, with a larger batch."""
+    """Raises UserError unless each stage starts later than the one before, with another batch or learning rate."""
     before = Stage(0, batch_tokens)
     for stage in stages:
         if (
             stage.tokens <= before.tokens
-            or stage.batch_tokens <= before.batch_tokens
+            or stage.batch_tokens < 1
             or not 0 < stage.learning_rate_factor < math.inf
+            or (stage.batch_tokens, stage.learning_rate_factor) == (before.batch_tokens, before.learning_rate_factor)
         ):
             raise UserError(
-                "each stage of a ramp must start later, with a larger batch and a positive learning rate: "
+                "each stage of a ramp must start later, with another batch or learning rate, both positive: "
                 f"{_as_json(stage)} can't follow {_as_json(before)}"
             )
         before = stage

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from scaling_jax.cli.planned_run import read_ramp
 from scaling_jax.io import UserError
 from scaling_jax.results import read_results
 from scaling_jax.results.branches import read_branches
@@ -15,7 +16,6 @@ from scaling_jax.scanning import Cell
 from scaling_jax.scanning.records import load_experiment, read_experiment, read_search
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.records import read_clock, read_metrics, read_result, read_run_config
-from scaling_jax.training.run import read_stages
 from tests.robustness.conftest import contents, replaced
 from tests.robustness.damage import attempted, damaged, draw
 
@@ -244,7 +244,7 @@ def test_damaged_branches_are_named_by_line(text, tmp_path):
 def test_a_ramp_that_is_none_is_refused_by_its_file(text, tmp_path):
     (tmp_path / "ramp.json").write_text(text)
     with pytest.raises(UserError, match=r"ramp\.json"):
-        read_stages(tmp_path / "ramp.json")
+        read_ramp(tmp_path / "ramp.json", 64)
 
 
 def test_a_scan_that_runs_is_not_begun_twice(refuses, tmp_path):

@@ -5,11 +5,12 @@ import re
 
 import pytest
 
+from scaling_jax.cli.planned_run import read_ramp
 from scaling_jax.data import example_order, feeding
 from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, LiveRamp, Run, Stage, read_metrics, run_folder, train
-from scaling_jax.training.run import read_stages, stage_at
+from scaling_jax.training.run import stage_at
 
 RUN = Run(
     ModelConfig(n_layer=1, d_model=16, n_head=1, context=16),
@@ -65,9 +66,20 @@ def test_a_ramp_sees_every_example_once_and_in_order(tmp_path, corpus, monkeypat
 def test_a_stage_that_cannot_follow_is_shown_as_the_file_shows_it():
     """So that a reader finds it there."""
     with pytest.raises(UserError) as caught:
-        dataclasses.replace(RUN, ramp=(Stage(1_000, 32, 1.0),))
+        dataclasses.replace(RUN, ramp=(Stage(1_000, 32, 1.0), Stage(900, 64, 1.0)))
     shown = re.findall(r"\{.*?\}", str(caught.value))
-    assert [json.loads(each)["batch_tokens"] for each in shown] == [32, 64]
+    assert [json.loads(each)["batch_tokens"] for each in shown] == [64, 32]
+
+
+def test_a_stage_may_shrink_the_batch_or_change_only_the_rate(tmp_path, corpus):
+    ramp = (Stage(640, 32, 0.5), Stage(960, 32, 0.25), Stage(1_280, 128, 1.0))
+    run = dataclasses.replace(RUN, ramp=ramp, max_tokens=2_560)
+    result = train(run, tmp_path, corpus=corpus, num_devices=1)
+    assert result.steps == 640 // 64 + (960 - 640) // 32 + (1_280 - 960) // 32 + (2_560 - 1_280) // 128
+    assert result.tokens == 2_560
+    lines = lines_of(run, tmp_path)
+    assert list(dict.fromkeys(line.batch_tokens for line in lines)) == [64, 32, 128]
+    assert run.at(ramp[0]).optimizer.beta1 == pytest.approx(RUN.optimizer.beta1**0.5)
 
 
 @pytest.mark.parametrize("run", [RUN, LIVE], ids=["schedule", "live"])
@@ -100,7 +112,7 @@ def test_adams_half_lives_stay_what_they_are_in_tokens():
     ("changes", "message"),
     [
         ({"ramp": (Stage(1_000, 128), Stage(900, 256))}, r"later.*\"tokens\": 900, .* can't follow .*\"tokens\": 1000"),
-        ({"ramp": (Stage(1_000, 32),)}, r"larger.*\"batch_tokens\": 32, .* can't follow .*\"batch_tokens\": 64"),
+        ({"ramp": (Stage(1_000, 64),)}, r"another batch.*\"batch_tokens\": 64, .* can't follow .*\"batch_tokens\": 64"),
         ({"ramp": (Stage(1_000, 100),)}, "batch_tokens = 100 .*96 or 112"),
         ({"live_ramp": LiveRamp(1.0, 256)}, "ramp .*live_ramp"),
     ],
@@ -115,7 +127,7 @@ def test_a_ramp_is_read_from_what_advice_wrote(tmp_path):
     path.write_text(
         '[{"tokens": 0, "batch_tokens": 64}, {"tokens": 960, "batch_tokens": 128, "learning_rate_factor": 2}]'
     )
-    assert read_stages(path) == (Stage(0, 64, 1.0), Stage(960, 128, 2.0))
+    assert read_ramp(path, 64) == (Stage(0, 64, 1.0), Stage(960, 128, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -130,4 +142,4 @@ def test_a_ramp_is_read_from_what_advice_wrote(tmp_path):
 def test_a_ramp_that_is_none_is_refused(tmp_path, text, message):
     (tmp_path / "ramp.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_stages(tmp_path / "ramp.json")
+        read_ramp(tmp_path / "ramp.json", 64)
