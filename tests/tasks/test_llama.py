@@ -38,6 +38,15 @@ KINDS = {
     "all": dataclasses.replace(EXPERTS, tied=True, remat=True, mup_base_width=8),
 }
 all_kinds = pytest.mark.parametrize("model", KINDS.values(), ids=KINDS)
+two_kinds = pytest.mark.parametrize(
+    "model", [pytest.param(KINDS[k], id=k, marks=() if k in ("dense", "all") else pytest.mark.slow) for k in KINDS]
+)
+
+
+@pytest.fixture(autouse=True)
+def layers_in_a_loop(monkeypatch):
+    """They compile faster."""
+    monkeypatch.setattr(layers, "_MOST_UNROLLED", 0)
 
 
 def initialised(model, scale=5.0):
@@ -51,7 +60,7 @@ def logits_of(model, params, tokens):
     return jax.jit(lambda params, tokens: network(model).apply({"params": params}, tokens))(params, tokens)
 
 
-@all_kinds
+@two_kinds
 def test_a_position_sees_itself_and_the_past_only(model):
     params, tokens = initialised(model)
     before, after = (logits_of(model, params, t) for t in (tokens, tokens.at[:, 5].add(1) % model.vocab_size))
@@ -118,19 +127,19 @@ def test_each_token_uses_its_best_experts_weighted_by_their_probabilities():
         for e in np.argsort(-probabilities)[:2]:
             gate, up = np.split(x_D @ w["in"][e], 2)
             want += probabilities[e] * (gate / (1 + np.exp(-gate)) * up) @ w["out"][e]
-        np.testing.assert_allclose(got_D, want, atol=1e-4)
+        np.testing.assert_allclose(got_D, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_the_router_learns_from_the_text_and_from_the_balance():
-    params, tokens = initialised(dataclasses.replace(EXPERTS, active_experts=1))
-    norms = {}
+    """Also if a token uses one expert, where probabilities among the chosen ones would be 1."""
+    params, tokens = initialised(EXPERTS)
+    norms = []
     for balance in (0.0, 1.0):
-        for active in (1, 2):
-            model = dataclasses.replace(EXPERTS, active_experts=active, balance=balance)
-            grads = jax.jit(jax.grad(batch_loss(model)))(params, tokens)
-            norms[balance, active] = float(sq_norm(grads["layers"]["experts"]["router"]))
-    assert min(norms.values()) > 1e-6
-    assert norms[1.0, 2] != pytest.approx(norms[0.0, 2], rel=0.01)
+        model = dataclasses.replace(EXPERTS, active_experts=1, balance=balance)
+        grads = jax.jit(jax.grad(batch_loss(model)))(params, tokens)
+        norms.append(float(sq_norm(grads["layers"]["experts"]["router"])))
+    assert norms[0] > 1e-6
+    assert norms[1] != pytest.approx(norms[0], rel=0.01)
 
 
 def test_balance_is_0_if_experts_are_used_evenly_and_most_if_one_is_used():
@@ -158,6 +167,7 @@ def test_counts_are_those_of_the_parameters(model):
     assert model.num_params == sum(x.size for x in matrices) + of_experts
 
 
+@pytest.mark.slow
 @all_kinds
 def test_the_formula_of_flops_is_near_what_xla_counts(model):
     params, tokens = jax.eval_shape(lambda: initialised(model))
@@ -177,25 +187,33 @@ def tapped_and_exact(model, params, tokens):
     def grads(example):
         return jax.grad(loss)(params, example[None])
 
-    _, _, tapped = with_example_norms(
+    _, tapped_grads, tapped = with_example_norms(
         lambda params, batch: (loss(params, batch), ()), params, tokens, lambda name: True, is_stacked
     )
-    exact = jax.vmap(lambda example: leaf_sq_norms(grads(example), is_stacked))(tokens)
-    return tapped, jax.tree.map(lambda x: x.mean(0), exact), jax.tree.map(lambda g: g.mean(0), jax.vmap(grads)(tokens))
+    each = jax.vmap(grads)(tokens)
+    norms = jax.vmap(lambda grads: leaf_sq_norms(grads, is_stacked))(each)
+    exact, mean = jax.tree.map(lambda x: x.mean(0), (norms, each))
+    return (tapped, exact), (tapped_grads, mean)
 
 
-@all_kinds
+@two_kinds
 def test_taps_cover_every_parameter(model):
     """Norms of every example's gradient, by parameter and layer, against `jax.vmap(jax.grad)`."""
     params, tokens = initialised(model)
-    got, want, grads = jax.jit(lambda p, t: tapped_and_exact(model, p, t))(params, tokens)
+    (got, want), (grads, mean) = jax.jit(lambda p, t: tapped_and_exact(model, p, t))(params, tokens)
     assert got.keys() == want.keys()
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
-    fn = value_and_grad(batch_loss(model), method="per_example", stacked=is_stacked)
-    (_, moments), found = jax.jit(fn)(params, tokens)
+    assert sq_norm(jax.tree.map(jnp.subtract, grads, mean)) < 1e-10 * sq_norm(mean)
+
+
+@pytest.mark.slow
+def test_value_and_grad_measures_single_examples_of_the_model_as_it_is():
+    params, tokens = initialised(EXPERTS)
+    (_, want), _ = jax.jit(lambda p, t: tapped_and_exact(EXPERTS, p, t))(params, tokens)
+    fn = value_and_grad(batch_loss(EXPERTS), method="per_example", stacked=is_stacked)
+    (_, moments), _ = jax.jit(fn)(params, tokens)
     np.testing.assert_allclose(moments.small_sq_norm, sum(x.sum() for x in want.values()), rtol=1e-5)
-    assert sq_norm(jax.tree.map(jnp.subtract, found, grads)) < 1e-10 * sq_norm(grads)
 
 
 def test_parts_and_remat_change_nothing():
@@ -290,14 +308,13 @@ def test_mup_changes_nothing_at_its_base_width():
 
 
 @pytest.mark.parametrize(
-    ("name", "total", "active"),
-    [("llama-4x256", 3_011_584, 2_879_488), ("llama-4x256-8e2", None, 2_908_160), ("llama-1x32", None, 11_264)],
+    ("name", "active"),
+    [("llama-4x256", 2_875_392), ("llama-4x256-8e2", 2_908_160), ("llama-1x32", 11_520)],
 )
-def test_names_give_sizes_near_kaplans(name, total, active):
+def test_names_give_sizes_near_kaplans(name, active):
     model = model_config(name)
     assert model.name == name
     assert model.num_params == active
-    assert total in (None, model.total_params)
     assert 0.85 < active / model_config(name.removeprefix("llama-").split("-")[0]).num_params < 1.0
 
 
