@@ -27,7 +27,7 @@ import optax
 
 from scaling_jax.noise_scale import every, geometries, taps, value_and_grad
 from scaling_jax.tasks import model_config, next_token_loss
-from scaling_jax.tasks.transformer import attention_of, causal_attention
+from scaling_jax.tasks.layers import attention_of, causal_attention
 
 ROUNDS = 9
 BATCH_TOKENS = 4_096
@@ -89,7 +89,9 @@ def loss_of(model, params, tokens_BxT1):
     if model.compute_dtype == "bfloat16":
         x = x.astype(jnp.bfloat16)
     for p in params["layers"]:
-        h = causal_attention(dense(norm(x, p["attention_norm"]), p["qkv"]), model.n_head, attention_of(model))
+        qkv = dense(norm(x, p["attention_norm"]), p["qkv"])
+        per_head = qkv.reshape(*qkv.shape[:2], 3 * model.n_head, -1)
+        h = causal_attention(*jnp.split(per_head, 3, axis=2), attention_of(model))
         x = x + dense(h, p["attention_out"])
         h = jax.nn.gelu(dense(norm(x, p["feed_forward_norm"]), p["feed_forward_in"]))
         x = x + dense(h, p["feed_forward_out"])

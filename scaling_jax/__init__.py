@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from scaling_jax.report import draw_figure, write_figures, write_report
     from scaling_jax.results import analyse, read_results
     from scaling_jax.scanning import Experiment, LearningRates, Study, Subject, log_spaced, powers_of_two, scan
-    from scaling_jax.tasks import MODELS, ModelConfig, OtherModel, model_config
+    from scaling_jax.tasks import MODELS, LlamaConfig, ModelConfig, OtherModel, model_config
     from scaling_jax.training import LiveRamp, OptimizerConfig, Run, SquaredNorms, Stage, train
 
 _SUBPACKAGES = {"advice", "data", "fitting", "noise_scale", "tasks"}
 _HOMES = {
     "MODELS": "tasks",
+    "LlamaConfig": "tasks",
     "ModelConfig": "tasks",
     "OtherModel": "tasks",
     "model_config": "tasks",
@@ -47,6 +48,7 @@ __all__ = [
     "Experiment",
     "LearningRates",
     "LiveRamp",
+    "LlamaConfig",
     "ModelConfig",
     "OptimizerConfig",
     "OtherModel",

@@ -27,8 +27,7 @@ from figures import arguments
 from scaling_jax.noise_scale import Moments, geometries
 from scaling_jax.parallel import replicate
 from scaling_jax.parallel.devices import keep_compiled_programs
-from scaling_jax.scanning.plan import flops_per_token
-from scaling_jax.tasks import model_config, part_names, transformer
+from scaling_jax.tasks import layers, model_config, part_names, transformer
 from scaling_jax.training import Run
 from scaling_jax.training.program import many_steps, program_for
 
@@ -184,7 +183,7 @@ def main() -> None:
         )
 
     def rates(name, batch_tokens, steps, seconds):
-        flop = flops_per_token(program_for(Run(configured(name), batch_tokens, 1e-4, max_steps=1)))
+        flop = configured(name).flops_per_token
         for what, series in seconds.items():
             per_second = batch_tokens / statistics.median(series)
             add(
@@ -205,7 +204,7 @@ def main() -> None:
     settings = [usual] if toy else list(SETTINGS)
 
     def own(name, batch_tokens, num_steps, setting=usual, parts=microbatch, noise_scale=True):
-        attention, transformer._MOST_LOGITS_ON_GPU, transformer._MOST_UNROLLED_ON_GPU = SETTINGS[setting]
+        attention, layers._MOST_LOGITS_ON_GPU, layers._MOST_UNROLLED_ON_GPU = SETTINGS[setting]
         with recomputed() if "recomputed" in setting else contextlib.nullcontext():
             return own_step(
                 configured(name, attention), batch_tokens, parts, 1 if toy else num_steps, noise_scale=noise_scale

@@ -33,8 +33,8 @@ def numbers(toy: bool) -> dict[str, np.ndarray]:
     from noise_overhead import init, loss_of
 
     from scaling_jax.noise_scale import curvature, geometries, value_and_grad
-    from scaling_jax.tasks import batch_loss, model_config
-    from scaling_jax.tasks.transformer import ModelConfig, attention_of
+    from scaling_jax.tasks import ModelConfig, batch_loss, model_config
+    from scaling_jax.tasks.layers import attention_of
     from scaling_jax.training import Run
     from scaling_jax.training.program import init_params, program_for
 

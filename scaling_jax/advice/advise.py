@@ -16,7 +16,7 @@ from scaling_jax.results.results import check_measurements
 from scaling_jax.results.runs import check_runs
 from scaling_jax.results.table import fit_table
 from scaling_jax.scanning.records import read_experiment
-from scaling_jax.tasks import ModelConfig, OtherModel
+from scaling_jax.tasks import Model, ModelConfig, OtherModel
 from scaling_jax.training.run import check_whole_sequences
 
 
@@ -107,7 +107,7 @@ def advise(
         for batch in dict.fromkeys((start, stages[-1].batch_tokens)):
             schedules[f"constant {batch:,}"] = cost(way, (Stage(0, batch, 1.0),))
         schedules["ramp"] = cost(way, stages)
-        if isinstance(trained, ModelConfig):
+        if isinstance(trained, Model):
             check_whole_sequences(start, trained.context, "start_batch_tokens")
     rates = best_rates(found.table, to.model, target_loss)
     return Advice(
@@ -150,7 +150,7 @@ def write_stages(
         raise UserError(f"can't write {path} ({error}): choose another file") from error
 
 
-def _model(results: Path, name: str) -> ModelConfig | OtherModel | None:
+def _model(results: Path, name: str) -> Model | OtherModel | None:
     """A model of a scan; None for a table, which doesn't know it."""
     if not (results / "experiment.json").exists():
         return None

@@ -19,8 +19,7 @@ from scaling_jax.noise_scale import Moments, accumulate, value_and_grad
 from scaling_jax.noise_scale.norms import add_up, leaf_sq_norms
 from scaling_jax.parallel import AXIS, Sharding, data_mesh
 from scaling_jax.scanning.experiment import Experiment
-from scaling_jax.scanning.plan import flops_per_token
-from scaling_jax.tasks import ModelConfig, batch_loss, evaluator, fsdp_evaluator, held_out_rows
+from scaling_jax.tasks import Model, batch_loss, evaluator, fsdp_evaluator, held_out_rows
 from scaling_jax.training import Run
 from scaling_jax.training.program import Program, init_params, many_steps, param_shardings, program_for, state_shardings
 from scaling_jax.training.run import Stage
@@ -62,7 +61,7 @@ class CompiledBatch:
     step: Executable
     plain_step: Executable  # without the noise scale
     evaluation: Executable  # with the training state in memory
-    step_flops: float  # of all chips, by the formula `plan.flops_per_token`
+    step_flops: float  # of all chips, by the formula `flops_per_token` of the model
     counted_flops: float  # of all chips, counted by XLA: `counted_flops_per_token`
 
     @property
@@ -111,8 +110,8 @@ def compile_runs(runs: Sequence[Run], slice_: Topology, sharding: Sharding = "re
             step=step,
             plain_step=plain_step,
             evaluation=compile_evaluation(program, run.eval_tokens, own if sharding == "fsdp" else one_chip),
-            step_flops=flops_per_token(program) * run.batch_tokens,
-            counted_flops=counted_flops_per_token(run.model, one_chip) * run.batch_tokens,
+            step_flops=run.transformer.flops_per_token * run.batch_tokens,
+            counted_flops=counted_flops_per_token(run.transformer, one_chip) * run.batch_tokens,
         )
 
 
@@ -164,12 +163,12 @@ def plain_value_and_grad(
 
 
 @functools.cache
-def counted_flops_per_token(model: ModelConfig, one_chip: Topology) -> float:
-    """FLOPs per training token as XLA counts them, from the gradient of one sequence; compare `plan.flops_per_token`.
+def counted_flops_per_token(model: Model, one_chip: Topology) -> float:
+    """FLOPs per training token as XLA counts them, from the gradient of one sequence; compare the formula's.
 
     XLA counts the body of a loop once, and large models loop over layers and over logits. So this compiles models with
     one and two layers and with small vocabularies, which have no loops, and extrapolates: FLOPs are linear in both.
-    Logits that the loss computes twice to save memory (tasks/transformer.py) count once.
+    Logits that the loss computes twice to save memory (tasks/layers.py) count once.
     """
 
     def count(n_layer: int, vocab_size: int) -> float:
@@ -192,14 +191,14 @@ def collectives(hlo: str) -> list[Collective]:
     return found
 
 
-def _gradient_flops(model: ModelConfig, one_chip: Topology) -> float:
+def _gradient_flops(model: Model, one_chip: Topology) -> float:
     tokens_BxT1 = jax.ShapeDtypeStruct((1, model.context + 1), jnp.int32)
     arguments = _placed(one_chip.devices, False, (_abstract_params(model), tokens_BxT1))
     return _compile(jax.jit(jax.value_and_grad(batch_loss(model))).lower(*arguments), one_chip).flops
 
 
 @functools.cache
-def _evaluation_alone(model: ModelConfig, sharding: Sharding, eval_tokens: int, slice_: Topology) -> Executable:
+def _evaluation_alone(model: Model, sharding: Sharding, eval_tokens: int, slice_: Topology) -> Executable:
     rows = held_out_rows(np.zeros((max(1, eval_tokens // model.context), model.context + 1), np.uint16), eval_tokens)
     params, mesh = _abstract_params(model), data_mesh(slice_.devices)
     if sharding == "fsdp":
@@ -250,7 +249,7 @@ def _placed(devices, split: bool, argument):
     return _with_shardings(argument, jax.tree.map(lambda _: sharding, argument))
 
 
-def _abstract_params(model: ModelConfig):
+def _abstract_params(model: Model):
     return jax.eval_shape(functools.partial(init_params, model), 0)
 
 

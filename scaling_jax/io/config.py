@@ -19,6 +19,26 @@ from scaling_jax.io.files import read_whole
 
 C = TypeVar("C")
 
+
+class Settings(dict[str, Any]):
+    """Values of numbers and text with any keys, such as the arguments of a function elsewhere. Don't change it.
+
+    Raises:
+      UserError: if a value is neither number, text, true, false nor None, which no record could hold.
+    """
+
+    def __init__(self, *values, **more):
+        super().__init__(*values, **more)
+        for key, value in self.items():
+            if not isinstance(key, str) or not isinstance(value, (bool, int, float, str, type(None))):
+                raise UserError(f"settings: {key} = {_said(value)}: expected a number, text, true, false or None")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"settings: {key} = {value}: expected a finite number")
+
+    def __hash__(self):  # type: ignore[override]
+        return hash(tuple((key, self[key]) for key in sorted(self)))
+
+
 _BEYOND = 2**63  # whole numbers from here on fit in no array
 _LONGEST = 80  # characters of a value in a message
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -114,7 +134,8 @@ def with_overrides(config: C, overrides: Sequence[str]) -> C:
 
     Args:
       overrides: such as "max_tokens=2e6", "seeds=[0,1]", "optimizer.beta2=0.95", "subjects.0.learning_rates.peak=1e-2".
-        Numbers may be sizes: see `size`.
+        Numbers may be sizes: see `size`. A config whose method `named(key, text)` returns a value takes
+        that: "model=llama-4x256".
 
     Raises:
       UserError: if there is no such key, or the value doesn't fit. Names the key and the closest valid key, or the
@@ -126,13 +147,18 @@ def with_overrides(config: C, overrides: Sequence[str]) -> C:
         if not equals:
             raise UserError(f"--set {override}: write it as key=value")
         *parents, last = path.split(".")
-        inner: Any = values
+        inner, before = values, config  # the value that changes, and what the config has there
         for key in parents:
             place = _place(inner, key, override)
-            if inner[place] is None:
-                inner[place] = _New()
+            before = _at(before, place)
+            if inner[place] is None or isinstance(before, Settings):
+                inner[place] = _New(inner[place] or {})
             inner = inner[place]
-        inner[_place(inner, last, override)] = _parse(text)
+        place, value = _place(inner, last, override), _parse(text)
+        if isinstance(value, str) and hasattr(before, "named"):
+            new = before.named(place, value)
+            value = value if new is None else to_dict(new)
+        inner[place] = value
     return from_dict(type(config), values)
 
 
@@ -172,10 +198,17 @@ def _sha256(values: dict[str, Any]) -> str:
 
 
 class _New(dict):
-    """A new value for an optional config that is None. It takes any key; `from_dict` checks the keys later."""
+    """A new value for an optional config that is None, or settings. It takes any key; `from_dict` checks them later."""
 
     def __missing__(self, key: str) -> None:
         return None
+
+
+def _at(config: Any, place: str | int) -> Any:
+    """The value in a config or a tuple; None if it isn't there."""
+    if isinstance(config, tuple) and isinstance(place, int):
+        return config[place]
+    return getattr(config, str(place), None)
 
 
 def _place(values: Any, key: str, override: str) -> Any:
@@ -225,6 +258,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where + ".")  # type: ignore[arg-type]
+    if hint is Settings and isinstance(value, dict):
+        return Settings({key: _setting(x) for key, x in value.items()})
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is typing.Literal:
@@ -252,6 +287,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     raise UserError(f"{where} = {_said(value)}: expected {getattr(hint, '__name__', hint)}")
+
+
+def _setting(value: Any) -> Any:
+    """A value from an override as a number, if it is one."""
+    if isinstance(value, _Typed):
+        with contextlib.suppress(ValueError):
+            return _typed(size(value))
+        return str(value)
+    return value
 
 
 def _said(value: Any) -> str:

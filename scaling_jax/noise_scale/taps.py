@@ -92,8 +92,10 @@ def _product(dims, out_sharding, x, w):
     if explicit_mesh():
         return jnp.einsum(_spec(dims), x, w, out_sharding=out_sharding)
     leading = sum(d not in w_dims for d in x_dims)
-    if x_dims[:leading] != y_dims[:leading] or w_dims != x_dims[leading:] + y_dims[leading:]:
+    as_matrix = x_dims[leading:] + y_dims[leading:]
+    if x_dims[:leading] != y_dims[:leading] or sorted(w_dims) != sorted(as_matrix):
         return jnp.einsum(_spec(dims), x, w)
+    w = w.transpose([w_dims.index(d) for d in as_matrix])
     contracted = len(x_dims) - leading
     y = x.reshape(prod(x.shape[:leading]), -1) @ w.reshape(prod(w.shape[:contracted]), -1)
     return y.reshape(x.shape[:leading] + w.shape[contracted:])

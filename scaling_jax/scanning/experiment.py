@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive
-from scaling_jax.tasks import ModelConfig, OtherModel, model_config
+from scaling_jax.tasks import LlamaConfig, ModelConfig, OtherModel, model_config, renamed
 from scaling_jax.training import Deadline, Recipe, Run
 
 MOST_CELLS = 2_000  # a hundred times the demo's
@@ -57,9 +57,13 @@ class LearningRates:
 class Subject:
     """A model, the losses at which to measure its critical batch size, and the learning rates to try."""
 
-    model: ModelConfig | OtherModel
+    model: ModelConfig | LlamaConfig | OtherModel
     target_losses: tuple[float, ...]  # test losses in nats per token, falling
     learning_rates: LearningRates
+
+    def named(self, key: str, name: str) -> Any:
+        """The value that a name stands for, if `key` may be given by a name; else None."""
+        return renamed(self.model, name) if key == "model" else None
 
 
 class Cell(NamedTuple):

@@ -177,7 +177,7 @@ def plan_cell(experiment: Experiment, cell: Cell, corpus_bytes: int, together: i
         least_runs=least,
         most_runs=most,
         most_tokens=most * tokens,
-        most_flops=most * tokens * flops_per_token(program),
+        most_flops=most * tokens * program.model.flops_per_token,
         bytes_needed=corpus_bytes + together * (_state_bytes(program) + _step_bytes(program)),
     )
 
@@ -215,16 +215,6 @@ def refuse_what_cannot_fit(plans: list[CellPlan], bytes_available: int) -> None:
         )
 
 
-def flops_per_token(program: Program) -> float:
-    """FLOPs per training token: 6 per parameter, plus 12·n_layer·context·d_model for attention.
-
-    Kaplan et al. 2020, table 1; the unembedding is included, because it matters in small models.
-    """
-    model = program.model
-    parameters = model.num_params + model.vocab_size * model.d_model
-    return 6.0 * parameters + 12.0 * model.n_layer * model.context * model.d_model
-
-
 def matmul_flops_per_second(size: int = 1024, seconds: float = 0.3) -> float:
     """Speed of a large float32 matrix product on all local devices together, measured now."""
     product = jax.jit(lambda a: a @ a)
@@ -245,9 +235,8 @@ def _state_bytes(program: Program) -> int:
 
 def _step_bytes(program: Program) -> int:
     """Size of the float32 activations of one microbatch, which the backward pass needs."""
-    model, sequences = program.model, program.batch_sequences // program.num_microbatches
-    per_position = model.n_layer * (16 * model.d_model + 2 * model.n_head * model.context) + 3 * model.vocab_size
-    return 4 * sequences * model.context * per_position
+    sequences = program.batch_sequences // program.num_microbatches
+    return 4 * sequences * program.model.context * program.model.kept_per_token
 
 
 def _cpu_bytes() -> int:

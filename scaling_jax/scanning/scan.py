@@ -28,6 +28,7 @@ from scaling_jax.scanning.records import check_same_recipe, read_search, write_e
 from scaling_jax.scanning.worker import Event, train_in_workers
 from scaling_jax.tasks import OtherModel
 from scaling_jax.training import Interrupted, Progress, Run
+from scaling_jax.training.optimizers import check_optimizer
 from scaling_jax.training.program import program_for
 
 _MOST_COMPILING = 8  # programs at a time; each takes memory on the device while XLA tries its kernels
@@ -67,6 +68,7 @@ def scan(
     """
     for cell in experiment.cells:
         _ = experiment.run(cell, 0).transformer  # refuses models of other trainers
+    check_optimizer(experiment.optimizer)
     if executor == "local" and executor_options:
         raise UserError(f"--executor-options {' '.join(executor_options)} need --executor ray or --executor slurm")
     with leave_if_one_is_gone(), contextlib.ExitStack() as stack:
@@ -111,7 +113,7 @@ def scan(
 def relative_cost(experiment: Experiment, cell: Cell) -> float:
     """Expected FLOPs of a cell up to a factor."""
     model = experiment.subject(cell.model).model
-    per_token = model.num_params + (0 if isinstance(model, OtherModel) else 2 * model.vocab_size * model.d_model)
+    per_token = model.num_params if isinstance(model, OtherModel) else model.flops_per_token
     return per_token * tokens_by_batch(cell.batch_tokens)
 
 

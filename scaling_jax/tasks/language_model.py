@@ -9,19 +9,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scaling_jax.parallel import AXIS
 from scaling_jax.parallel.devices import device_by_device
-from scaling_jax.tasks.transformer import ModelConfig, Transformer
+from scaling_jax.tasks.models import Model, as_evaluated, network
 
 _CHUNK = 16  # rows at a time; few enough for a CPU's cache
 _CHUNK_OF_EACH = 4  # rows at a time on each device, if the devices share the parameters
 
 
-def batch_loss(model: ModelConfig):
+def batch_loss(model: Model):
     """The training loss: `(params, tokens [B, T + 1]) -> nats per token`."""
-    transformer = Transformer(model)
+    module = network(model)
 
     def loss(params, tokens_BxT1):
         tokens_BxT1 = tokens_BxT1.astype(jnp.int32)
-        return transformer.apply({"params": params}, tokens_BxT1[:, :-1], tokens_BxT1[:, 1:])
+        return module.apply({"params": params}, tokens_BxT1[:, :-1], tokens_BxT1[:, 1:])
 
     return loss
 
@@ -36,9 +36,9 @@ def held_out_rows(test_RxT1: np.ndarray, eval_tokens: int) -> np.ndarray:
 
 
 @functools.cache
-def evaluator(model: ModelConfig):
+def evaluator(model: Model):
     """The compiled test loss: `(params, rows [R, T + 1]) -> nats per token`. R is at most 16, or a multiple of 16."""
-    loss = batch_loss(model)
+    loss = batch_loss(as_evaluated(model))
 
     def evaluate(params, rows_RxT1):
         chunks = rows_RxT1.reshape(-1, min(_CHUNK, len(rows_RxT1)), rows_RxT1.shape[1])
@@ -47,12 +47,12 @@ def evaluator(model: ModelConfig):
     return jax.jit(evaluate)
 
 
-def shared_evaluator(model: ModelConfig, mesh: Mesh):
+def shared_evaluator(model: Model, mesh: Mesh):
     """`evaluator` with the chunks of rows dealt out to the devices, which all hold the parameters.
 
     Each device computes its chunks, and their losses are averaged in the same order, as `evaluator` does.
     """
-    loss = batch_loss(model)
+    loss = batch_loss(as_evaluated(model))
 
     def of_chunks(params, chunks):
         return jax.lax.map(lambda chunk: loss(params, chunk), chunks)
@@ -75,13 +75,13 @@ def shared_evaluator(model: ModelConfig, mesh: Mesh):
     return jax.jit(evaluate, out_shardings=everywhere)
 
 
-def fsdp_evaluator(model: ModelConfig, mesh: Mesh, params):
+def fsdp_evaluator(model: Model, mesh: Mesh, params):
     """`evaluator` for parameters that lie in parts on all devices. The devices share the rows, whose number may be any.
 
     Args:
       params: shardings of the parameters.
     """
-    loss = batch_loss(model)
+    loss = batch_loss(as_evaluated(model))
 
     def each_row(params, rows_RxT1):
         return jax.vmap(lambda row_T1: loss(params, row_T1[None]))(rows_RxT1)

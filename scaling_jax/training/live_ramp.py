@@ -15,7 +15,7 @@ import optax
 
 from scaling_jax.io import UserError
 from scaling_jax.noise_scale import Moments, adam_norms, curvature, estimate, geometries, unbiased, value_and_grad
-from scaling_jax.tasks import ModelConfig, batch_loss
+from scaling_jax.tasks import Model, batch_loss
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import TrainState
 from scaling_jax.training.run import LiveRamp, Metric, Stage, stage_at
@@ -70,7 +70,7 @@ def confidence_at(look: int) -> float:
     return 1 - _DOUBT / (1 + math.log2(look)) ** 2
 
 
-def measure(model: ModelConfig, metric: Metric, state: TrainState, tokens_BxT1) -> list[float]:
+def measure(model: Model, metric: Metric, state: TrainState, tokens_BxT1) -> list[float]:
     """The fields of `NormBounds` or `Moments` for one metric, so that the noise scale is in tokens.
 
     Args:
@@ -112,7 +112,7 @@ def _of_training_steps(lines: Sequence[MetricsLine]) -> tuple[np.ndarray, np.nda
 
 
 @functools.cache
-def _compile(model: ModelConfig, metric: Metric):
+def _compile(model: Model, metric: Metric):
     return jax.jit(_MEASURES[metric](batch_loss(model)))
 
 
@@ -147,7 +147,8 @@ def _adam(which: str, loss: Callable) -> Callable[..., Measured]:
 
     def measured(params, opt_state, tokens_BxT1):
         nu = optax.tree_utils.tree_get(opt_state, "nu")
-        if len(jax.tree.leaves(nu)) != len(jax.tree.leaves(params)):
+        like: Any = jax.tree.structure(params)
+        if like != jax.tree.structure(nu):  # none, or only of some, or of layers one by one
             raise UserError(
                 f"live_ramp.metric = {which!r} needs Adam's second moments of every parameter: train with adam or adamw"
             )

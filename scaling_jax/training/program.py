@@ -24,14 +24,15 @@ from scaling_jax.parallel.devices import (
     rows_of_devices,
 )
 from scaling_jax.tasks import (
-    ModelConfig,
-    Transformer,
+    Model,
     batch_loss,
     evaluator,
     fsdp_evaluator,
     is_stacked,
+    network,
     part_names,
     part_of,
+    rate_factor,
     shared_evaluator,
 )
 from scaling_jax.training.optimizers import OptimizerConfig, counts_layers, make_optimizer
@@ -77,7 +78,7 @@ class StepMetrics(NamedTuple):
 class Program:
     """What is fixed when a training program is compiled. Learning rate, warm-up, seed and data are its arguments."""
 
-    model: ModelConfig
+    model: Model
     optimizer: OptimizerConfig
     batch_sequences: int
     num_microbatches: int
@@ -157,13 +158,13 @@ def program_for(
     )
 
 
-def check_memory(model: ModelConfig, parts: int = 1) -> None:
+def check_memory(model: Model, parts: int = 1) -> None:
     """Raises UserError if the parameters and their gradient alone need more memory than a device has.
 
     Args:
       parts: number of devices of an accelerator over which "fsdp" divides them; else 1.
     """
-    needed = 8.0 * (model.num_params + (2 * model.vocab_size + model.context) * model.d_model) / parts
+    needed = 8.0 * model.total_params / parts
     if jax.default_backend() == "cpu":
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
@@ -192,7 +193,7 @@ def one_step(
     Gradients and the noise scale's moments are averaged over `axis_name`; with None, state and tokens are whole arrays.
     `differentiate` replaces `noise_scale.value_and_grad`, and `loss` the model's loss, if given.
     """
-    optimizer = make_optimizer(program.optimizer)
+    optimizer = make_optimizer(program.optimizer, rate_factor(program.model))
     loss_and_grad = differentiate(
         loss or batch_loss(program.model),
         num_microbatches=program.num_microbatches,
@@ -204,9 +205,9 @@ def one_step(
 
     def step(state: TrainState, tokens_BxT1, learning_rate, warmup_steps):
         (loss, moments), grads = loss_and_grad(state.params, tokens_BxT1)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         warm = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1, warmup_steps).astype(jnp.float32))
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * warm * u, updates))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate * warm)
+        params = optax.apply_updates(state.params, updates)
         average = _averaged(state.average, params, program.average_decay)
         by_layer = [
             jnp.stack([norms[part] for part in parts]) for norms in (moments.small_sq_norm, moments.big_sq_norm)
@@ -259,14 +260,14 @@ def state_shardings(program: Program, mesh: Mesh) -> TrainState:
     return fsdp_shardings(jax.eval_shape(program.init, 0), mesh, counts_layers)
 
 
-def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+def param_shardings(model: Model, mesh: Mesh) -> Any:
     """Where "fsdp" puts the parameters."""
     return fsdp_shardings(jax.eval_shape(functools.partial(init_params, model), 0), mesh, counts_layers)
 
 
-def init_params(model: ModelConfig, seed) -> Any:
+def init_params(model: Model, seed) -> Any:
     """The parameters before the first step."""
-    return Transformer(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
+    return network(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
 
 
 def _in_a_loop(program: Program, step: Callable, batch_of: Callable):
@@ -292,11 +293,12 @@ def no_metrics(program: Program, *shape: int) -> StepMetrics:
 
 
 @functools.cache
-def _init(model: ModelConfig, optimizer: OptimizerConfig, averaged: bool):
+def _init(model: Model, optimizer: OptimizerConfig, averaged: bool):
     def init(seed):
         params = init_params(model, seed)
         average = Average(jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if averaged else None
-        return TrainState(params, make_optimizer(optimizer).init(params), jnp.int32(0), _TRACKER.init(), average)
+        opt_state = make_optimizer(optimizer, rate_factor(model)).init(params)
+        return TrainState(params, opt_state, jnp.int32(0), _TRACKER.init(), average)
 
     return jax.jit(init)
 
@@ -308,7 +310,7 @@ def _averaged(average: Average | None, params, decay: float | None) -> Average |
 
 
 @functools.cache
-def _evaluator(model: ModelConfig, num_devices: int, sharding: Sharding):
+def _evaluator(model: Model, num_devices: int, sharding: Sharding):
     mesh = data_mesh(devices_of_run(num_devices))
     if sharding == "fsdp":
         return fsdp_evaluator(model, mesh, param_shardings(model, mesh))

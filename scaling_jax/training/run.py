@@ -8,12 +8,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive, config_hash
-from scaling_jax.tasks import ModelConfig, OtherModel
-from scaling_jax.training.optimizers import OptimizerConfig
+from scaling_jax.tasks import LlamaConfig, Model, ModelConfig, OtherModel, renamed
+from scaling_jax.training.factories import path_of
+from scaling_jax.training.optimizers import LIKE_ADAM, OptimizerConfig
 
 Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -114,6 +115,8 @@ class Recipe:
     steps_per_call: int = 64  # largest number of steps in one call of the compiled program
 
     def __post_init__(self):
+        if callable(self.optimizer):  # a function with an import path, such as optax.lion
+            object.__setattr__(self, "optimizer", OptimizerConfig(path_of(self.optimizer)))
         for field in ("microbatch_tokens", "eval_tokens", "steps_per_call"):
             check_positive(field, getattr(self, field))
         for field in ("average_half_life_tokens", "eval_every_tokens"):
@@ -131,6 +134,10 @@ class Recipe:
                 f"eval_growth = {self.eval_growth} must be above 1, at most 100: it is the ratio of evaluation steps"
             )
 
+    def named(self, key: str, name: str) -> Any:
+        """The value that a name stands for, if `key` may be given by a name; else None."""
+        return OptimizerConfig(name) if key == "optimizer" else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Run(Recipe):
@@ -142,7 +149,7 @@ class Run(Recipe):
     `max_tokens`. Give exactly one of these two.
     """
 
-    model: ModelConfig | OtherModel
+    model: ModelConfig | LlamaConfig | OtherModel
     batch_tokens: int
     learning_rate: float
     seed: int = 0
@@ -180,18 +187,26 @@ class Run(Recipe):
                 f"skip.tokens = {self.skip.tokens:,} must be whole sequences of {self.model.context} tokens"
             )
         check_stages(self.batch_tokens, self.ramp)
-        if isinstance(self.model, ModelConfig):
+        if isinstance(self.model, LlamaConfig) and self.model.mup_base_width and self.optimizer.name not in LIKE_ADAM:
+            raise UserError(
+                f"model.mup_base_width scales Adam's learning rates, not those of {self.optimizer.name}: use one of "
+                f"{', '.join(LIKE_ADAM)}"
+            )
+        if not isinstance(self.model, OtherModel):
             for batch_tokens in (self.batch_tokens, *(stage.batch_tokens for stage in self.ramp)):
                 check_whole_sequences(batch_tokens, self.model.context)
 
     @property
-    def transformer(self) -> ModelConfig:
+    def transformer(self) -> Model:
         """The model, if this package trains it. Raises UserError if another program does."""
         if isinstance(self.model, OtherModel):
             raise UserError(
                 f"{self.model.name} is a model of another trainer: use a Study, or scaling-jax scan with --command"
             )
         return self.model
+
+    def named(self, key: str, name: str) -> Any:
+        return renamed(self.model, name) if key == "model" else super().named(key, name)
 
     @property
     def batch_sequences(self) -> int:

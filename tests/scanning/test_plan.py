@@ -16,7 +16,6 @@ from scaling_jax.scanning.plan import (
     EasyTargets,
     ScanPlan,
     easy_targets,
-    flops_per_token,
     plan_cell,
     plan_scan,
     refuse_what_cannot_fit,
@@ -40,7 +39,7 @@ def test_flops_are_those_that_xla_counts_within_a_fifth():
     params = jax.eval_shape(lambda: program_for(run).init(0)).params
     tokens = jax.ShapeDtypeStruct((16, MODEL.context + 1), "uint16")
     unrolled = jax.jit(jax.grad(batch_loss(MODEL))).lower(params, tokens).compile().cost_analysis()
-    expected = flops_per_token(program_for(run)) * 16 * MODEL.context
+    expected = MODEL.flops_per_token * 16 * MODEL.context
     assert expected == pytest.approx(unrolled["flops"], rel=0.2)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_jax.io import UserError
-from scaling_jax.tasks import MODELS, ModelConfig, Transformer, model_config, next_token_loss, transformer
+from scaling_jax.tasks import MODELS, ModelConfig, Transformer, layers, model_config, next_token_loss
 
 SMALL = ModelConfig(n_layer=2, d_model=16, n_head=2, context=8, vocab_size=11)
 
@@ -21,6 +21,12 @@ def initialised(config):
 
 def logits_of(config, params, tokens):
     return jax.jit(lambda params, tokens: Transformer(config).apply({"params": params}, tokens))(params, tokens)
+
+
+def causal_attention(qkv_BxTx3D, *implementation):
+    """Of two heads."""
+    qkv = qkv_BxTx3D.reshape(*qkv_BxTx3D.shape[:2], 6, -1)
+    return layers.causal_attention(*jnp.split(qkv, 3, axis=2), *implementation)
 
 
 def test_a_position_sees_itself_and_the_past_only():
@@ -45,7 +51,7 @@ def test_attention_in_parts_is_attention(context):
         value, pullback = jax.vjp(attention, qkv)
         return value, pullback(cotangent)[0]
 
-    got, got_pulled_back = jax.jit(lambda: value_and_pullback(lambda qkv: transformer.causal_attention(qkv, 2)))()
+    got, got_pulled_back = jax.jit(lambda: value_and_pullback(causal_attention))()
     want, want_pulled_back = jax.jit(lambda: value_and_pullback(reference))()
     np.testing.assert_allclose(got, want, atol=2e-6)
     np.testing.assert_allclose(got_pulled_back, want_pulled_back, atol=1e-5)
@@ -62,9 +68,7 @@ def test_cudnn_attention_gets_the_same_queries_keys_and_values(monkeypatch):
         return attention(*args, **kwargs, implementation="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    np.testing.assert_allclose(
-        transformer.causal_attention(qkv, 2, "cudnn"), transformer.causal_attention(qkv, 2), atol=2e-6
-    )
+    np.testing.assert_allclose(causal_attention(qkv, "cudnn"), causal_attention(qkv), atol=2e-6)
     assert asked == ["cudnn"]
 
 
@@ -86,9 +90,9 @@ def test_on_a_gpu_attention_is_cudnns_unless_xla_is_to_be_deterministic(monkeypa
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("XLA_FLAGS", flags)
     half = dataclasses.replace(SMALL, compute_dtype="bfloat16")
-    assert transformer.attention_of(half) == attention
-    assert transformer.attention_of(SMALL) == "xla"
-    assert transformer.attention_of(dataclasses.replace(half, attention="cudnn")) == "cudnn"
+    assert layers.attention_of(half) == attention
+    assert layers.attention_of(SMALL) == "xla"
+    assert layers.attention_of(dataclasses.replace(half, attention="cudnn")) == "cudnn"
 
 
 def test_gpus_compute_what_cpus_do_in_bfloat16(monkeypatch):
@@ -122,7 +126,7 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, most_logits):
     def chunked(params):
         return Transformer(SMALL).apply({"params": params}, tokens, tokens)
 
-    monkeypatch.setattr(transformer, "_MOST_LOGITS", most_logits)
+    monkeypatch.setattr(layers, "_MOST_LOGITS", most_logits)
     loss, grads = jax.jit(jax.value_and_grad(chunked))(params)
     want_loss, want_grads = jax.jit(jax.value_and_grad(whole))(params)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
@@ -159,7 +163,7 @@ def test_unrolling_the_layers_changes_neither_parameters_nor_results(monkeypatch
     params, tokens = initialised(SMALL)
     assert params["layers"]["qkv"]["dense"]["kernel"].shape == (2, 16, 48)
     unrolled = logits_of(SMALL, params, tokens)
-    monkeypatch.setattr(transformer, "_MOST_UNROLLED", 0)
+    monkeypatch.setattr(layers, "_MOST_UNROLLED", 0)
     looped_params, _ = initialised(SMALL)
     jax.tree.map(np.testing.assert_array_equal, looped_params, params)
     np.testing.assert_allclose(logits_of(SMALL, params, tokens), unrolled, atol=1e-6)

@@ -44,11 +44,15 @@ def some_gradients():
 
 
 def direction(optimizer, params, grads):
-    return first_update(make_optimizer(optimizer), params, grads)
+    """The first update at a learning rate of −1, which is added to the parameters."""
+    return first_update(make_optimizer(optimizer), params, grads, learning_rate=-1.0)
 
 
-def first_update(transform, params, grads):
-    return jax.jit(lambda params, grads: transform.update(grads, transform.init(params), params)[0])(params, grads)
+def first_update(transform, params, grads, **settings):
+    def update(params, grads):
+        return transform.update(grads, transform.init(params), params, **settings)[0]
+
+    return jax.jit(update)(params, grads)
 
 
 def test_muon_orthogonalises_the_matrices_of_layers_alone():
@@ -131,7 +135,7 @@ def test_an_average_changes_what_is_evaluated_and_not_the_training(tmp_path, cor
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "lion"}, "optimizer.name = 'lion': choose from .*adam, adamw, sgd"),
+        ({"name": "lion"}, "optimizer.name = 'lion': choose from .*adam, adamw, sgd.* optax:lion"),
         ({"name": "adamw"}, "optimizer.weight_decay = 0.0 .*adamw"),
         ({"weight_decay": 0.1}, "optimizer.weight_decay = 0.1 .*adam"),
         ({"beta2": 1.0}, r"optimizer.beta2 = 1.0"),
