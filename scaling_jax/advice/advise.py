@@ -15,7 +15,7 @@ from scaling_jax.results.results import check_measurements
 from scaling_jax.results.runs import check_runs
 from scaling_jax.results.table import fit_table
 from scaling_jax.scanning.records import read_experiment
-from scaling_jax.tasks import ModelConfig, OtherModel
+from scaling_jax.tasks import ModelConfig, OtherModel, TaskModel
 from scaling_jax.training.run import check_whole_sequences
 
 
@@ -116,7 +116,7 @@ def advise(
         fastest=None if hardware is None else fastest(to, hardware, budget),
         stages=stages,
         schedules=schedules,
-        notes=_notes(to, stages, isinstance(trained, OtherModel)),
+        notes=_notes(to, stages, isinstance(trained, OtherModel | TaskModel)),
         follows=follows,
         reference_batch_tokens=reference,
         cbs20=to.cbs20(reference),
@@ -138,7 +138,7 @@ def write_stages(path: Path, stages: tuple[Stage, ...]) -> None:
         raise UserError(f"can't write {path} ({error}): choose another file") from error
 
 
-def _model(results: Path, name: str) -> ModelConfig | OtherModel | None:
+def _model(results: Path, name: str) -> ModelConfig | OtherModel | TaskModel | None:
     """A model of a scan; None for a table, which doesn't know it."""
     if not (results / "experiment.json").exists():
         return None

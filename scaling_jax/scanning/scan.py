@@ -26,7 +26,7 @@ from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.plan import MOST_WORKERS, tokens_by_batch
 from scaling_jax.scanning.records import check_same_recipe, read_search, write_experiment, write_search
 from scaling_jax.scanning.worker import Event, train_in_workers
-from scaling_jax.tasks import OtherModel
+from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, Progress, Run
 from scaling_jax.training.program import program_for
 
@@ -66,7 +66,7 @@ def scan(
       Interrupted: the same after SIGTERM, or if another process was asked to stop.
     """
     for cell in experiment.cells:
-        _ = experiment.run(cell, 0).transformer  # refuses models of other trainers
+        _ = experiment.run(cell, 0).trainable  # refuses models of other trainers, and tasks without their code
     if executor == "local" and executor_options:
         raise UserError(f"--executor-options {' '.join(executor_options)} need --executor ray or --executor slurm")
     with leave_if_one_is_gone(), contextlib.ExitStack() as stack:
@@ -111,7 +111,7 @@ def scan(
 def relative_cost(experiment: Experiment, cell: Cell) -> float:
     """Expected FLOPs of a cell up to a factor."""
     model = experiment.subject(cell.model).model
-    per_token = model.num_params + (0 if isinstance(model, OtherModel) else 2 * model.vocab_size * model.d_model)
+    per_token = model.num_params + (2 * model.vocab_size * model.d_model if isinstance(model, ModelConfig) else 0)
     return per_token * tokens_by_batch(cell.batch_tokens)
 
 

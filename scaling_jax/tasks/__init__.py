@@ -1,7 +1,10 @@
-"""The training task: language modelling with a decoder-only transformer; the table of sizes; models of others."""
+"""What is trained: language modelling with a decoder-only transformer, tasks of your own, models of other trainers."""
 
-from scaling_jax.tasks.language_model import batch_loss, evaluator, fsdp_evaluator, held_out_rows, shared_evaluator
+from scaling_jax.tasks.evaluation import evaluator, fsdp_evaluator, held_out_rows, shared_evaluator
+from scaling_jax.tasks.language_model import LanguageModel, batch_loss
 from scaling_jax.tasks.other_model import OtherModel
+from scaling_jax.tasks.task import Task, TaskModel
+from scaling_jax.tasks.trainable import Trainable, record_of, trainable
 from scaling_jax.tasks.transformer import (
     MODELS,
     ModelConfig,
@@ -15,8 +18,12 @@ from scaling_jax.tasks.transformer import (
 
 __all__ = [
     "MODELS",
+    "LanguageModel",
     "ModelConfig",
     "OtherModel",
+    "Task",
+    "TaskModel",
+    "Trainable",
     "Transformer",
     "batch_loss",
     "evaluator",
@@ -27,5 +34,7 @@ __all__ = [
     "next_token_loss",
     "part_names",
     "part_of",
+    "record_of",
     "shared_evaluator",
+    "trainable",
 ]
