@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from scaling_jax.report import write_figures, write_report
     from scaling_jax.results import analyse, read_results
     from scaling_jax.scanning import Experiment, LearningRates, Study, Subject, log_spaced, powers_of_two, scan
-    from scaling_jax.tasks import MODELS, ModelConfig, OtherModel, model_config
+    from scaling_jax.tasks import MODELS, LanguageModel, ModelConfig, OtherModel, Task, model_config
     from scaling_jax.training import LiveRamp, OptimizerConfig, Run, SquaredNorms, Stage, train
 
 _SUBPACKAGES = {"advice", "data", "fitting", "noise_scale", "tasks"}
 _HOMES = {
     "MODELS": "tasks",
+    "LanguageModel": "tasks",
     "ModelConfig": "tasks",
     "OtherModel": "tasks",
+    "Task": "tasks",
     "model_config": "tasks",
     "LiveRamp": "training",
     "OptimizerConfig": "training",
@@ -44,6 +46,7 @@ _HOMES = {
 __all__ = [
     "MODELS",
     "Experiment",
+    "LanguageModel",
     "LearningRates",
     "LiveRamp",
     "ModelConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "Stage",
     "Study",
     "Subject",
+    "Task",
     "UserError",
     "advice",
     "analyse",

@@ -98,8 +98,8 @@ def scan(
     from scaling_jax.io.config import with_overrides
     from scaling_jax.scanning.records import load_experiment
 
-    loaded = load_experiment(experiment)
-    loaded = with_overrides(loaded, with_other_halves(loaded, overrides))
+    given = load_experiment(experiment)
+    loaded = with_overrides(given, with_other_halves(given, overrides)).with_tasks_of(given)
     if command is None:
         _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
         return
@@ -205,12 +205,13 @@ def train(
 
     from scaling_jax.console import commands
     from scaling_jax.console.dashboards import asked_for
-    from scaling_jax.data import prepare
+    from scaling_jax.data import Corpus
     from scaling_jax.io.stores import working_copy
     from scaling_jax.parallel.devices import share_cores
+    from scaling_jax.training.examples import data_of
 
-    corpus = prepare(run.text, run.model.context, run.tokenizer)
-    if run_file is None:
+    corpus = data_of(run)
+    if run_file is None and isinstance(corpus, Corpus):
         run = with_vocabulary(run, corpus.vocab_size, overrides)
     share_cores([run.batch_sequences, *(stage.batch_tokens // run.model.context for stage in run.ramp)])
     with together():

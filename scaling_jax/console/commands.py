@@ -18,7 +18,6 @@ from scaling_jax.console.dashboards import Follower, Writer
 from scaling_jax.console.grid import Grid
 from scaling_jax.console.signals import heard_at_once, leave, sigterm_interrupts
 from scaling_jax.console.terminal import Terminal
-from scaling_jax.data import Corpus
 from scaling_jax.io import UserError
 from scaling_jax.parallel import Sharding, is_first, together
 from scaling_jax.parallel.devices import keep_compiled_programs
@@ -32,6 +31,7 @@ from scaling_jax.scanning import Cell, Event, Experiment, relative_cost, scan
 from scaling_jax.scanning.branches import BranchPlan, plan_branches, train_branches
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.training import Interrupted, Progress, Run, run_folder, train
+from scaling_jax.training.examples import Data
 from scaling_jax.training.records import read_course
 
 LOG_SECONDS = 60.0  # between lines if the output is no terminal
@@ -76,7 +76,7 @@ def scan_on_console(
 def train_on_console(
     run: Run,
     results: Path,
-    corpus: Corpus,
+    corpus: Data,
     writers: Iterable[Callable[[Path], Writer]] = (),
     sharding: Sharding = "replicated",
 ) -> None:

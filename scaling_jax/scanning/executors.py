@@ -31,12 +31,17 @@ Ended = Iterable[tuple[Cell, str | None]]  # cells whose task has ended; the tex
 
 
 def train_on_ray(
-    workdir: Path, cells: Iterable[Cell], on_event: Callable[[Event], None], options: dict[str, Any] | None = None
+    workdir: Path,
+    cells: Iterable[Cell],
+    on_event: Callable[[Event], None],
+    options: dict[str, Any] | None = None,
+    source: Path | None = None,
 ) -> None:
     """Trains the cells as tasks of a Ray cluster: the one in `RAY_ADDRESS`, or this machine's, or a new local one.
 
     Args:
       options: of `ray.remote`, such as num_gpus. The default is one CPU per task, and any number of restarts.
+      source: the Python file that defines the experiment's tasks, if it has any; the same path on every machine.
 
     Raises:
       UserError: if Ray is missing or doesn't know an option, or a cell can't be trained.
@@ -53,7 +58,7 @@ def train_on_ray(
     if started_here:
         ray.init(log_to_driver=False)
     try:
-        tasks = {remote.remote(workdir.resolve(), cache_folder().resolve(), cell): cell for cell in cells}
+        tasks = {remote.remote(workdir.resolve(), cache_folder().resolve(), cell, source): cell for cell in cells}
 
         def ended() -> Ended:
             for task in ray.wait(list(tasks), timeout=_POLL_SECONDS)[0]:
@@ -77,12 +82,14 @@ def train_on_slurm(
     cells: Iterable[Cell],
     on_event: Callable[[Event], None],
     options: dict[str, Any] | None = None,
+    source: Path | None = None,
     cluster: str = "slurm",
 ) -> None:
     """Trains the cells as a SLURM job array, through submitit. The logs of the jobs are in `workdir/logs/slurm`.
 
     Args:
       options: of submitit's `update_parameters`, such as slurm_partition, gpus_per_node or timeout_min.
+      source: see `train_on_ray`.
       cluster: "local" runs the jobs on this machine.
 
     Raises:
@@ -104,7 +111,7 @@ def train_on_slurm(
     }
     try:
         executor.update_parameters(**(defaults | (options or {})))
-        submitted = executor.map_array(CellJob(workdir.resolve(), cache_folder().resolve()), waiting)
+        submitted = executor.map_array(CellJob(workdir.resolve(), cache_folder().resolve(), source), waiting)
     except (NameError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"SLURM refused the jobs ({' '.join(str(error).split())}): change --executor-options") from None
     jobs = dict(zip(waiting, submitted, strict=True))
@@ -146,11 +153,12 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def train_in_lock(workdir: Path, cache: Path, cell: Cell) -> str | None:
+def train_in_lock(workdir: Path, cache: Path, cell: Cell, source: Path | None = None) -> str | None:
     """Trains one cell on this machine. Returns None, or the error message if the cell can't be trained.
 
     Args:
       cache: folder for packed text; the same path on every machine.
+      source: see `train_on_ray`.
     """
     os.environ["SCALING_JAX_CACHE"] = str(cache)
 
@@ -160,7 +168,7 @@ def train_in_lock(workdir: Path, cache: Path, cell: Cell) -> str | None:
 
     try:
         with locked_cell(workdir, cell) as lock:
-            train_in_workers(workdir, [cell], report, [None], lock, platform=None)
+            train_in_workers(workdir, [cell], report, [None], lock, platform=None, source=source)
     except (UserError, OSError) as error:
         return str(error)
     return None
@@ -169,11 +177,11 @@ def train_in_lock(workdir: Path, cache: Path, cell: Cell) -> str | None:
 class CellJob:
     """`train_in_lock` for submitit, which calls `checkpoint` to know what to queue again: the same job."""
 
-    def __init__(self, workdir: Path, cache: Path):
-        self._folders = workdir, cache
+    def __init__(self, workdir: Path, cache: Path, source: Path | None = None):
+        self._folders, self._source = (workdir, cache), source
 
     def __call__(self, cell: Cell) -> str | None:
-        return train_in_lock(*self._folders, cell)
+        return train_in_lock(*self._folders, cell, self._source)
 
     def checkpoint(self, cell: Cell) -> Any:
         return _engine("submitit", extra="slurm").helpers.DelayedSubmission(self, cell)

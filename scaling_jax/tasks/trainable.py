@@ -50,6 +50,7 @@ class Trainable:
             raise UserError(f"the metric of task {self.name} takes a state, but its loss has none")
         self.is_stacked: Callable[[str], bool] = task.is_stacked
         self.evaluation_batch = task.evaluation_batch
+        self.source: Path | None = None  # the Python file that defines the task, if other processes can run it
 
     def init(self, key) -> tuple[Any, Any]:
         """(params, state) before the first step; the state is None if the loss takes none."""

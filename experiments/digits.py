@@ -1,0 +1,79 @@
+"""WIP"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.datasets import load_digits
+
+import scaling_jax as sj
+
+# So that other trainers can do the same: images / 16; the first 1,400 for training, drawn with replacement, the rest
+# held out; 64 → 64 → 10 with BatchNorm before ReLU in the hidden layer; cross-entropy; SGD without momentum; batches of
+# 8 to 512 in powers of two; evaluated with running statistics (0.99 of the old a step) at steps that grow by 7 %.
+NUM_TRAINED = 1_400
+DRAWN = 200_000  # more than any run takes
+WIDTH = 64
+
+_images, _digits = load_digits(return_X_y=True)
+IMAGES, DIGITS = np.float32(_images / 16), np.int32(_digits)
+
+
+class Digits(sj.Task):
+    """A classifier of handwritten digits with one hidden layer and BatchNorm."""
+
+    name = "digits-mlp"
+    data_name = "scikit-learn's digits"
+    unit = "images"
+    whole_batch = True  # BatchNorm's statistics are those of the whole batch
+
+    def __init__(self):
+        rows = np.random.default_rng(0).integers(0, NUM_TRAINED, DRAWN)
+        self.train = IMAGES[rows], DIGITS[rows]
+        self.held_out = IMAGES[NUM_TRAINED:], DIGITS[NUM_TRAINED:]
+
+    def init(self, key):
+        hidden, out = jax.random.split(key)
+        params = {
+            "hidden": dense(hidden, 64, WIDTH),
+            "norm": {"scale": jnp.ones(WIDTH), "shift": jnp.zeros(WIDTH)},
+            "out": dense(out, WIDTH, 10),
+        }
+        return params, {"mean": jnp.zeros(WIDTH), "variance": jnp.ones(WIDTH)}
+
+    def loss(self, params, state, batch):
+        images, digits = batch
+        h_BxW = images @ params["hidden"]["w"] + params["hidden"]["b"][None]
+        mean, variance = h_BxW.mean(0), h_BxW.var(0)
+        unbiased = {"mean": mean, "variance": variance * len(images) / (len(images) - 1)}
+        new_state = jax.tree.map(lambda old, new: 0.99 * old + 0.01 * new, state, unbiased)
+        return cross_entropy(params, h_BxW, mean, variance, digits), new_state
+
+    def metric(self, params, state, batch):
+        images, digits = batch
+        h_BxW = images @ params["hidden"]["w"] + params["hidden"]["b"][None]
+        return cross_entropy(params, h_BxW, state["mean"], state["variance"], digits)
+
+
+def dense(key, width_in: int, width_out: int):
+    w, b = jax.random.split(key)
+    most = width_in**-0.5
+    return {
+        "w": jax.random.uniform(w, (width_in, width_out), minval=-most, maxval=most),
+        "b": jax.random.uniform(b, (width_out,), minval=-most, maxval=most),
+    }
+
+
+def cross_entropy(params, h_BxW, mean, variance, digits):
+    normalised_BxW = (h_BxW - mean[None]) * jax.lax.rsqrt(variance + 1e-5)[None]
+    hidden_BxW = jax.nn.relu(normalised_BxW * params["norm"]["scale"][None] + params["norm"]["shift"][None])
+    log_probabilities = jax.nn.log_softmax(hidden_BxW @ params["out"]["w"] + params["out"]["b"][None])
+    return -jnp.take_along_axis(log_probabilities, digits[:, None], axis=1).mean()
+
+
+EXPERIMENT = sj.Experiment(
+    name="digits",
+    subjects=(sj.Subject(Digits(), sj.log_spaced(0.6, 0.28, 7), sj.LearningRates(2.0, 64, places=2, most=10)),),
+    batch_tokens=sj.powers_of_two(8, 512),
+    max_tokens=150_000,
+    optimizer=sj.OptimizerConfig("sgd"),
+)
