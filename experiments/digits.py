@@ -15,7 +15,7 @@ DRAWN = 200_000  # more than any run takes
 WIDTH = 64
 
 _images, _digits = load_digits(return_X_y=True)
-IMAGES, DIGITS = np.float32(_images / 16), np.int32(_digits)
+IMAGES, DIGITS = np.asarray(_images / 16, np.float32), np.asarray(_digits, np.int32)
 
 
 class Digits(sj.Task):

@@ -1,6 +1,7 @@
 """The commands that train or compile: demo, scan, train, branch, compile."""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Literal
@@ -269,9 +270,10 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", ex
     if dry_run:
         from scaling_jax.console.tables import plan_table
         from scaling_jax.console.terminal import Terminal
+        from scaling_jax.report.units import in_unit
         from scaling_jax.scanning.plan import plan_scan
 
-        Terminal().print(plan_table(plan_scan(experiment, results)))
+        Terminal(functools.partial(in_unit, unit=experiment.unit)).print(plan_table(plan_scan(experiment, results)))
         return
     engine = {"executor": executor, "executor_options": executor_options}
     commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **engine)

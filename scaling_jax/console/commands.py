@@ -1,6 +1,7 @@
 """Trains a scan, a run or branches, with progress on the console. A signal saves the runs, then ends the command."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,6 +23,7 @@ from scaling_jax.io import UserError
 from scaling_jax.parallel import Sharding, is_first, together
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import Asked, stop_on_signals
+from scaling_jax.report.units import in_unit
 from scaling_jax.report.words import branch_line, clock, ending, short
 from scaling_jax.results import Results, read_results
 from scaling_jax.results.branches import check_tolerance, measure_branches, planned, write_branches
@@ -50,7 +52,7 @@ def scan_on_console(
       UserError, KeyboardInterrupt: see `scan`.
       SystemExit: with code 0, after SIGTERM stopped the scan, in this process or another one of the scan.
     """
-    console = Terminal(quiet=not is_first())
+    console = Terminal(functools.partial(in_unit, unit=experiment.unit), quiet=not is_first())
     console.print(f"{experiment.name}: results in {results}", soft_wrap=True)
     done: list[Cell] = []
     followers: list[Follower] = []
@@ -86,7 +88,7 @@ def train_on_console(
       KeyboardInterrupt: after Ctrl-C, once the run is saved.
       SystemExit: with code 0 after SIGTERM, in this process or another one of the run, once the run is saved.
     """
-    console = Terminal()
+    console = Terminal(functools.partial(in_unit, unit=run.model.unit))
 
     of = "of at most" if run.live_ramp is not None and run.max_steps is None else "of"
 

@@ -6,14 +6,19 @@ A run's config.json must be read without the task's code. So a `Run` or a `Subje
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_positive
 from scaling_jax.tasks.other_model import check_name, check_unit
 
+if TYPE_CHECKING:
+    _Base = Any  # to a type checker, a task fits where its record does, and a loss may take what it likes
+else:
+    _Base = object
 
-class Task:
+
+class Task(_Base):
     """What is trained, and on what. Subclass it; give at least `init`, `loss`, `train` and `held_out`.
 
     The search, early stopping, the noise scale, fits, figures and reports work as for the built-in models. Don't change

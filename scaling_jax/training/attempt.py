@@ -13,6 +13,7 @@ from scaling_jax.io.files import refuse_links
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import address, claim, in_bucket, publish
 from scaling_jax.parallel import agree, from_first, is_first, together
+from scaling_jax.tasks import TaskModel
 from scaling_jax.training.checkpoints import Checkpoints
 from scaling_jax.training.examples import Data, check_batch, check_data
 from scaling_jax.training.integrity import LinesHash
@@ -110,7 +111,9 @@ class Attempt:
         on_progress: Callable[[Progress], None] = lambda _: None,
         branch_of: Run | None = None,
     ):
-        self.run, self.folder, self._corpus = run, folder, corpus
+        self.run, self.folder, self._manifest = run, folder, corpus.manifest
+        if isinstance(run.model, TaskModel):
+            self._manifest = {**corpus.manifest, "parts": list(run.trainable.parts)}
         with contextlib.ExitStack() as lock:
             with together():
                 if is_first():
@@ -119,7 +122,7 @@ class Attempt:
                     lock.enter_context(locked(self.folder / ".lock", f"run {folder.name} in {folder.parents[1]}"))
                     claim(self.folder)
                     (self.folder / "result.json").unlink(missing_ok=True)
-                    write_run_config(self.folder, run, corpus.manifest)
+                    write_run_config(self.folder, run, self._manifest)
             self._checkpoints = Checkpoints(address(self.folder / "checkpoints"))
             snapshots = address(self.folder / "snapshots")
             self._snapshots = Checkpoints(snapshots, keep=None) if run.snapshot_tokens else None
@@ -167,9 +170,9 @@ class Attempt:
             steps=last.step,
             tokens=last.tokens,
             test_loss=jsonable(last.test_loss),
-            corpus_sha256=self._corpus.manifest["sha256"],
+            corpus_sha256=self._manifest["sha256"],
         )
-        result = with_checksum(result, self.run, self._corpus.manifest, self.journal.written.digest)
+        result = with_checksum(result, self.run, self._manifest, self.journal.written.digest)
         result = dataclasses.replace(result, checksum=from_first(result.checksum))
         if is_first():
             records_to_disk(self.folder)  # before what says that they are complete
