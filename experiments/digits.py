@@ -75,5 +75,6 @@ EXPERIMENT = sj.Experiment(
     subjects=(sj.Subject(Digits(), sj.log_spaced(0.6, 0.28, 7), sj.LearningRates(2.0, 64, places=2, most=10)),),
     batch_tokens=sj.powers_of_two(8, 512),
     max_tokens=150_000,
+    seeds=(0, 1),
     optimizer=sj.OptimizerConfig("sgd"),
 )

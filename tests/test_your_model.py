@@ -3,10 +3,12 @@
 import math
 import shlex
 
+import jax
 import pytest
 
 import scaling_jax as sj
 from scaling_jax.scanning.by_command import check_command
+from scaling_jax.training import Interrupted, read_metrics, run_folder
 from tests.scanning.made_up_loss import loss_after
 from tests.test_docs import DOCS, blocks
 
@@ -42,3 +44,27 @@ def test_the_commands_have_places_that_exist():
         (example,) = (block for block in blocks(page, "bash") if "--command" in block)
         words = shlex.split(example.replace("\\\n", " "))
         check_command(words[words.index("--command") + 1])
+
+
+TASKS = [block for block in blocks(DOCS / "tasks.md", "python") if "(sj.Task)" in block]
+
+
+@pytest.mark.parametrize("example", TASKS, ids=["plain", "linen", "nnx", "equinox"])
+def test_tasks_of_each_library_train_and_go_on_after_an_interruption(example, tmp_path):
+    pytest.importorskip("sklearn")
+    namespace: dict = {}
+    exec(example, namespace)
+    run = sj.Run(
+        model=namespace["Digits"](),
+        batch_tokens=32,
+        learning_rate=0.2,
+        max_steps=60,
+        optimizer=sj.OptimizerConfig("sgd"),
+        steps_per_call=16,
+    )
+    with jax.numpy_rank_promotion("allow"), pytest.raises(Interrupted):
+        sj.train(run, tmp_path, num_devices=1, should_stop=lambda: True)
+    with jax.numpy_rank_promotion("allow"):
+        sj.train(run, tmp_path, num_devices=1)
+    losses = [line.test_loss for line in read_metrics(run_folder(tmp_path, run)) if line.evaluated]
+    assert losses[-1] < 0.8 * losses[0]

@@ -63,6 +63,7 @@ class Trainable:
 
     def loss(self, params, state, batch, key) -> tuple[Any, Any]:
         """(loss, new state) of a batch; the loss is a mean or `(sum, weight)`."""
+        state = jax.tree.map(lambda x: x, state)  # NNX changes its variables in place, if they are made in this trace
         given = {"params": params, "batch": batch, "state": state, "key": key}
         found = self.task.loss(**{name: given[name] for name in self._loss_takes})
         if not self.has_state:
@@ -74,7 +75,7 @@ class Trainable:
     def evaluate(self, variables, batch) -> Any:
         """The metric of held-out examples: a mean or `(sum, weight)`."""
         params, state = variables if self.has_state else (variables, None)
-        given = {"params": params, "batch": batch, "state": state}
+        given = {"params": params, "batch": batch, "state": jax.tree.map(lambda x: x, state)}
         return self._metric(**{name: given[name] for name in self._metric_takes})
 
     def weighted(self, params, state, batch, key) -> bool:

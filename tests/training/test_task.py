@@ -147,7 +147,9 @@ def test_the_transformer_as_a_task_of_yours_gives_the_same_numbers_bit_for_bit(t
     assert trainable(OwnTransformer()).parts == ("embedding", "layers", "norm", "position", "unembedding")
 
 
-@pytest.mark.parametrize(("num_devices", "num_microbatches", "backend"), [(1, 4, "pmap"), (4, 1, "pmap"), (2, 2, "vmap")])
+@pytest.mark.parametrize(
+    ("num_devices", "num_microbatches", "backend"), [(1, 4, "pmap"), (4, 1, "pmap"), (2, 2, "vmap")]
+)
 def test_a_weighted_loss_trains_on_the_weighted_mean_of_the_batch(num_devices, num_microbatches, backend):
     def mean(params):
         total, weight = Weighted().loss(params, first_eight(Line))
@@ -336,5 +338,5 @@ def test_batches_are_whole_examples_in_the_tasks_unit():
     class Boards(Line):
         unit, units_per_example = "moves", 5
 
-    with pytest.raises(UserError, match="batch_tokens = 12 .*whole examples of 5 moves: use 10 or 15 moves"):
+    with pytest.raises(UserError, match=r"batch_tokens = 12 .*whole examples of 5 moves: use 10 or 15 moves"):
         run_of(Boards(), batch_tokens=12)
