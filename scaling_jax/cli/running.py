@@ -229,6 +229,7 @@ def branch(
     points: int = 8,
     replicates: int = 4,
     betas: Literal["run", "half-life"] = "run",
+    experiment: Path | None = None,
 ) -> None:
     """Measure the critical batch size along runs of a scan, by branches with larger batches (Merrill et al. 2025).
 
@@ -247,14 +248,23 @@ def branch(
         least 2. Intervals come from the spread between replicates.
       betas: Adam's β in a branch with k times the batch. run keeps those of the run; half-life takes β^k, which keeps
         half-lives in tokens (Marek et al. 2025).
+      experiment: the Python file of a scan of your own tasks, which defines them.
     """
     from scaling_jax.console import commands
     from scaling_jax.results import read_results
+    from scaling_jax.scanning.records import load_experiment
 
     found = read_results(results)
     models = [model] if model else [subject.model.name for subject in found.scan.subjects]
     commands.branch_on_console(
-        found, models, batch_tokens, tolerance, most_points=points, replicates=replicates, betas=betas
+        found,
+        models,
+        batch_tokens,
+        tolerance,
+        None if experiment is None else load_experiment(experiment),
+        most_points=points,
+        replicates=replicates,
+        betas=betas,
     )
     show(found.folder)
 

@@ -5,6 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,19 @@ def train_on_console(
 
 
 def branch_on_console(
-    results: Results, models: Sequence[str], batch_tokens: int, tolerance: float, **options: Any
+    results: Results,
+    models: Sequence[str],
+    batch_tokens: int,
+    tolerance: float,
+    tasks: Experiment | None = None,
+    **options: Any,
 ) -> None:
     """Trains branches of a scan's best runs, prints a line per run and measurement, and writes branches.csv.
 
     Args:
       batch_tokens: batch size of the runs to branch; well below B_crit.
       tolerance: a branch keeps up if its loss is at most this much above the run's, in nats per token.
+      tasks: an experiment with the code of the scan's tasks, if it has any.
       options: see `plan_branches`.
 
     Raises:
@@ -149,7 +156,12 @@ def branch_on_console(
     """
     check_tolerance(tolerance)
     plans = _branch_plans(results, models, batch_tokens, **options)
-    console = Terminal()
+    if tasks is not None:
+        known = {subject.model.name: subject.model for subject in tasks.subjects}
+        plans = [replace(p, run=replace(p.run, model=known.get(p.run.model.name, p.run.model))) for p in plans]
+    for plan in plans:
+        _ = plan.run.trainable  # refuses models of other trainers, and tasks without their code
+    console = Terminal(functools.partial(in_unit, unit=plans[0].run.model.unit if plans else "tokens"))
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)

@@ -107,8 +107,8 @@ class TaskModel:
         found = self.__dict__.get("_trainable")
         if found is None:
             raise UserError(
-                f"{self.name} is a task of your own, and its code isn't here: give the Python file that defines it, or "
-                "the task itself"
+                f"{self.name} is a task of your own, and its code isn't here: give the Python file that defines it "
+                "(branch --experiment FILE), or the task itself"
             )
         return found
 

@@ -55,7 +55,7 @@ def test_a_task_is_scanned_in_this_process_and_read_without_its_code(tmp_path):
     assert {record.run.batch_tokens for record in results.runs} == {2, 8, 32}
     assert all(record.run.model == WALK for record in results.runs)
     assert list(results.runs[0].noise_by_part) == ["all"]
-    assert len(results.fit().points) == 2
+    assert results.fit().points[-1].loss == 0.1
     runs = len(list((folder / "runs").iterdir()))
     sj.scan(experiment, tmp_path)  # nothing to do
     assert len(list((folder / "runs").iterdir())) == runs

@@ -13,7 +13,7 @@ from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.parallel import data_mesh, replicate
 from scaling_jax.tasks import Transformer, evaluator, part_of, shared_evaluator, trainable
-from scaling_jax.training import Interrupted, OptimizerConfig, Run, read_metrics, run_folder, train
+from scaling_jax.training import Interrupted, LiveRamp, OptimizerConfig, Run, Stage, read_metrics, run_folder, train
 from scaling_jax.training.program import Program, program_for
 from tests.training.counting import CORPUS
 from tests.training.counting import RUN as BUILT_IN
@@ -229,6 +229,20 @@ def test_sources_of_examples_train_as_their_arrays_do(tmp_path):
     for name, task in (("arrays", Line()), ("source", FromSource())):
         train(run_of(task), tmp_path / name, num_devices=1)
     assert lines_of(tmp_path / "arrays", run_of(Line())) == lines_of(tmp_path / "source", run_of(FromSource()))
+
+
+def test_batches_of_a_task_grow_by_a_ramp_and_by_its_live_noise_scale(tmp_path):
+    ramped = run_of(Line(), ramp=(Stage(80, 16, 1.4),))
+    live = run_of(Line(), learning_rate=0.01, max_steps=60, live_ramp=LiveRamp(0.1, 32, every_steps=10))
+    for run in (ramped, live):
+        train(run, tmp_path, num_devices=1)
+        assert lines_of(tmp_path, run)[-1]["batch_tokens"] > 8
+    curved = dataclasses.replace(live, live_ramp=LiveRamp(0.1, 32, every_steps=10, metric="curvature", sequences=16))
+    train(curved, tmp_path, num_devices=1)
+    assert any("live" in line for line in lines_of(tmp_path, curved))
+    refused = dataclasses.replace(curved, model=Dropped())
+    with pytest.raises(UserError, match=r"metric = 'curvature' can't be measured for task Dropped"):
+        train(refused, tmp_path, num_devices=1)
 
 
 def test_other_data_are_refused_in_the_same_folder(tmp_path):
