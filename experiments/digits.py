@@ -1,4 +1,11 @@
-"""WIP"""
+"""What is the critical batch size of an image classifier with BatchNorm? A `Task` on scikit-learn's digits, two seeds.
+
+    scaling-jax scan experiments/digits.py
+
+Takes 2 to 4 minutes on two CPU cores. Expect an honest "not much is known": B_crit of 20 to 60 images, with intervals
+of a factor of two to each side, and a law whose exponent may be zero. The notes say why: 1,400 images are a toy, the
+losses are reached in fewer than 100 steps, and the held-out loss of 397 images is noisy.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +14,10 @@ from sklearn.datasets import load_digits
 
 import scaling_jax as sj
 
-# So that other trainers can do the same: images / 16; the first 1,400 for training, drawn with replacement, the rest
-# held out; 64 → 64 → 10 with BatchNorm before ReLU in the hidden layer; cross-entropy; SGD without momentum; batches of
-# 8 to 512 in powers of two; evaluated with running statistics (0.99 of the old a step) at steps that grow by 7 %.
+# So that other trainers can do the same: images / 16; the first 1,400 for training, the rest held out; rows drawn with
+# replacement by NumPy's default_rng(seed); 64 → 64 → 10 with BatchNorm before ReLU in the hidden layer; plain SGD
+# without momentum; cross-entropy; batches of 8 … 512 in powers of two; held-out evaluation with running statistics,
+# momentum 0.99 per step; evaluations at steps ×1.07.
 NUM_TRAINED = 1_400
 DRAWN = 200_000  # more than any run takes
 WIDTH = 64

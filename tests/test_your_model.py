@@ -1,9 +1,13 @@
 """The examples of docs/your_model.md and of the README's section on other trainers, as they are printed."""
 
+import dataclasses
 import math
 import shlex
 
+import flax.linen as linen
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import scaling_jax as sj
@@ -17,7 +21,7 @@ from tests.test_docs import DOCS, blocks
 def test_scikit_learn_is_scanned(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks(DOCS / "your_model.md", "python")
+    (example,) = (block for block in blocks(DOCS / "your_model.md", "python") if "Study(" in block)
     exec(example, {})
     fit = sj.read_results("results/digits").fit()
     assert [point.loss for point in fit.points] == list(sj.log_spaced(0.6, 0.35, 6))
@@ -44,6 +48,23 @@ def test_the_commands_have_places_that_exist():
         (example,) = (block for block in blocks(page, "bash") if "--command" in block)
         words = shlex.split(example.replace("\\\n", " "))
         check_command(words[words.index("--command") + 1])
+
+
+def test_the_task_of_the_page_and_that_of_the_readme_train(tmp_path):
+    (example,) = (block for block in blocks(DOCS / "your_model.md", "python") if "sj.Task" in block)
+    namespace: dict = {}
+    exec(example, namespace)
+    experiment = namespace["EXPERIMENT"]
+    first = experiment.run(experiment.cells[3], 0, max_steps=60)
+    (example,) = (block for block in blocks(DOCS.parent / "README.md", "python") if "sj.Task" in block)
+    photographs = jnp.ones((64, 8)), jnp.zeros(64, int)
+    data = dict(zip(("images", "labels", "test_images", "test_labels"), photographs * 2, strict=True))
+    namespace = {"sj": sj, "optax": optax, "net": linen.Dense(2), **data}
+    exec(example, namespace)
+    for run in (first, dataclasses.replace(first, model=namespace["Photographs"]())):
+        with jax.numpy_rank_promotion("allow"):
+            result = sj.train(run, tmp_path, num_devices=1)
+        assert result.test_loss < 0.7
 
 
 TASKS = [block for block in blocks(DOCS / "tasks.md", "python") if "(sj.Task)" in block]
