@@ -85,7 +85,7 @@ def take_steps(run: Run, corpus: Corpus | None, count: int):
             fed = feeder.batches(Span(step * batch, 1, batch))
             waited = time.perf_counter() - start
             feeder.expect(Span((step + 1) * batch, 1, batch))
-            state, _ = program.steps(state, fed.rows, fed.order_SxB, run.learning_rate, 10)
+            state, _ = program.steps(state, fed.rows, fed.order_SxB, run.learning_rate, 10, fed.own_rows)
             if step:
                 yield time.perf_counter() - start, waited
 

@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from scaling_jax.report import draw_figure, write_figures, write_report
     from scaling_jax.results import analyse, read_results
     from scaling_jax.scanning import Experiment, LearningRates, Study, Subject, log_spaced, powers_of_two, scan
-    from scaling_jax.tasks import MODELS, LlamaConfig, ModelConfig, OtherModel, model_config
+    from scaling_jax.tasks import MODELS, LanguageModel, LlamaConfig, ModelConfig, OtherModel, Task, model_config
     from scaling_jax.training import LiveRamp, OptimizerConfig, Run, SquaredNorms, Stage, train
 
 _SUBPACKAGES = {"advice", "data", "fitting", "noise_scale", "tasks"}
 _HOMES = {
     "MODELS": "tasks",
+    "LanguageModel": "tasks",
     "LlamaConfig": "tasks",
     "ModelConfig": "tasks",
     "OtherModel": "tasks",
+    "Task": "tasks",
     "model_config": "tasks",
     "LiveRamp": "training",
     "OptimizerConfig": "training",
@@ -46,6 +48,7 @@ _HOMES = {
 __all__ = [
     "MODELS",
     "Experiment",
+    "LanguageModel",
     "LearningRates",
     "LiveRamp",
     "LlamaConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "Stage",
     "Study",
     "Subject",
+    "Task",
     "UserError",
     "advice",
     "analyse",

@@ -6,16 +6,21 @@ import math
 import re
 import shlex
 
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import scaling_jax as sj
 from scaling_jax.scanning import Setting
 from scaling_jax.scanning.by_command import check_command
 from scaling_jax.scanning.records import load_experiment
+from scaling_jax.training import Interrupted, read_metrics, run_folder
 from tests.scanning.made_up_loss import loss_after
 from tests.test_docs import DOCS, blocks
 
-SCIKIT_LEARN, TORCH = blocks(DOCS / "your_model.md", "python")
+*_, SCIKIT_LEARN, TORCH = blocks(DOCS / "your_model.md", "python")
 BEFORE, _, AFTER = SCIKIT_LEARN.partition("def evaluations(")
 WITH_TORCH = BEFORE + TORCH + AFTER[AFTER.index("study = ") :]
 
@@ -83,3 +88,44 @@ def test_the_commands_have_places_that_exist():
         (example,) = (block for block in blocks(page, "bash") if "--command" in block)
         words = shlex.split(example.replace("\\\n", " "))
         check_command(words[words.index("--command") + 1])
+
+
+def test_the_task_of_the_page_and_that_of_the_readme_train(tmp_path):
+    (example,) = (block for block in blocks(DOCS / "your_model.md", "python") if "sj.Task" in block)
+    namespace: dict = {}
+    exec(example, namespace)
+    experiment = namespace["EXPERIMENT"]
+    first = experiment.run(experiment.cells[3], 0, max_steps=60)
+    (example,) = (block for block in blocks(DOCS.parent / "README.md", "python") if "sj.Task" in block)
+    photographs = jnp.ones((64, 8)), jnp.zeros(64, int)
+    data = dict(zip(("images", "labels", "test_images", "test_labels"), photographs * 2, strict=True))
+    namespace = {"sj": sj, "optax": optax, "net": linen.Dense(2), **data}
+    exec(example, namespace)
+    for run in (first, dataclasses.replace(first, model=namespace["Photographs"]())):
+        with jax.numpy_rank_promotion("allow"):
+            result = sj.train(run, tmp_path, num_devices=1)
+        assert result.test_loss < 0.7
+
+
+TASKS = [block for block in blocks(DOCS / "tasks.md", "python") if "(sj.Task)" in block]
+
+
+@pytest.mark.parametrize("example", TASKS, ids=["plain", "linen", "nnx", "equinox"])
+def test_tasks_of_each_library_train_and_go_on_after_an_interruption(example, tmp_path):
+    pytest.importorskip("sklearn")
+    namespace: dict = {}
+    exec(example, namespace)
+    run = sj.Run(
+        model=namespace["Digits"](),
+        batch_tokens=32,
+        learning_rate=0.2,
+        max_steps=60,
+        optimizer=sj.OptimizerConfig("sgd"),
+        steps_per_call=16,
+    )
+    with jax.numpy_rank_promotion("allow"), pytest.raises(Interrupted):
+        sj.train(run, tmp_path, num_devices=1, should_stop=lambda: True)
+    with jax.numpy_rank_promotion("allow"):
+        sj.train(run, tmp_path, num_devices=1)
+    losses = [line.test_loss for line in read_metrics(run_folder(tmp_path, run)) if line.evaluated]
+    assert losses[-1] < 0.8 * losses[0]

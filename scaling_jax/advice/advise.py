@@ -16,7 +16,7 @@ from scaling_jax.results.results import check_measurements
 from scaling_jax.results.runs import check_runs
 from scaling_jax.results.table import fit_table
 from scaling_jax.scanning.records import read_experiment
-from scaling_jax.tasks import Model, ModelConfig, OtherModel
+from scaling_jax.tasks import Model, ModelConfig, OtherModel, TaskModel
 from scaling_jax.training.run import check_whole_sequences
 
 
@@ -118,7 +118,7 @@ def advise(
         fastest=None if hardware is None else fastest(to, hardware, budget),
         stages=stages,
         schedules=schedules,
-        notes=_notes(to, stages, isinstance(trained, OtherModel)),
+        notes=_notes(to, stages, isinstance(trained, OtherModel | TaskModel)),
         follows=follows,
         reference_batch_tokens=reference,
         cbs20=to.cbs20(reference),
@@ -150,7 +150,7 @@ def write_stages(
         raise UserError(f"can't write {path} ({error}): choose another file") from error
 
 
-def _model(results: Path, name: str) -> Model | OtherModel | None:
+def _model(results: Path, name: str) -> Model | OtherModel | TaskModel | None:
     """A model of a scan; None for a table, which doesn't know it."""
     if not (results / "experiment.json").exists():
         return None

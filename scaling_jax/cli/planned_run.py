@@ -13,8 +13,9 @@ from scaling_jax.io import UserError
 from scaling_jax.io.config import check_positive, with_overrides
 from scaling_jax.io.files import read_whole
 from scaling_jax.scanning.records import load_run
-from scaling_jax.tasks import model_config
+from scaling_jax.tasks import TaskModel, model_config
 from scaling_jax.training import Recipe, Run, Stage
+from scaling_jax.training.examples import check_data, data_of
 
 _CONTEXT = 64  # of a model without a file
 _EITHER = (("max_tokens", "max_steps"), ("warmup_tokens", "warmup_steps"))
@@ -63,7 +64,10 @@ def planned_run(
         run = dataclasses.replace(run, model=_changed(run, model, context), **given)
     else:
         run = _from_flags(given, overrides, model, context)
+    loaded = run
     run = with_overrides(run, with_other_halves(run, overrides))
+    if run.model == loaded.model:
+        run = dataclasses.replace(run, model=loaded.model)  # which may know its task's code
     if run_file is None:
         run = with_vocabulary(run, vocabulary(run.text, run.tokenizer), overrides)
     return run if factor == 1.0 else dataclasses.replace(run, learning_rate=run.learning_rate * factor)
@@ -90,6 +94,9 @@ def check_text(run: Run) -> None:
     Raises:
       UserError: says which. A data set of TFDS, and how many ids a trained BPE has, are known only once it is prepared.
     """
+    if isinstance(run.model, TaskModel):
+        check_data(run, data_of(run))
+        return
     if not run.text.startswith("tfds:"):
         find_documents(run.text)
     ids, size = vocabulary(run.text, run.tokenizer), run.transformer.vocab_size
@@ -115,6 +122,8 @@ def with_other_halves(config: Recipe, overrides: Sequence[str]) -> list[str]:
 
 
 def _changed(run: Run, model: str | None, context: int | None):
+    if model is None and context is None:
+        return run.model
     size = run.transformer if model is None else model_config(model, vocab_size=run.transformer.vocab_size)
     return dataclasses.replace(size, context=run.transformer.context if context is None else context)
 

@@ -1,6 +1,7 @@
 """The commands that train or compile: demo, scan, train, branch, compile."""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Literal
@@ -99,8 +100,8 @@ def scan(
     from scaling_jax.io.config import with_overrides
     from scaling_jax.scanning.records import load_experiment
 
-    loaded = load_experiment(experiment)
-    loaded = with_overrides(loaded, with_other_halves(loaded, overrides))
+    given = load_experiment(experiment)
+    loaded = with_overrides(given, with_other_halves(given, overrides)).with_tasks_of(given)
     if command is None:
         _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
         return
@@ -204,12 +205,13 @@ def train(
 
     from scaling_jax.console import commands
     from scaling_jax.console.dashboards import asked_for
-    from scaling_jax.data import prepare
+    from scaling_jax.data import Corpus
     from scaling_jax.io.stores import working_copy
     from scaling_jax.parallel.devices import share_cores
+    from scaling_jax.training.examples import data_of
 
-    corpus = prepare(run.text, run.model.context, run.tokenizer)
-    if run_file is None:
+    corpus = data_of(run)
+    if run_file is None and isinstance(corpus, Corpus):
         run = with_vocabulary(run, corpus.vocab_size, overrides)
     share_cores([run.batch_sequences, *(stage.batch_tokens // run.model.context for stage in run.ramp)])
     with together():
@@ -226,6 +228,7 @@ def branch(
     points: int = 8,
     replicates: int = 4,
     betas: Literal["run", "half-life"] = "run",
+    experiment: Path | None = None,
 ) -> None:
     """Measure the critical batch size along runs of a scan, by branches with larger batches (Merrill et al. 2025).
 
@@ -244,14 +247,23 @@ def branch(
         least 2. Intervals come from the spread between replicates.
       betas: Adam's β in a branch with k times the batch. run keeps those of the run; half-life takes β^k, which keeps
         half-lives in tokens (Marek et al. 2025).
+      experiment: the Python file of a scan of your own tasks, which defines them.
     """
     from scaling_jax.console import commands
     from scaling_jax.results import read_results
+    from scaling_jax.scanning.records import load_experiment
 
     found = read_results(results)
     models = [model] if model else [subject.model.name for subject in found.scan.subjects]
     commands.branch_on_console(
-        found, models, batch_tokens, tolerance, most_points=points, replicates=replicates, betas=betas
+        found,
+        models,
+        batch_tokens,
+        tolerance,
+        None if experiment is None else load_experiment(experiment),
+        most_points=points,
+        replicates=replicates,
+        betas=betas,
     )
     show(found.folder)
 
@@ -267,9 +279,10 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", ex
     if dry_run:
         from scaling_jax.console.tables import plan_table
         from scaling_jax.console.terminal import Terminal
+        from scaling_jax.report.units import in_unit
         from scaling_jax.scanning.plan import plan_scan
 
-        Terminal().print(plan_table(plan_scan(experiment, results)))
+        Terminal(functools.partial(in_unit, unit=experiment.unit)).print(plan_table(plan_scan(experiment, results)))
         return
     engine = {"executor": executor, "executor_options": executor_options}
     commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **engine)

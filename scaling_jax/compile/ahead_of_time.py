@@ -70,7 +70,7 @@ class CompiledBatch:
 
     @property
     def batch_tokens(self) -> int:
-        return self.program.batch_sequences * self.program.model.context
+        return self.program.batch_sequences * self.program.task.task.units_per_example
 
 
 def planned_runs(plan: Experiment | Mapping[str, Run]) -> tuple[Run, ...]:
@@ -255,11 +255,12 @@ def _abstract_params(model: Model):
 
 def _arguments(program: Program) -> tuple[Any, ...]:
     """Shapes of the arguments of the steps, with the largest number of rows that a chip holds at a time."""
-    num_rows = RESIDENT_BYTES // (2 * (program.model.context + 1))
+    context = program.task.task.units_per_example
+    num_rows = RESIDENT_BYTES // (2 * (context + 1))
     order_DxCxB = (program.num_devices, program.steps_per_call, program.batch_sequences // program.num_devices)
     return (
         jax.eval_shape(program.init, 0),
-        jax.ShapeDtypeStruct((num_rows, program.model.context + 1), jnp.uint16),
+        jax.ShapeDtypeStruct((num_rows, context + 1), jnp.uint16),
         jax.ShapeDtypeStruct(order_DxCxB, jnp.int32),
         tuple(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32)),
     )

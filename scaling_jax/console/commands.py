@@ -1,9 +1,11 @@
 """Trains a scan, a run or branches, with progress on the console. A signal saves the runs, then ends the command."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ from scaling_jax.console.dashboards import Follower, Writer
 from scaling_jax.console.grid import Grid
 from scaling_jax.console.signals import heard_at_once, leave, sigterm_interrupts
 from scaling_jax.console.terminal import Terminal
-from scaling_jax.data import Corpus
 from scaling_jax.io import UserError
 from scaling_jax.parallel import Sharding, is_first, together
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import Asked, stop_on_signals
+from scaling_jax.report.units import in_unit
 from scaling_jax.report.words import branch_line, clock, ending, short
 from scaling_jax.results import Results, read_results
 from scaling_jax.results.branches import check_tolerance, measure_branches, planned, write_branches
@@ -32,6 +34,7 @@ from scaling_jax.scanning import Cell, Event, Experiment, relative_cost, scan
 from scaling_jax.scanning.branches import BranchPlan, plan_branches, train_branches
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.training import Interrupted, Progress, Run, run_folder, train
+from scaling_jax.training.examples import Data
 from scaling_jax.training.records import read_course
 
 LOG_SECONDS = 60.0  # between lines if the output is no terminal
@@ -50,7 +53,7 @@ def scan_on_console(
       UserError, KeyboardInterrupt: see `scan`.
       SystemExit: with code 0, after SIGTERM stopped the scan, in this process or another one of the scan.
     """
-    console = Terminal(quiet=not is_first())
+    console = Terminal(functools.partial(in_unit, unit=experiment.unit), quiet=not is_first())
     console.print(f"{experiment.name}: results in {results}", soft_wrap=True)
     done: list[Cell] = []
     followers: list[Follower] = []
@@ -76,7 +79,7 @@ def scan_on_console(
 def train_on_console(
     run: Run,
     results: Path,
-    corpus: Corpus,
+    corpus: Data,
     writers: Iterable[Callable[[Path], Writer]] = (),
     sharding: Sharding = "replicated",
 ) -> None:
@@ -86,7 +89,7 @@ def train_on_console(
       KeyboardInterrupt: after Ctrl-C, once the run is saved.
       SystemExit: with code 0 after SIGTERM, in this process or another one of the run, once the run is saved.
     """
-    console = Terminal()
+    console = Terminal(functools.partial(in_unit, unit=run.model.unit))
 
     of = "of at most" if run.live_ramp is not None and run.max_steps is None else "of"
 
@@ -130,13 +133,19 @@ def train_on_console(
 
 
 def branch_on_console(
-    results: Results, models: Sequence[str], batch_tokens: int, tolerance: float, **options: Any
+    results: Results,
+    models: Sequence[str],
+    batch_tokens: int,
+    tolerance: float,
+    tasks: Experiment | None = None,
+    **options: Any,
 ) -> None:
     """Trains branches of a scan's best runs, prints a line per run and measurement, and writes branches.csv.
 
     Args:
       batch_tokens: batch size of the runs to branch; well below B_crit.
       tolerance: a branch keeps up if its loss is at most this much above the run's, in nats per token.
+      tasks: an experiment with the code of the scan's tasks, if it has any.
       options: see `plan_branches`.
 
     Raises:
@@ -147,7 +156,12 @@ def branch_on_console(
     """
     check_tolerance(tolerance)
     plans = _branch_plans(results, models, batch_tokens, **options)
-    console = Terminal()
+    if tasks is not None:
+        known = {subject.model.name: subject.model for subject in tasks.subjects}
+        plans = [replace(p, run=replace(p.run, model=known.get(p.run.model.name, p.run.model))) for p in plans]
+    for plan in plans:
+        _ = plan.run.trainable  # refuses models of other trainers, and tasks without their code
+    console = Terminal(functools.partial(in_unit, unit=plans[0].run.model.unit if plans else "tokens"))
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)

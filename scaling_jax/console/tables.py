@@ -264,7 +264,9 @@ def _memory_in_words(batch: CompiledBatch) -> str:
 
 def _by_model(batches: Sequence[CompiledBatch]) -> list[list[CompiledBatch]]:
     batches = sorted(batches, key=lambda batch: batch.batch_tokens)
-    models = dict.fromkeys(batch.program.model for batch in sorted(batches, key=lambda b: b.program.model.num_params))
+    models = dict.fromkeys(
+        batch.program.model for batch in sorted(batches, key=lambda b: b.program.task.model.num_params)
+    )
     return [[batch for batch in batches if batch.program.model == model] for model in models]
 
 

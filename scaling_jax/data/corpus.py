@@ -36,6 +36,14 @@ class Corpus:
     vocab_size: int
     manifest: dict  # source, files, bytes, sha256, held_out, tokenizer, context, counts, checksums of the token files
 
+    @property
+    def train(self) -> np.ndarray:
+        return self.train_RxT1
+
+    @property
+    def held_out(self) -> np.ndarray:
+        return self.test_RxT1
+
 
 def bits_per_byte(nats_per_token: float, manifest: dict) -> float | None:
     """A test loss in bits per byte, which doesn't depend on the tokenizer; None if the manifest has no byte count."""

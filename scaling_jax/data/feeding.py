@@ -7,9 +7,11 @@ import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from scaling_jax.data.corpus import Corpus
+from scaling_jax.data.examples import Examples, count, num_bytes, take
 from scaling_jax.parallel import deal_out, replicate
 
 LARGEST_TABLE = 1 << 22  # examples; a larger permutation isn't held in memory but computed index by index
@@ -59,23 +61,24 @@ class Span(NamedTuple):
 
 
 class Batches(NamedTuple):
-    """Rows on the devices, and the rows that each step takes."""
+    """Rows on the devices, and the rows that each step takes. Rows of text are an array, others a pytree of arrays."""
 
-    rows: Any  # [R, T + 1], the whole corpus on every device; for a large corpus [num_devices, R, T + 1], its own rows
-    order_SxB: np.ndarray  # [steps, this process's sequences]; for a large corpus, indices of the device's own rows
+    rows: Any  # [R, …], all train rows on every device; of large data [num_devices, R, …], each device's own rows
+    order_SxB: np.ndarray  # [steps, this process's sequences]; of large data, indices of the device's own rows
+    own_rows: bool = False  # each device has its own rows
 
 
 class Feeder:
     """Gives this process the batches of any span of steps. Use it as a context manager.
 
-    A corpus above `RESIDENT_BYTES` is read span by span; each process reads its own part, and each device gets only its
-    own rows. While the devices train on a span, a thread reads the next expected one. The devices hold the rows of at
-    most three spans.
+    Data above `RESIDENT_BYTES`, and sources, are read span by span; each process reads its own part, and each device
+    gets only its own rows. While the devices train on a span, a thread reads the next expected one. The devices hold
+    the rows of at most three spans.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Examples,
         seed: int,
         longest: int,
         num_devices: int = 1,
@@ -84,7 +87,7 @@ class Feeder:
     ):
         """`longest` is the largest number of steps in a span. Shorter spans are padded, so all use one program."""
         self._corpus, self._seed, self._longest, self._num_devices = corpus, seed, longest, num_devices
-        self._process = process_index, process_count
+        self._process, self._num_rows = (process_index, process_count), count(corpus.train)
         self._resident = resident_rows(corpus, num_devices) if is_resident(corpus) else None
         self._thread = ThreadPoolExecutor(1, "reads ahead")
         self._expected: tuple[Span, Future] | None = None
@@ -110,32 +113,40 @@ class Feeder:
             self._expected = span, self._thread.submit(self._read, span)
 
     def _order(self, span: Span) -> np.ndarray:
-        count = span.num_steps * span.batch_sequences
-        order = example_order(self._seed, span.examples_seen, count, len(self._corpus.train_RxT1))
+        num_drawn = span.num_steps * span.batch_sequences
+        order = example_order(self._seed, span.examples_seen, num_drawn, self._num_rows)
         return share_of(order.reshape(-1, span.batch_sequences), *self._process)
 
     def _read(self, span: Span) -> Batches:
-        order_SxB, corpus_RxT1 = self._order(span), self._corpus.train_RxT1
-        num_steps, num_devices = len(order_SxB), self._num_devices
+        order_SxB, num_devices = self._order(span), self._num_devices
+        num_steps = len(order_SxB)
         order_DxSxB = order_SxB.reshape(num_steps, num_devices, -1).swapaxes(0, 1)
         each = order_DxSxB.shape[2]
-        rows_DxRxT1 = np.zeros((num_devices, self._longest * each, corpus_RxT1.shape[1]), corpus_RxT1.dtype)
+
+        def padded(x):
+            rows = np.zeros((num_devices, self._longest * each, *x.shape[2:]), x.dtype)
+            rows[:, : num_steps * each] = x
+            return rows
+
         # Not np.take, which would copy the whole view first.
-        rows_DxRxT1[:, : num_steps * each] = corpus_RxT1[order_DxSxB.reshape(num_devices, -1)]
+        read = take(self._corpus.train, order_DxSxB.reshape(-1))
+        shared = jax.tree.map(lambda x: padded(x.reshape(num_devices, num_steps * each, *x.shape[1:])), read)
         own_order_SxB = np.tile(np.arange(num_steps * each).reshape(num_steps, each), num_devices)
-        return Batches(deal_out(rows_DxRxT1, num_devices), own_order_SxB)
+        return Batches(deal_out(shared, num_devices), own_order_SxB, own_rows=True)
 
 
-def is_resident(corpus: Corpus) -> bool:
+def is_resident(corpus: Corpus | Examples) -> bool:
     """True if the train rows fit on every device, so that they are placed there once."""
-    return corpus.train_RxT1.nbytes <= RESIDENT_BYTES
+    return num_bytes(corpus.train) <= RESIDENT_BYTES
 
 
-def resident_rows(corpus: Corpus, num_devices: int) -> Any:
+def resident_rows(corpus: Corpus | Examples, num_devices: int) -> Any:
     """The train rows on the devices, placed there once per process."""
-    key = (corpus.manifest["sha256"], corpus.manifest.get("tokenizer_sha256"), corpus.train_RxT1.shape, num_devices)
+    leaves, tree = jax.tree.flatten(corpus.train)
+    shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
+    key = (corpus.manifest["sha256"], corpus.manifest.get("tokenizer_sha256"), shapes, tree, num_devices)
     if key not in _placed:
-        _placed[key] = replicate(np.ascontiguousarray(corpus.train_RxT1), num_devices)
+        _placed[key] = replicate(jax.tree.map(np.ascontiguousarray, corpus.train), num_devices)
     return _placed[key]
 
 

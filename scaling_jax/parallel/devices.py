@@ -182,7 +182,7 @@ def rows_of_devices(mesh: Mesh, own_rows: bool) -> Callable:
     """
 
     def local(rows, order_1xB):
-        return (rows[0] if own_rows else rows)[order_1xB[0]]
+        return jax.tree.map(lambda x: (x[0] if own_rows else x)[order_1xB[0]], rows)
 
     in_specs = PartitionSpec(AXIS) if own_rows else PartitionSpec(), PartitionSpec(AXIS)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(AXIS))

@@ -116,17 +116,18 @@ def noise_by_layer_chart(runs: Sequence[CellRuns], into: Into = None) -> Chart:
     figure, axes = new_figure(len(runs), into=into)
     chart = Chart(
         "noise_scale_by_layer",
-        "Noise scale of the embedding, of each layer and of the unembedding against tokens processed.",
+        "Noise scale of each part of the model against tokens processed.",
         figure,
     )
     values = []
     for axis, run in zip(axes, runs, strict=True):
-        num_layers = len(run.record.noise_by_part) - 2
+        layers = [part for part in run.record.noise_by_part if part not in _ENDS]
         every = sorted({w.tokens for windows in run.record.noise_by_part.values() for w in windows})
-        for k, (part, windows) in enumerate(run.record.noise_by_part.items()):
+        for part, windows in run.record.noise_by_part.items():
             at, value = [w.tokens for w in windows], np.array([w.value for w in windows])
-            marker, colour = _ENDS.get(part, ("o", COLOURS(0.85 * (k - 1) / max(num_layers - 1, 1))))
-            named = part in _ENDS or num_layers <= MOST_NAMED or k in (1, num_layers)
+            k = layers.index(part) if part in layers else 0
+            marker, colour = _ENDS.get(part, ("o", COLOURS(0.85 * k / max(len(layers) - 1, 1))))
+            named = part in _ENDS or len(layers) <= MOST_NAMED or k in (0, len(layers) - 1)
             ends = np.array([(w.low, w.high) for w in windows]).reshape(-1, 2)
             axis.errorbar(at, value, whiskers(value, ends), color=colour, elinewidth=0.7, alpha=0.4, fmt="none")
             there = dict(zip(at, value, strict=True))  # a line doesn't cross windows that other parts resolve

@@ -33,7 +33,7 @@ from scaling_jax.results.runs import few_enough, last_noise_scale
 from scaling_jax.scanning import Experiment
 from scaling_jax.scanning.experiment import DEMO, QUICK
 from scaling_jax.scanning.search import Tried
-from scaling_jax.tasks import OtherModel
+from scaling_jax.tasks import OtherModel, TaskModel
 
 _NOISE_INTRO = (
     "The noise scale comes from the training steps themselves. A point is a window of steps; windows get longer during "
@@ -252,7 +252,10 @@ def command(experiment: Experiment) -> str:
         if dataclasses.replace(experiment, text=demo.text) == demo:
             text = () if experiment.text == demo.text else ("--text", experiment.text)
             return shlex.join(["scaling-jax", "demo", *options, *text, "--results", "again"])
-    by = " --command '…'" if isinstance(experiment.subjects[0].model, OtherModel) else ""
+    model = experiment.subjects[0].model
+    if isinstance(model, TaskModel):
+        return "scaling-jax scan YOUR_EXPERIMENT.py --results again"
+    by = " --command '…'" if isinstance(model, OtherModel) else ""
     return f"scaling-jax scan experiment.json{by} --results again"
 
 

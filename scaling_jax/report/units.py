@@ -15,7 +15,7 @@ def in_unit(text: str, unit: str) -> str:
     """The text with `unit`, in the plural, in place of tokens; losses then have no unit."""
     if unit == "tokens":
         return text
-    text = re.sub(r",? (?:in )?nats per token", "", text)
+    text = re.sub(r",? (?:in )?nats\b(?: per token)?", "", text)
     text = re.sub(r"\b([Tt])okens?\b", lambda found: _in_case(unit, found), text)
     return text
 

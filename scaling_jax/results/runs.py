@@ -77,7 +77,7 @@ class RunRecord:
     @functools.cached_property
     def noise_by_part(self) -> dict[str, list[PartNoise]]:
         """The noise scale of each part of the model in windows; {} if not measured."""
-        return part_windows(self.course)
+        return part_windows(self.course, self.corpus.get("parts"))
 
     @functools.cached_property
     def noise_of_all_parts(self) -> list[PartNoise]:
@@ -202,14 +202,18 @@ def noise_windows(run: Course) -> list[NoiseWindow]:
     return found
 
 
-def part_windows(run: Course) -> dict[str, list[PartNoise]]:
-    """{part of the model: its noise scale in windows}, from means over lines. Leaves out unresolved windows."""
+def part_windows(run: Course, names: Sequence[str] | None = None) -> dict[str, list[PartNoise]]:
+    """{part of the model: its noise scale in windows}, from means over lines. Leaves out unresolved windows.
+
+    Args:
+      names: of the parts; None for a built-in model.
+    """
     moments = moments_by_part(run)
     if moments is None:
         return {}
     parts = zip(moments.grad_sq_norm.T, moments.trace_cov.T, strict=True)
     found = [_line_windows(run, moments.num_steps, *series) for series in parts]
-    return dict(zip(part_names(len(found) - 2), found, strict=True))
+    return dict(zip(names or part_names(len(found) - 2), found, strict=True))
 
 
 def all_parts_windows(run: Course) -> list[PartNoise]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from scaling_jax.data import prepare
 from scaling_jax.io import UserError
 from scaling_jax.scanning.search import Tried
 from scaling_jax.training import Progress, Run, RunResult, Skip, Stage, train
+from scaling_jax.training.examples import data_of
 from scaling_jax.training.run import BETAS, Betas
 
 EVALUATIONS = 8  # per branch, evenly spaced in tokens
@@ -141,7 +141,7 @@ def train_branches(
       UserError, Interrupted: see `train`.
     """
     for plan in plans:
-        corpus = prepare(plan.run.text, plan.run.model.context, plan.run.tokenizer)
+        corpus = data_of(plan.run)
 
         def train_one(run: Run, branch_of: Run | None, corpus=corpus):
             return train(

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from scaling_jax.data import Corpus, prepare
 from scaling_jax.data.feeding import is_resident, resident_rows
 from scaling_jax.io import UserError, note
 from scaling_jax.io.config import from_dict, to_dict
@@ -18,8 +17,8 @@ from scaling_jax.parallel import from_first, is_first, together
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.records import is_without_searches, read_search, write_search
 from scaling_jax.scanning.search import Outcome, Tried, look_at, next_wave, search
-from scaling_jax.tasks import held_out_rows
 from scaling_jax.training import Progress, Run, RunResult, run_folder, train, train_many
+from scaling_jax.training.examples import Data, data_of, held_out
 from scaling_jax.training.population import slots_for
 from scaling_jax.training.program import program_for
 from scaling_jax.training.records import DamagedRecords, read_course, read_run_config, whole_result
@@ -135,15 +134,15 @@ def compile_ahead(experiment: Experiment, cells: Sequence[Cell], num_devices: in
     corpus, run = corpus_of(experiment, cells[0]), experiment.run(cells[0], 0)
     if not is_resident(corpus):
         return
-    held_out = held_out_rows(corpus.test_RxT1, run.eval_tokens)
+    examples = held_out(run, corpus)
     if can_run_together(experiment, cells[0]):
-        slots_for(run, _seats(experiment, cells), seats_on).compile(resident_rows(corpus, seats_on), held_out)
+        slots_for(run, _seats(experiment, cells), seats_on).compile(resident_rows(corpus, seats_on), examples)
     else:
-        program_for(run, num_devices).compile(resident_rows(corpus, num_devices), held_out)
+        program_for(run, num_devices).compile(resident_rows(corpus, num_devices), examples)
 
 
 def can_run_together(experiment: Experiment, cell: Cell) -> bool:
-    """True if `train_alike` can train the cell: one process, several runs at a time, and text that fits on a device."""
+    """True if `train_alike` can train the cell: one process, several runs at a time, and data that fit on a device."""
     several = len(experiment.seeds) * experiment.subject(cell.model).learning_rates.together > 1
     return jax.process_count() == 1 and several and is_resident(corpus_of(experiment, cell))
 
@@ -257,7 +256,7 @@ def _shared(find: Callable[[], Outcome | None]) -> Outcome | None:
     return Outcome(from_dict(Run, said["run"]), from_dict(RunResult, said["result"]), said["steps"], said["losses"])
 
 
-def _on_this_text(outcome: Outcome, corpus: Corpus, workdir: Path) -> Outcome:
+def _on_this_text(outcome: Outcome, corpus: Data, workdir: Path) -> Outcome:
     if outcome.result.corpus_sha256 != corpus.manifest["sha256"]:
         raise UserError(
             f"{workdir} holds runs on other text; the text {outcome.run.text} has changed since: use another folder"
@@ -276,6 +275,6 @@ class _Search:
         self.running = 0
 
 
-def corpus_of(experiment: Experiment, cell: Cell) -> Corpus:
-    """The packed text of a cell."""
-    return prepare(experiment.text, experiment.subject(cell.model).model.context, experiment.tokenizer)
+def corpus_of(experiment: Experiment, cell: Cell) -> Data:
+    """The packed text of a cell, or the examples of its task."""
+    return data_of(experiment.run(cell, 0))

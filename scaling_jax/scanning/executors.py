@@ -59,14 +59,18 @@ def train_cells(
     cells: Sequence[Cell],
     on_event: Callable[[Event], None],
     options: dict[str, Any] | None = None,
+    source: Path | None = None,
     **further: Any,
 ) -> None:
     """Trains the cells of a scan by the executor "ray" or "slurm", a job for each.
 
+    Args:
+      source: the Python file that defines the experiment's tasks, if it has any; the same path on every machine.
+
     Raises:
       UserError, KeyboardInterrupt: see `run_on_ray` and `run_on_slurm`; also if a cell can't be trained.
     """
-    jobs: dict[Job, Cell] = {CellJob(workdir.resolve(), cache_folder().resolve(), cell): cell for cell in cells}
+    jobs: dict[Job, Cell] = {CellJob(workdir.resolve(), cache_folder().resolve(), cell, source): cell for cell in cells}
     listener = Listener(
         on_message=lambda message: on_event(read_event(message)),
         on_end=lambda job: on_event(Event(jobs[job])),
@@ -126,6 +130,7 @@ def run_on_slurm(
 
     Args:
       options: of submitit's `update_parameters`, such as slurm_partition, gpus_per_node or timeout_min.
+      source: see `train_on_ray`.
       cluster: "local" runs the jobs on this machine.
 
     Raises:
@@ -195,6 +200,7 @@ class CellJob:
     workdir: Path
     cache: Path  # folder for packed text; the same path on every machine
     cell: Cell
+    source: Path | None = None  # the Python file that defines the experiment's tasks; the same path on every machine
 
     @property
     def log(self) -> Path:
@@ -209,7 +215,7 @@ class CellJob:
 
         try:
             with locked_cell(self.workdir, self.cell) as lock:
-                train_in_workers(self.workdir, [self.cell], report, [None], lock, platform=None)
+                train_in_workers(self.workdir, [self.cell], report, [None], lock, platform=None, source=self.source)
         except (UserError, OSError) as error:
             return str(error)
         return None

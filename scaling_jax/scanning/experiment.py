@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive
-from scaling_jax.tasks import LlamaConfig, ModelConfig, OtherModel, model_config, renamed
+from scaling_jax.tasks import LlamaConfig, ModelConfig, OtherModel, Task, TaskModel, model_config, record_of, renamed
 from scaling_jax.training import Deadline, Recipe, Run
+from scaling_jax.training.run import take_task
 
 MOST_CELLS = 2_000  # a hundred times the demo's
 _MOST_RATES = 1_000
@@ -57,8 +58,8 @@ class LearningRates:
 class Subject:
     """A model, the losses at which to measure its critical batch size, and the learning rates to try."""
 
-    model: ModelConfig | LlamaConfig | OtherModel
-    target_losses: tuple[float, ...]  # test losses in nats per token, falling
+    model: ModelConfig | LlamaConfig | OtherModel | TaskModel  # or a `Task`, of which the experiment keeps the record
+    target_losses: tuple[float, ...]  # test losses in nats per token, falling; of a task those of its metric
     learning_rates: LearningRates
 
     def named(self, key: str, name: str) -> Any:
@@ -100,6 +101,7 @@ class Experiment(Recipe):
     warmup_steps: int | None = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self):
+        self._take_tasks()
         super().__post_init__()
         if len(set(self.batch_tokens)) < 3:
             raise UserError(f"batch_tokens = {self.batch_tokens} must have at least 3 batch sizes; 7 are better")
@@ -135,6 +137,28 @@ class Experiment(Recipe):
                 )
         for cell in self.cells:
             self.run(cell, 0)  # refuses an impossible batch size before anything is trained
+
+    def _take_tasks(self) -> None:
+        """Sets the text to the data of the tasks among the models, and puts their records in their place."""
+        tasks = [subject.model for subject in self.subjects if isinstance(subject.model, Task)]
+        for task in tasks:
+            before = self.text, self.tokenizer
+            take_task(self, task)
+            if task is not tasks[0] and before != (self.text, self.tokenizer):
+                raise UserError(f"the tasks have different data, {before[0]} and {self.text}: scan them in two folders")
+        if tasks:
+            subjects = (dataclasses.replace(subject, model=record_of(subject.model)) for subject in self.subjects)
+            object.__setattr__(self, "subjects", tuple(subjects))
+
+    def with_tasks_of(self, other: "Experiment") -> "Experiment":
+        """The experiment with the code of another's tasks; it may have been read from a file, which holds none."""
+        known = {s.model.name: s.model for s in other.subjects if isinstance(s.model, TaskModel)}
+
+        def of(subject: Subject) -> Subject:
+            found = known.get(subject.model.name)
+            return dataclasses.replace(subject, model=found) if found == subject.model else subject
+
+        return dataclasses.replace(self, subjects=tuple(map(of, self.subjects)))
 
     @property
     def cells(self) -> tuple[Cell, ...]:

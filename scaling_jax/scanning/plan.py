@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scaling_jax.data.examples import num_bytes, take
 from scaling_jax.data.feeding import is_resident
 from scaling_jax.io import UserError
 from scaling_jax.io.workers import available_cores
@@ -18,7 +19,9 @@ from scaling_jax.scanning.cells import can_run_together, corpus_of, finished_run
 from scaling_jax.scanning.experiment import FEWEST_STEPS, Cell, Experiment
 from scaling_jax.scanning.records import check_same_recipe
 from scaling_jax.scanning.speed import StepTime, time_steps
-from scaling_jax.training.attempt import check_corpus
+from scaling_jax.tasks import Model
+from scaling_jax.training.examples import Data, check_data
+from scaling_jax.training.gradients import gradients_of
 from scaling_jax.training.program import Program, program_for
 
 LEAST_RATES = 3  # the best learning rate between two others
@@ -118,11 +121,11 @@ def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
             continue
         subject = experiment.subject(cell.model)
         corpus = corpus_of(experiment, cell)
-        check_corpus(experiment.run(cell, 0), corpus)
+        check_data(experiment.run(cell, 0), corpus)
         seats = len(experiment.seeds) * subject.learning_rates.together
         together = 1 if on_cpu else math.ceil(seats / jax.local_device_count())
-        resident = corpus.train_RxT1.nbytes if is_resident(corpus) else 0
-        plans.append(plan_cell(experiment, cell, resident + PROCESS_BYTES * on_cpu, together))
+        resident = int(num_bytes(corpus.train)) if is_resident(corpus) else 0
+        plans.append(plan_cell(experiment, cell, resident + PROCESS_BYTES * on_cpu, together, corpus))
         of_kind[cell[:2]] = plans[-1]
     if plans:
         refuse_what_cannot_fit(plans, available)
@@ -161,24 +164,32 @@ def easy_targets(experiment: Experiment, workdir: Path) -> tuple[EasyTargets, ..
     return tuple(found)
 
 
-def plan_cell(experiment: Experiment, cell: Cell, corpus_bytes: int, together: int) -> CellPlan:
+def plan_cell(
+    experiment: Experiment, cell: Cell, corpus_bytes: int, together: int, corpus: Data | None = None
+) -> CellPlan:
     """The plan of one cell.
 
     Args:
       corpus_bytes: size of the rows that a device holds.
       together: number of runs that a device holds at a time.
+      corpus: needed for a task of your own.
     """
     rates = experiment.subject(cell.model).learning_rates
     least, most = min(LEAST_RATES, rates.most), rates.most
     program = program_for(experiment.run(cell, 0))
     tokens = experiment.max_tokens + cell.batch_tokens
+    if isinstance(program.model, Model):
+        per_token, step_bytes = program.model.flops_per_token, _step_bytes(program, program.model)
+    else:
+        assert corpus is not None
+        per_token, step_bytes = _counted(program, corpus)
     return CellPlan(
         cell=cell,
         least_runs=least,
         most_runs=most,
         most_tokens=most * tokens,
-        most_flops=most * tokens * program.model.flops_per_token,
-        bytes_needed=corpus_bytes + together * (_state_bytes(program) + _step_bytes(program)),
+        most_flops=most * tokens * per_token,
+        bytes_needed=corpus_bytes + together * (_state_bytes(program) + step_bytes),
     )
 
 
@@ -233,10 +244,23 @@ def _state_bytes(program: Program) -> int:
     return gradients + sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
 
 
-def _step_bytes(program: Program) -> int:
+def _counted(program: Program, corpus: Data) -> tuple[float, int]:
+    """(FLOPs per unit, bytes beside the state) of a task's gradient, as XLA counts them; its scans count once."""
+    state = jax.eval_shape(lambda: program.init(0))
+    example = take(corpus.train, np.zeros(1, int))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((program.batch_sequences, *x.shape[1:]), x.dtype), example)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if program.task.has_key else None
+    gradients = jax.jit(gradients_of(program.task, program.num_microbatches, None))
+    compiled = gradients.lower(state.params, state.model_state, batch, key).compile()
+    units = program.batch_sequences * program.task.task.units_per_example / program.num_microbatches
+    flops, memory = (compiled.cost_analysis() or {}).get("flops", math.nan), compiled.memory_analysis()
+    return flops / units, memory.temp_size_in_bytes if memory is not None else 0
+
+
+def _step_bytes(program: Program, model: Model) -> int:
     """Size of the float32 activations of one microbatch, which the backward pass needs."""
     sequences = program.batch_sequences // program.num_microbatches
-    return 4 * sequences * program.model.context * program.model.kept_per_token
+    return 4 * sequences * model.context * model.kept_per_token
 
 
 def _cpu_bytes() -> int:

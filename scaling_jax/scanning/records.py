@@ -11,6 +11,7 @@ version searches differently. All older schemas of experiment.json stay readable
 import dataclasses
 import json
 import runpy
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, read_config, sealed, to_dict, unsealed
 from scaling_jax.io.files import read_whole, write_json
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
+from scaling_jax.tasks import TaskModel
 from scaling_jax.training import Recipe, Run
 from scaling_jax.training.records import read_run_config
 
@@ -168,6 +170,12 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
+def source_of(experiment: Experiment) -> tuple[Path | None, bool]:
+    """(the Python file that defines the experiment's tasks, or None; True if other processes can get the tasks)."""
+    files = {s.model.trainable.source for s in experiment.subjects if isinstance(s.model, TaskModel)}
+    return next(iter(files), None), None not in files and len(files) < 2
+
+
 def load_plan(path: Path) -> Experiment | dict[str, Run]:
     """Like `load_experiment`; if a Python file has no `EXPERIMENT`, its `RUNS` by name.
 
@@ -208,13 +216,31 @@ def _definitions(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no file {path}: give an experiment or run file, such as experiments/demo.py")
     if path.suffix != ".json":
         try:
-            return runpy.run_path(str(path))
+            if (beside := str(path.parent.resolve())) not in sys.path:
+                sys.path.append(beside)  # the file may import what lies beside it
+            defined = runpy.run_path(str(path))
+            _note_source(defined, path.resolve())
+            return defined
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except (Exception, SystemExit) as error:
             what = traceback.format_exception_only(error)[-1].strip()
             raise UserError(f"{path}{_line(path, error)} can't be run: {what}") from error
     return {"EXPERIMENT": parse_experiment(path, "give a scan's experiment.json, without sha256 if you changed it")}
+
+
+def _note_source(defined: dict[str, Any], path: Path) -> None:
+    """Lets tasks know the file that defines them, so that other processes can run it too."""
+    experiment, runs = defined.get("EXPERIMENT"), defined.get("RUNS")
+    models = [s.model for s in experiment.subjects] if isinstance(experiment, Experiment) else []
+    models += [
+        run.model
+        for run in (defined.get("RUN"), *(runs if isinstance(runs, dict) else {}).values())
+        if isinstance(run, Run)
+    ]
+    for model in models:
+        if isinstance(model, TaskModel):
+            model.trainable.source = path
 
 
 def _line(path: Path, error: BaseException) -> str:

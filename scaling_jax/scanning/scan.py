@@ -10,7 +10,6 @@ from typing import Literal
 
 import jax
 
-from scaling_jax.data import prepare
 from scaling_jax.io import UserError
 from scaling_jax.io.config import to_dict
 from scaling_jax.io.files import read_whole, refuse_links
@@ -20,13 +19,20 @@ from scaling_jax.io.workers import available_cores
 from scaling_jax.parallel import from_first, is_first, leave_if_one_is_gone, together
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import stop_on_signals
-from scaling_jax.scanning.cells import can_run_together, compile_ahead, finished_runs, train_alike, train_cell
+from scaling_jax.scanning.cells import (
+    can_run_together,
+    compile_ahead,
+    corpus_of,
+    finished_runs,
+    train_alike,
+    train_cell,
+)
 from scaling_jax.scanning.executors import parse_options, train_cells
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.plan import MOST_WORKERS, tokens_by_batch
-from scaling_jax.scanning.records import check_same_recipe, read_search, write_experiment, write_search
+from scaling_jax.scanning.records import check_same_recipe, read_search, source_of, write_experiment, write_search
 from scaling_jax.scanning.worker import Event, train_in_workers
-from scaling_jax.tasks import OtherModel
+from scaling_jax.tasks import Model
 from scaling_jax.training import Interrupted, Progress, Run
 from scaling_jax.training.optimizers import check_optimizer
 from scaling_jax.training.program import program_for
@@ -47,7 +53,8 @@ def scan(
     The folder may hold a smaller scan, with fewer batch sizes, seeds, subjects, learning rates or target losses. Its
     runs are reused.
 
-    On CPUs, one worker process per core trains cells. On accelerators, this process drives all devices. If the
+    On CPUs, one worker process per core trains cells; a `Task` that no experiment file defines is trained in this
+    process, as workers couldn't import it. On accelerators, this process drives all devices. If the
     experiment has several seeds, or tries several learning rates together, many runs train at once, spread over the
     devices. Otherwise one run trains after another, with its batch split over as many devices as divide it.
 
@@ -67,8 +74,9 @@ def scan(
       Interrupted: the same after SIGTERM, or if another process was asked to stop.
     """
     for cell in experiment.cells:
-        _ = experiment.run(cell, 0).transformer  # refuses models of other trainers
+        _ = experiment.run(cell, 0).trainable  # refuses models of other trainers, and tasks without their code
     check_optimizer(experiment.optimizer)
+    source, importable = source_of(experiment)
     if executor == "local" and executor_options:
         raise UserError(f"--executor-options {' '.join(executor_options)} need --executor ray or --executor slurm")
     with leave_if_one_is_gone(), contextlib.ExitStack() as stack:
@@ -78,7 +86,7 @@ def scan(
                 raise UserError(
                     f"--executor {executor} needs locks, which buckets lack: use a results folder on a shared disk"
                 )
-        lock, missing = None, []
+        lock, missing, checksums = None, [], {}
         given = from_first(to_dict(experiment))
         with together():
             if to_dict(experiment) != given:
@@ -92,19 +100,26 @@ def scan(
         missing = [Cell(*values) for values in from_first(missing)]
         with together():
             # Before the workers start, so that only one packs, and before experiment.json: the text may be wrong.
-            for context in {subject.model.context for subject in experiment.subjects} if missing else ():
-                corpus = prepare(experiment.text, context, experiment.tokenizer)
+            for cell in {cell.model: cell for cell in experiment.cells}.values() if missing else ():
+                corpus = corpus_of(experiment, cell)
+                checksums[cell.model] = corpus.manifest["sha256"]
                 if is_first():
-                    _check_same_text(workdir, experiment, corpus.manifest["sha256"])
+                    _check_same_text(workdir, experiment, checksums[cell.model])
+            if len(set(checksums.values())) > 1:
+                raise UserError(f"{' and '.join(checksums)} have different data: scan them in two folders")
             if is_first():
                 write_experiment(workdir, experiment)
                 publish(workdir)
         if not missing:
             return workdir
         if executor != "local":
-            train_cells(executor, workdir, missing, on_event, parse_options(executor_options))
-        elif jax.default_backend() == "cpu" and jax.process_count() == 1:
-            train_in_workers(workdir, missing, on_event, available_cores()[:MOST_WORKERS], lock)
+            if not importable:
+                raise UserError(
+                    f"--executor {executor} needs the Python file that defines the tasks: give it to scaling-jax scan"
+                )
+            train_cells(executor, workdir, missing, on_event, parse_options(executor_options), source)
+        elif jax.default_backend() == "cpu" and jax.process_count() == 1 and importable:
+            train_in_workers(workdir, missing, on_event, available_cores()[:MOST_WORKERS], lock, source=source)
         else:
             _train_here(experiment, workdir, missing, on_event)
     return workdir
@@ -113,7 +128,7 @@ def scan(
 def relative_cost(experiment: Experiment, cell: Cell) -> float:
     """Expected FLOPs of a cell up to a factor."""
     model = experiment.subject(cell.model).model
-    per_token = model.num_params if isinstance(model, OtherModel) else model.flops_per_token
+    per_token = model.flops_per_token if isinstance(model, Model) else model.num_params
     return per_token * tokens_by_batch(cell.batch_tokens)
 
 

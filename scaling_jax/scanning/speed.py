@@ -5,19 +5,23 @@ scan doesn't compile them again.
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from scaling_jax.data import example_order
+from scaling_jax.data.examples import count
 from scaling_jax.data.feeding import is_resident, resident_rows
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.workers import Command, Message, run_jobs, serve
 from scaling_jax.scanning.experiment import Cell, Experiment
+from scaling_jax.scanning.records import load_experiment, source_of
 from scaling_jax.scanning.worker import worker_environment
 from scaling_jax.training.program import program_for
 
@@ -47,7 +51,13 @@ def time_steps(
     """
     seconds: dict[tuple[str, int], float] = {}
     until = time.time() + START_SECONDS
-    jobs = [{"experiment": to_dict(experiment), "cell": cell, "until": until} for cell in _ends(experiment, cells)]
+    source, importable = source_of(experiment)
+    if not importable:
+        return {}
+    jobs = [
+        {"experiment": to_dict(experiment), "cell": cell, "until": until, "source": source and str(source)}
+        for cell in _ends(experiment, cells)
+    ]
 
     def take(message: Message) -> None:
         seconds[message["model"], message["batch_tokens"]] = message["seconds"]
@@ -89,6 +99,11 @@ def _ends(experiment: Experiment, cells: Sequence[Cell]) -> Iterable[Cell]:
         yield from dict.fromkeys((own[0], own[-1]))
 
 
+@functools.cache
+def _loaded(source: str) -> Experiment:
+    return load_experiment(Path(source))
+
+
 def _time(job: dict[str, Any], send: Callable[[Message], None]) -> None:
     import jax
 
@@ -97,6 +112,8 @@ def _time(job: dict[str, Any], send: Callable[[Message], None]) -> None:
     experiment, cell = from_dict(Experiment, job["experiment"]), Cell(*job["cell"])
     if time.time() > job["until"]:
         return
+    if job["source"] is not None:
+        experiment = experiment.with_tasks_of(_loaded(job["source"]))
     run, corpus = experiment.run(cell, 0), corpus_of(experiment, cell)
     num_devices = math.gcd(run.batch_sequences, jax.local_device_count())
     if not is_resident(corpus):
@@ -108,8 +125,8 @@ def _time(job: dict[str, Any], send: Callable[[Message], None]) -> None:
 
     def seconds_of(num_steps: int) -> float:
         nonlocal state
-        count = num_steps * program.batch_sequences
-        order = example_order(0, 0, count, len(corpus.train_RxT1)).reshape(num_steps, -1)
+        num_drawn = num_steps * program.batch_sequences
+        order = example_order(0, 0, num_drawn, count(corpus.train)).reshape(num_steps, -1)
         start = time.perf_counter()
         state, _ = program.steps(state, rows, order, 0.0, 1)
         return time.perf_counter() - start

@@ -29,7 +29,7 @@ class Event:
 
 
 STOPPING = Event(None)
-_START = "import pathlib, sys; from scaling_jax.scanning.worker import main; main(pathlib.Path(sys.argv[1]))"
+_START = "import pathlib, sys; from scaling_jax.scanning.worker import main; main(*map(pathlib.Path, sys.argv[1:]))"
 
 
 def train_in_workers(
@@ -39,12 +39,14 @@ def train_in_workers(
     cores: Sequence[int | None],
     lock: int | None = None,
     platform: str | None = "cpu",
+    source: Path | None = None,
 ) -> None:
     """Trains the cells in order, with one worker on each of `cores`.
 
     Args:
       lock: descriptor of the lock file, so that the workers hold the lock until they end.
       platform: JAX's platform; None lets JAX choose, which prefers accelerators.
+      source: the Python file that defines the experiment's tasks, if it has any. Workers run it.
 
     Raises:
       UserError, OSError: if a worker raised it, or a worker died.
@@ -55,7 +57,7 @@ def train_in_workers(
         cells,
         [
             Command(
-                ("-c", _START, str(workdir)),
+                ("-c", _START, str(workdir), *([str(source)] if source else [])),
                 environment=worker_environment(platform),
                 core=core,
                 log=workdir / "logs" / f"{log}-{core}.log",
@@ -86,20 +88,22 @@ def read_event(message: Message) -> Event:
     return Event(Cell(*message["cell"]), Progress(**values))
 
 
-def main(workdir: Path) -> None:
-    """The main function of a worker process."""
+def main(workdir: Path, source: Path | None = None) -> None:
+    """The main function of a worker process; for `source` see `train_in_workers`."""
     # JAX takes a second to import, and only workers need it.
     import jax
 
     from scaling_jax.parallel.devices import keep_compiled_programs
     from scaling_jax.scanning.cells import train_cell
-    from scaling_jax.scanning.records import read_experiment
+    from scaling_jax.scanning.records import load_experiment, read_experiment
     from scaling_jax.training import Interrupted
 
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # sent by SLURM, and on preempted machines
     keep_compiled_programs()
     experiment = read_experiment(workdir)
+    if source is not None:
+        experiment = experiment.with_tasks_of(load_experiment(source))
 
     def work(job: list, send: Callable[[Message], None]) -> bool:
         cell = Cell(*job)

@@ -9,6 +9,7 @@ import flax.linen as nn
 from scaling_jax.io import UserError
 from scaling_jax.tasks.llama import Llama, LlamaConfig
 from scaling_jax.tasks.other_model import OtherModel
+from scaling_jax.tasks.task import TaskModel
 from scaling_jax.tasks.transformer import ModelConfig, Transformer
 
 Model = ModelConfig | LlamaConfig
@@ -79,7 +80,7 @@ def model_config(name: str, **changes: Any) -> Any:
     return dataclasses.replace(model, **changes)
 
 
-def renamed(model: Model | OtherModel, name: str) -> Model:
+def renamed(model: Model | OtherModel | TaskModel, name: str) -> Model:
     """The model with another name, and with the vocabulary, context and type of this one. Raises as `model_config`."""
     same = ("vocab_size", "context", "compute_dtype") if isinstance(model, Model) else ()
     return model_config(name, **{field: getattr(model, field) for field in same})
@@ -95,6 +96,6 @@ def as_evaluated(model: Model) -> Model:
     return dataclasses.replace(model, balance=0.0) if isinstance(model, LlamaConfig) else model
 
 
-def rate_factor(model: Model):
-    """`path -> factor` of a parameter's learning rate; None if all parameters have the same."""
+def rate_factor(model: Any):
+    """`path -> factor` of a parameter's learning rate; None if all parameters have the same, as those of a task."""
     return model.rate_factor if isinstance(model, LlamaConfig) and model.mup_base_width is not None else None

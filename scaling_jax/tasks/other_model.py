@@ -18,13 +18,23 @@ class OtherModel:
     unit: str = "examples"  # what batches count, in the plural: tokens, images, …
 
     def __post_init__(self):
-        if not _NAME.fullmatch(self.name):
-            raise UserError(f"model name {self.name!r}: use letters, digits and . + = - _ in it")
+        check_name(self.name)
         check_positive("num_params", self.num_params)
-        if not re.fullmatch(r"[^\W\d_]+", self.unit):
-            raise UserError(f"unit = {self.unit!r}: give one word in the plural, such as images")
+        check_unit(self.unit)
 
     @property
     def context(self) -> int:
         """Length of an example in the unit."""
         return 1
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless a model's name can be a part of folder names."""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"model name {name!r}: use letters, digits and . + = - _ in it")
+
+
+def check_unit(unit: str) -> None:
+    """Raises UserError unless a unit is one word."""
+    if not re.fullmatch(r"[^\W\d_]+", unit):
+        raise UserError(f"unit = {unit!r}: give one word in the plural, such as images")

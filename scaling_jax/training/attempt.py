@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scaling_jax.data import Corpus
 from scaling_jax.io import UserError, note
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.files import refuse_links
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import address, claim, in_bucket, publish
 from scaling_jax.parallel import agree, from_first, is_first, together
+from scaling_jax.tasks import TaskModel
 from scaling_jax.training.checkpoints import Checkpoints
+from scaling_jax.training.examples import Data, check_batch, check_data
 from scaling_jax.training.integrity import LinesHash
 from scaling_jax.training.journal import Journal, Progress, ending
 from scaling_jax.training.live_ramp import next_stage
@@ -51,15 +52,15 @@ class Place(NamedTuple):
     ]  # of the next step, and those after it; the stages before may not fit today's devices
 
 
-def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
+def find_place(run: Run, workdir: str | Path, corpus: Data) -> Place:
     """The folder, the result and the next stages of a run, as the first process sees them.
 
     A run whose records are damaged isn't done: it is to be trained again, and a note says so.
 
     Raises:
-      UserError: if the run was trained on other text, or the text doesn't fit the model or is shorter than a batch.
+      UserError: if the run was trained on other data, or the data don't fit the model or are fewer than a batch.
     """
-    check_corpus(run, corpus)
+    check_data(run, corpus)
     folder, result, stages = Path(workdir) / "runs", None, _next_stages(run, [])
     with together():
         if is_first():
@@ -80,7 +81,7 @@ def find_place(run: Run, workdir: str | Path, corpus: Corpus) -> Place:
         )
     next_stages = tuple(from_dict(Stage, stage) for stage in found["stages"])
     if done is None:
-        _check_batches(next_stages, len(corpus.train_RxT1) * run.model.context)
+        check_batch(max(stage.batch_tokens for stage in next_stages), run, corpus)
     return Place(folder, done, next_stages)
 
 
@@ -105,12 +106,14 @@ class Attempt:
         self,
         run: Run,
         folder: Path,
-        corpus: Corpus,
+        corpus: Data,
         state: TrainState,
         on_progress: Callable[[Progress], None] = lambda _: None,
         branch_of: Run | None = None,
     ):
-        self.run, self.folder, self._corpus = run, folder, corpus
+        self.run, self.folder, self._manifest = run, folder, corpus.manifest
+        if isinstance(run.model, TaskModel):
+            self._manifest = {**corpus.manifest, "parts": list(run.trainable.parts)}
         with contextlib.ExitStack() as lock:
             with together():
                 if is_first():
@@ -119,7 +122,7 @@ class Attempt:
                     lock.enter_context(locked(self.folder / ".lock", f"run {folder.name} in {folder.parents[1]}"))
                     claim(self.folder)
                     (self.folder / "result.json").unlink(missing_ok=True)
-                    write_run_config(self.folder, run, corpus.manifest)
+                    write_run_config(self.folder, run, self._manifest)
             self._checkpoints = Checkpoints(address(self.folder / "checkpoints"))
             snapshots = address(self.folder / "snapshots")
             self._snapshots = Checkpoints(snapshots, keep=None) if run.snapshot_tokens else None
@@ -167,9 +170,9 @@ class Attempt:
             steps=last.step,
             tokens=last.tokens,
             test_loss=jsonable(last.test_loss),
-            corpus_sha256=self._corpus.manifest["sha256"],
+            corpus_sha256=self._manifest["sha256"],
         )
-        result = with_checksum(result, self.run, self._corpus.manifest, self.journal.written.digest)
+        result = with_checksum(result, self.run, self._manifest, self.journal.written.digest)
         result = dataclasses.replace(result, checksum=from_first(result.checksum))
         if is_first():
             records_to_disk(self.folder)  # before what says that they are complete
@@ -239,25 +242,3 @@ def _next_stages(run: Run, lines: Sequence[MetricsLine]) -> tuple[Stage, ...]:
     now = next_stage(run.batch_tokens, run.ramp, run.live_ramp, lines, run.steps_of_warmup)
     before, end = (lines[-1].tokens if lines else 0), run.max_tokens or math.inf
     return now, *(stage for stage in run.ramp if before < stage.tokens < end)
-
-
-def _check_batches(stages: Sequence[Stage], text_tokens: int) -> None:
-    largest = max(stage.batch_tokens for stage in stages)
-    if largest > text_tokens:  # examples that come twice in a batch aren't independent
-        raise UserError(
-            f"batch_tokens = {largest:,} is more than the text has, {text_tokens:,} tokens: use a smaller batch"
-        )
-
-
-def check_corpus(run: Run, corpus: Corpus) -> None:
-    """Raises UserError if the text doesn't fit the model: its vocabulary, or the length of its rows."""
-    if corpus.vocab_size > (size := run.transformer.vocab_size):
-        raise UserError(
-            f"the tokenizer has {corpus.vocab_size:,} tokens but the model's vocab_size is {size:,}: "
-            "use a larger vocab_size"
-        )
-    if corpus.train_RxT1.shape[1] != run.model.context + 1:
-        raise UserError(
-            f"the corpus has rows of {corpus.train_RxT1.shape[1] - 1} tokens but the model's context is "
-            f"{run.model.context}: prepare the text with the model's context"
-        )

@@ -6,14 +6,25 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from scaling_jax.parallel import agree, from_first
 from scaling_jax.training.integrity import state_checksum
 from scaling_jax.training.program import TrainState
+
+
+class _Saved(NamedTuple):
+    """What is saved of a state without a model state and a key: the fields that states had before these came."""
+
+    params: Any
+    opt_state: Any
+    step: Any
+    noise: Any
+    average: Any
 
 
 class Checkpoints:
@@ -90,7 +101,7 @@ class Checkpoints:
         args = self._ocp.args
         self._manager.save(
             int(state.step),
-            args=args.Composite(state=args.StandardSave(state), checksums=args.JsonSave(checksums)),
+            args=args.Composite(state=args.StandardSave(_on_disk(state)), checksums=args.JsonSave(checksums)),
         )
 
     def close(self) -> None:
@@ -99,7 +110,7 @@ class Checkpoints:
         self._manager.close()
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, _on_disk(like))
         items = {"state": self._ocp.args.StandardRestore(abstract)}
         if (self._folder / str(step) / "checksums").exists():
             items["checksums"] = self._ocp.args.JsonRestore()
@@ -107,7 +118,29 @@ class Checkpoints:
         checksums = restored["checksums"] if "checksums" in items else {}
         if "checksums" in items and not (isinstance(checksums, dict) and checksums):
             raise ValueError("no checksums")
-        return restored["state"], checksums
+        return _in_memory(restored["state"], like), checksums
+
+
+def _on_disk(state: TrainState) -> Any:
+    """The state as Orbax saves it: in place of containers of other libraries, lists of their arrays."""
+    fields: list[Any] = [field if _is_plain(field) else jax.tree.leaves(field) for field in state]
+    return _Saved(*fields[:5]) if state.model_state is None and state.key is None else TrainState(*fields)
+
+
+def _in_memory(found: Any, like: TrainState) -> TrainState:
+    """The inverse of `_on_disk`."""
+    fields: Any = zip(TrainState(*found), like, strict=True)
+    fields = [x if _is_plain(as_in) else jax.tree.unflatten(jax.tree.structure(as_in), x) for x, as_in in fields]
+    return TrainState(*fields)
+
+
+def _is_plain(tree: Any) -> bool:
+    """True if a pytree is of Python's own containers, or of Optax's and this package's tuples."""
+    if tree is None or isinstance(tree, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+        return True
+    if isinstance(tree, dict):
+        return all(isinstance(key, str) for key in tree) and all(map(_is_plain, tree.values()))
+    return isinstance(tree, (list, tuple)) and all(map(_is_plain, tree))
 
 
 @functools.cache

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_jax.data import Corpus, bits_per_byte
+from scaling_jax.data import bits_per_byte
+from scaling_jax.data.examples import count
 from scaling_jax.data.feeding import Span
 from scaling_jax.parallel import from_first, is_first
+from scaling_jax.training.examples import Data
 from scaling_jax.training.integrity import LinesHash
 from scaling_jax.training.live_ramp import next_stage
 from scaling_jax.training.metrics import MetricsLine, jsonable
@@ -139,7 +141,7 @@ class Progress:
 class Journal:
     """A run's metrics lines so far, and its position after them. Starts with the lines in `folder`."""
 
-    def __init__(self, run: Run, folder: Path, corpus: Corpus, on_progress: Callable[[Progress], None]):
+    def __init__(self, run: Run, folder: Path, corpus: Data, on_progress: Callable[[Progress], None]):
         self.run, self.folder = run, folder
         found = from_first([line.json() for line in read_metrics(folder)] if is_first() else [])
         self.lines = [MetricsLine.read(values) for values in found]
@@ -170,7 +172,7 @@ class Journal:
         values: dict[str, Any] = {
             "step": reached.step,
             "tokens": reached.tokens,
-            "epoch": round(reached.tokens / (len(self._corpus.train_RxT1) * context), 6),
+            "epoch": round(reached.tokens / (count(self._corpus.train) * context), 6),
             "batch_tokens": now.batch_tokens,
             "small_batch_tokens": small_batch_sequences * context,
             "train_loss": [jsonable(x) for x in series.loss],

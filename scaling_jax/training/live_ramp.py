@@ -15,7 +15,7 @@ import optax
 
 from scaling_jax.io import UserError
 from scaling_jax.noise_scale import Moments, adam_norms, curvature, estimate, geometries, unbiased, value_and_grad
-from scaling_jax.tasks import Model, batch_loss
+from scaling_jax.tasks import LanguageModel, Model, Trainable, trainable
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import TrainState
 from scaling_jax.training.run import LiveRamp, Metric, Stage, stage_at
@@ -70,18 +70,20 @@ def confidence_at(look: int) -> float:
     return 1 - _DOUBT / (1 + math.log2(look)) ** 2
 
 
-def measure(model: Model, metric: Metric, state: TrainState, tokens_BxT1) -> list[float]:
+def measure(model: Model | Trainable, metric: Metric, state: TrainState, tokens_BxT1) -> list[float]:
     """The fields of `NormBounds` or `Moments` for one metric, so that the noise scale is in tokens.
 
     Args:
       metric: any metric but "simple", which training steps measure.
-      tokens_BxT1: sequences, B a multiple of 16. Don't pass the next training batch, which would bias the result.
+      tokens_BxT1: sequences, or a task's examples, B a multiple of 16. Don't pass the next training batch, which would
+        bias the result.
 
     Raises:
       UserError: for a metric of Adam, if the optimizer has no second moments.
     """
     found = _compile(model, metric)(state.params, state.opt_state, tokens_BxT1)
-    values, context = [float(x) for x in found], model.context
+    task = trainable(model)
+    values, context = [float(x) for x in found], task.task.units_per_example
     if isinstance(found, geometries.NormBounds):
         noise, grad_low, grad_high = values
         return [noise * math.sqrt(context), grad_low, grad_high]
@@ -112,8 +114,14 @@ def _of_training_steps(lines: Sequence[MetricsLine]) -> tuple[np.ndarray, np.nda
 
 
 @functools.cache
-def _compile(model: Model, metric: Metric):
-    return jax.jit(_MEASURES[metric](batch_loss(model)))
+def _compile(model: Model | Trainable, metric: Metric):
+    task = trainable(model)
+    if not task.is_plain or (metric == "spectral" and not isinstance(task.task, LanguageModel)):
+        raise UserError(
+            f"live_ramp.metric = {metric!r} can't be measured for task {task.name}, whose loss takes more than params "
+            'and batch or whose layers aren\'t known: use metric="simple"'
+        )
+    return jax.jit(_MEASURES[metric](lambda params, batch: task.loss(params, None, batch, None)[0]))
 
 
 def _l1(loss: Callable) -> Callable[..., Measured]:
@@ -135,9 +143,10 @@ def _curvature(loss: Callable) -> Callable[..., Measured]:
     """tr(HΣ)/(GᵀHG). The first half of the sequences gives the gradients, the second half the Hessian."""
 
     def measured(params, opt_state, tokens_BxT1):
-        half = len(tokens_BxT1) // 2
-        norm = curvature(loss, params, tokens_BxT1[half:])
-        return _moments(loss, norm, params, tokens_BxT1[:half])
+        half = len(jax.tree.leaves(tokens_BxT1)[0]) // 2
+        first = jax.tree.map(lambda x: x[:half], tokens_BxT1)
+        second = jax.tree.map(lambda x: x[half:], tokens_BxT1)
+        return _moments(loss, curvature(loss, params, second), params, first)
 
     return measured
 

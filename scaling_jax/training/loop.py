@@ -8,13 +8,16 @@ from typing import Any
 
 import jax
 
-from scaling_jax.data import Corpus, example_order, prepare
+from scaling_jax.data import example_order
+from scaling_jax.data.examples import count as num_examples
+from scaling_jax.data.examples import take
 from scaling_jax.data.feeding import Feeder
 from scaling_jax.io import UserError
 from scaling_jax.io.stores import working_copy
 from scaling_jax.parallel import Backend, Sharding, agree, from_first, is_first, leave_if_one_is_gone, together
-from scaling_jax.tasks import held_out_rows
+from scaling_jax.tasks import Model
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
+from scaling_jax.training.examples import Data, data_of, held_out
 from scaling_jax.training.journal import Progress, next_call, span
 from scaling_jax.training.live_ramp import measure
 from scaling_jax.training.metrics import jsonable
@@ -27,7 +30,7 @@ def train(
     run: Run,
     workdir: str | Path,
     *,
-    corpus: Corpus | None = None,
+    corpus: Data | None = None,
     num_devices: int | None = None,
     backend: Backend = "pmap",
     sharding: Sharding = "replicated",
@@ -43,7 +46,8 @@ def train(
 
     Args:
       workdir: a folder that all processes see, or gs://bucket/folder.
-      corpus: what `data.prepare(run.text, run.model.context, run.tokenizer)` returns; None prepares it here.
+      corpus: what `data.prepare(run.text, run.model.context, run.tokenizer)` returns, or a task's own examples; None
+        prepares it here.
       num_devices: the devices over which each batch is split; None takes all devices of all processes.
       backend: how the devices run the training step if the state is replicated.
       sharding: where the state lies. "replicated": all of it on each device. "fsdp": each device holds a part of every
@@ -62,7 +66,7 @@ def train(
         on other text, or another process trains it; if the processes have different runs.
       Interrupted: see `should_stop`.
     """
-    corpus = corpus or prepare(run.text, run.model.context, run.tokenizer)
+    corpus = corpus or data_of(run)
     process = jax.process_index(), jax.process_count()
     num_devices = num_devices or jax.device_count()
     own_devices = num_devices // jax.process_count()
@@ -74,7 +78,10 @@ def train(
         folder, done, next_stages = find_place(run, workdir, corpus)
         if done is not None:
             return done
-        check_memory(run.transformer, num_devices if sharding == "fsdp" and jax.default_backend() != "cpu" else 1)
+        check_memory(
+            run.model if isinstance(run.model, Model) else run.trainable,
+            num_devices if sharding == "fsdp" and jax.default_backend() != "cpu" else 1,
+        )
         # Refuses a batch that doesn't divide; batches of stages that are over needn't divide over today's devices.
         to_come = [programs(run.at(stage)) for stage in next_stages]
         attempt = Attempt(run, folder, corpus, to_come[0].first_state(run.seed), on_progress, branch_of)
@@ -100,7 +107,7 @@ def train(
 
 def _train_until_done(
     attempt: Attempt,
-    corpus: Corpus,
+    corpus: Data,
     feeder: Feeder,
     programs: Callable[[Run], Program],
     between_calls: Callable[[TrainState], None],
@@ -108,21 +115,21 @@ def _train_until_done(
     run, journal, state = attempt.run, attempt.journal, attempt.state
     if attempt.ended is not None:
         return state, attempt.ended
-    held_out = held_out_rows(corpus.test_RxT1, run.eval_tokens)
+    examples = held_out(run, corpus)
     while True:
         here, call = journal.here, next_call(run, journal.here)
         program = programs(here.now)
-        rows, order = feeder.batches(span(here, call))
+        rows, order, own_rows = feeder.batches(span(here, call))
         there = here.after(call.num_steps)
         feeder.expect(span(there, next_call(run, there)))
-        state, series = program.steps(state, rows, order, here.now.learning_rate, run.steps_of_warmup)
+        state, series = program.steps(state, rows, order, here.now.learning_rate, run.steps_of_warmup, own_rows)
         status = journal.write(
             call,
             series,
             program.small_batch_sequences,
-            evaluate=functools.partial(program.test_loss, state, held_out),
+            evaluate=functools.partial(program.test_loss, state, examples),
             noise_scale=functools.partial(noise_scale_so_far, state.noise),
-            **from_first(_live_measurement(run, state, corpus.train_RxT1, there.step)),
+            **from_first(_live_measurement(run, state, corpus.train, there.step)),
         )
         if call.snapshot:
             attempt.keep_snapshot(state)
@@ -131,7 +138,7 @@ def _train_until_done(
         between_calls(state)
 
 
-def _check_processes(run: Run, corpus: Corpus, num_devices: int, backend: Backend, sharding: Sharding) -> None:
+def _check_processes(run: Run, corpus: Data, num_devices: int, backend: Backend, sharding: Sharding) -> None:
     if jax.process_count() == 1:
         return
     if backend == "vmap" or num_devices != jax.device_count():
@@ -154,5 +161,5 @@ def _live_measurement(run: Run, state: TrainState, rows, step: int) -> dict[str,
     if live is None or live.metric == "simple" or step % live.every_steps:
         return {}
     count = live.sequences
-    index = example_order(run.seed + 1_000_003, step // live.every_steps * count, count, len(rows))
-    return {"live": [jsonable(x) for x in measure(run.transformer, live.metric, state, rows[index])]}
+    index = example_order(run.seed + 1_000_003, step // live.every_steps * count, count, num_examples(rows))
+    return {"live": [jsonable(x) for x in measure(run.trainable, live.metric, state, take(rows, index))]}

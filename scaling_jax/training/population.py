@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_jax.data import Corpus, example_order
+from scaling_jax.data import example_order
+from scaling_jax.data.examples import count
 from scaling_jax.data.feeding import resident_rows
 from scaling_jax.io import UserError
 from scaling_jax.parallel import AXIS, Backend, spmd, spmd_of_runs
-from scaling_jax.tasks import evaluator, held_out_rows
+from scaling_jax.tasks import evaluator
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
+from scaling_jax.training.examples import Data, held_out
 from scaling_jax.training.journal import Progress, next_call, span
 from scaling_jax.training.program import (
     Program,
@@ -25,6 +27,7 @@ from scaling_jax.training.program import (
     noise_scale_so_far,
     one_step,
     program_for,
+    rows_at,
 )
 from scaling_jax.training.records import RunResult
 from scaling_jax.training.run import Run
@@ -34,7 +37,7 @@ def train_many(
     next_run: Callable[[], Run | None],
     on_result: Callable[[Run, RunResult], None],
     workdir: str | Path,
-    corpus: Corpus,
+    corpus: Data,
     *,
     num_slots: int,
     num_devices: int = 1,
@@ -77,7 +80,7 @@ def train_many(
                     continue
                 if population is None:
                     slots = slots_for(run, num_slots, num_devices, backend)
-                    population = _Population(slots, rows, held_out_rows(corpus.test_RxT1, run.eval_tokens))
+                    population = _Population(slots, rows, held_out(run, corpus))
                 program = program_for(run, population.slots.program.num_devices, backend)
                 if program != population.slots.program or run.ramp or run.live_ramp:
                     raise ValueError(f"{run.run_id} doesn't share the population's program: train it with `train`")
@@ -86,7 +89,7 @@ def train_many(
                 if attempt.ended is not None:
                     on_result(run, attempt.finish(attempt.ended, False, attempt.state))
                     continue
-                population.start(attempt, len(corpus.train_RxT1))
+                population.start(attempt, count(corpus.train))
             if population is None or not population.seats:
                 if stopping:
                     raise Interrupted(str(workdir))
@@ -132,15 +135,15 @@ class Slots:
         """The state of a slot."""
         return _get(self._states, divmod(slot, self._per_group))
 
-    def compile(self, rows: jax.Array, held_out_RxT1: np.ndarray) -> None:
+    def compile(self, rows: Any, examples: Any) -> None:
         """Compiles what `steps` and `test_losses` call with these rows."""
         none = np.empty((0, self.program.batch_sequences), np.int32)
         self.steps(rows, [none] * len(self), [0.0] * len(self), [1] * len(self))
-        self.test_losses([], held_out_RxT1)
+        self.test_losses([], examples)
 
     def steps(
         self,
-        rows: jax.Array,
+        rows: Any,
         orders: Sequence[np.ndarray],
         learning_rates: Sequence[float],
         warmup_steps: Sequence[int],
@@ -148,7 +151,7 @@ class Slots:
         """Takes the same number of steps in every slot, and returns their metrics [slots, steps, …].
 
         Args:
-          rows: the corpus [R, T + 1] on every device.
+          rows: all train rows on every device, an array or a pytree [R, …].
           orders: for each slot, the rows of each step's batch [steps, batch_sequences].
           learning_rates, warmup_steps: for each slot.
         """
@@ -165,11 +168,11 @@ class Slots:
         self._states, series = compiled(self._states, rows, order_GxDxSxCxB, share(settings), jnp.int32(num_steps))
         return jax.tree.map(lambda x: np.asarray(x).reshape(len(self), *x.shape[2:])[:, :num_steps], series)
 
-    def test_losses(self, slots: Sequence[int], held_out_RxT1: np.ndarray) -> dict[int, float]:
-        """{slot: loss on the held-out rows in nats per token} of some slots."""
+    def test_losses(self, slots: Sequence[int], examples: Any) -> dict[int, float]:
+        """{slot: loss on the held-out examples} of some slots; of text in nats per token."""
         wanted = np.zeros(len(self), bool)
         wanted[list(slots)] = True
-        losses = _compile_losses(*self._compiled)(self._states, held_out_RxT1, wanted.reshape(self._shape))
+        losses = _compile_losses(*self._compiled)(self._states, examples, wanted.reshape(self._shape))
         return {slot: float(loss) for slot, loss in enumerate(np.asarray(losses).reshape(-1)) if wanted[slot]}
 
 
@@ -187,12 +190,12 @@ def _get(states: TrainState, place: Any) -> TrainState:
 def _compile_steps(program: Program, num_groups: int, per_group: int):
     step = jax.vmap(one_step(program, AXIS if program.num_devices > 1 else ()))
 
-    def steps(states, rows_RxT1, order_SxCxB, settings, num_steps):
+    def steps(states, rows, order_SxCxB, settings, num_steps):
         learning_rate_S, warmup_steps_S = settings
 
         def body(i, carry):
             states, series = carry
-            states, metrics = step(states, rows_RxT1[order_SxCxB[:, i]], learning_rate_S, warmup_steps_S)
+            states, metrics = step(states, rows_at(rows, order_SxCxB[:, i]), learning_rate_S, warmup_steps_S)
             return states, jax.tree.map(lambda xs, x: xs.at[:, i].set(x), series, metrics)
 
         empty = no_metrics(program, per_group, program.steps_per_call)
@@ -205,10 +208,10 @@ def _compile_steps(program: Program, num_groups: int, per_group: int):
 def _compile_losses(program: Program, num_groups: int, per_group: int):
     evaluate = evaluator(program.model)
 
-    def losses(states: TrainState, rows_RxT1, wanted_S):
+    def losses(states: TrainState, examples, wanted_S):
         def one(loss_S, slot):
             state = jax.tree.map(lambda xs: xs[slot], states)
-            loss = jax.lax.cond(wanted_S[slot], lambda: evaluate(state.evaluated_params, rows_RxT1), lambda: 0.0)
+            loss = jax.lax.cond(wanted_S[slot], lambda: evaluate(state.evaluated, examples), lambda: 0.0)
             return loss_S.at[slot].set(loss), None
 
         return jax.lax.scan(one, jnp.zeros(per_group), jnp.arange(per_group))[0]
@@ -272,8 +275,8 @@ class _Seat:
 class _Population:
     """The slots and the runs in them."""
 
-    def __init__(self, slots: Slots, rows: jax.Array, held_out_RxT1: np.ndarray):
-        self.slots, self._rows, self._held_out = slots, rows, held_out_RxT1
+    def __init__(self, slots: Slots, rows: Any, examples: Any):
+        self.slots, self._rows, self._held_out = slots, rows, examples
         self.seats: dict[int, _Seat] = {}
 
     @property

@@ -23,21 +23,12 @@ from scaling_jax.parallel.devices import (
     over_mesh,
     rows_of_devices,
 )
-from scaling_jax.tasks import (
-    Model,
-    batch_loss,
-    evaluator,
-    fsdp_evaluator,
-    is_stacked,
-    network,
-    part_names,
-    part_of,
-    rate_factor,
-    shared_evaluator,
-)
+from scaling_jax.tasks import Model, Trainable, evaluator, fsdp_evaluator, rate_factor, shared_evaluator, trainable
+from scaling_jax.training.gradients import gradients_of
 from scaling_jax.training.optimizers import OptimizerConfig, counts_layers, make_optimizer
 from scaling_jax.training.run import Run, split_batch
 
+_KEY = 0x5EED  # apart from the keys with which models are initialised
 _TRACKER = tracker(half_life=20)  # steps; for display only, as the metrics keep the raw series
 
 
@@ -56,6 +47,8 @@ class TrainState(NamedTuple):
     step: jax.Array  # optimizer steps taken, int32
     noise: TrackerState  # moving averages of both moments
     average: Average | None  # of the parameters; None if the run evaluates the parameters themselves
+    model_state: Any = None  # that the loss takes and returns, such as BatchNorm's statistics; None without one
+    key: jax.Array | None = None  # the run's random bits, of which each step takes its own key; None without randomness
 
     @property
     def evaluated_params(self) -> Any:
@@ -63,30 +56,39 @@ class TrainState(NamedTuple):
         average = self.average
         return self.params if average is None else jax.tree.map(lambda x: x / average.weight, average.weighted_sum)
 
+    @property
+    def evaluated(self) -> Any:
+        """The variables that evaluations use: the parameters, with the model's state if there is one."""
+        return self.evaluated_params if self.model_state is None else (self.evaluated_params, self.model_state)
+
 
 class StepMetrics(NamedTuple):
     """Metrics of each step of a call, float32. Norms are of the gradient before clipping."""
 
-    loss: jax.Array  # [steps], of the batch, before the step; nats per token
+    loss: jax.Array  # [steps], of the batch, before the step; of text in nats per token
     small_sq_norm: jax.Array  # [steps]
     big_sq_norm: jax.Array  # [steps]
-    small_sq_norm_by_layer: jax.Array  # [steps, n_layer + 2], of each part of the model (`tasks.part_names`)
-    big_sq_norm_by_layer: jax.Array  # [steps, n_layer + 2]
+    small_sq_norm_by_layer: jax.Array  # [steps, parts], of each part of the model (`Trainable.parts`)
+    big_sq_norm_by_layer: jax.Array  # [steps, parts]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """What is fixed when a training program is compiled. Learning rate, warm-up, seed and data are its arguments."""
 
-    model: Model
+    model: Model | Trainable
     optimizer: OptimizerConfig
-    batch_sequences: int
+    batch_sequences: int  # examples of any task
     num_microbatches: int
     steps_per_call: int
     num_devices: int
     backend: Backend = "pmap"  # with replicated state
     average_decay: float | None = None  # per step, of the average of the parameters
     sharding: Sharding = "replicated"  # of the state; with "fsdp" all devices together compute each microbatch
+
+    @property
+    def task(self) -> Trainable:
+        return trainable(self.model)
 
     @property
     def small_batch_sequences(self) -> int:
@@ -104,21 +106,28 @@ class Program:
             return jax.jit(self.init, out_shardings=state_shardings(self, mesh))(seed)
         return replicate(self.init(seed), self.num_devices // jax.process_count())
 
-    def compile(self, rows: jax.Array, held_out_RxT1: np.ndarray) -> None:
+    def compile(self, rows: Any, held_out: Any) -> None:
         """Compiles what `steps` and `test_loss` call in a process of its own with these rows."""
         none = np.empty((0, self.batch_sequences), np.int32)
         state, _ = self.steps(self.first_state(0), rows, none, 0.0, 1)
-        self.test_loss(state, held_out_RxT1)
+        self.test_loss(state, held_out)
 
     def steps(
-        self, state: TrainState, rows: jax.Array, order: np.ndarray, learning_rate: float, warmup_steps: int
+        self,
+        state: TrainState,
+        rows: Any,
+        order: np.ndarray,
+        learning_rate: float,
+        warmup_steps: int,
+        own_rows: bool = False,
     ) -> tuple[TrainState, StepMetrics]:
         """Takes one step for each batch in `order`. Donates `state`: don't use it afterwards.
 
         Args:
-          rows: the corpus [R, T + 1] on every device, or each device's own rows [num_devices, R, T + 1].
+          rows: all train rows on every device, an array or a pytree [R, …]; or each device's own [num_devices, R, …].
           order: the rows of each step's batch [steps, this process's sequences], at most `steps_per_call` steps. If
             devices have their own rows, a device's part of `order` indexes these.
+          own_rows: devices have their own rows.
         """
         num_steps, own_sequences = order.shape
         order_CxB = np.zeros((self.steps_per_call, own_sequences), np.int32)
@@ -126,14 +135,14 @@ class Program:
         own_devices = self.num_devices // jax.process_count()
         order_DxCxB = order_CxB.reshape(self.steps_per_call, own_devices, -1).transpose(1, 0, 2)
         settings = np.int32(num_steps), np.float32(learning_rate), np.int32(warmup_steps)
-        state, metrics = _compile(self, rows.ndim == 3)(state, rows, order_DxCxB, settings)
+        state, metrics = _compile(self, own_rows)(state, rows, order_DxCxB, settings)
         return state, jax.tree.map(lambda x: np.asarray(x)[:num_steps], metrics)
 
-    def test_loss(self, state: TrainState, rows_RxT1: np.ndarray) -> float:
-        """The loss on held-out rows in nats per token; see `tasks.held_out_rows`."""
+    def test_loss(self, state: TrainState, held_out: Any) -> float:
+        """The loss, or the task's metric, on held-out rows; of text in nats per token. See `examples.held_out`."""
         num_devices = 1 if self.backend == "vmap" else self.num_devices
         evaluate = _evaluator(self.model, num_devices, self.sharding)
-        return float(evaluate(state.evaluated_params, rows_RxT1))
+        return float(evaluate(state.evaluated, held_out))
 
 
 def program_for(
@@ -142,11 +151,16 @@ def program_for(
     """The program of a run. Equal programs are compiled only once.
 
     Raises:
-      UserError: if the batch doesn't divide over the devices.
+      UserError: if the batch doesn't divide over the devices; if "fsdp" can't train the task.
     """
+    task = run.trainable
+    if sharding == "fsdp" and not task.is_plain:
+        raise UserError(
+            f"{task.name} can't be trained with sharding fsdp: its loss may take only params and batch, of microbatches"
+        )
     microbatch_sequences = run.microbatch_tokens // run.model.context
     return Program(
-        model=run.transformer,
+        model=run.model if isinstance(run.model, Model) else task,
         optimizer=run.optimizer.at(run.batch_tokens),
         batch_sequences=run.batch_sequences,
         num_microbatches=split_batch(run.batch_sequences, microbatch_sequences, num_devices, sharding == "fsdp"),
@@ -158,21 +172,24 @@ def program_for(
     )
 
 
-def check_memory(model: Model, parts: int = 1) -> None:
+def check_memory(model: Model | Trainable, parts: int = 1) -> None:
     """Raises UserError if the parameters and their gradient alone need more memory than a device has.
 
     Args:
       parts: number of devices of an accelerator over which "fsdp" divides them; else 1.
     """
-    needed = 8.0 * model.total_params / parts
+    of = ""
+    if not isinstance(model, Trainable):
+        of = f" with vocab_size = {model.vocab_size:,} and context = {model.context:,}"
+    needed = 8.0 * trainable(model).num_weights / parts
     if jax.default_backend() == "cpu":
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     if needed > there:
         raise UserError(
-            f"a model of {model.name} with vocab_size = {model.vocab_size:,} and context = {model.context:,} needs at "
-            f"least {needed / 2**30:,.0f} GiB of memory, but there are only {there / 2**30:,.0f}: use a smaller model"
+            f"a model of {model.name}{of} needs at least {needed / 2**30:,.0f} GiB of memory, but there are only "
+            f"{there / 2**30:,.0f}: use a smaller model"
         )
 
 
@@ -188,34 +205,28 @@ def one_step(
     differentiate: Callable = value_and_grad,
     loss: Callable | None = None,
 ):
-    """One optimizer step on one device: `(state, tokens [B, T + 1], learning_rate, warmup_steps) -> (state, metrics)`.
+    """One optimizer step on one device: `(state, batch [B, …], learning_rate, warmup_steps) -> (state, metrics)`.
 
-    Gradients and the noise scale's moments are averaged over `axis_name`; with None, state and tokens are whole arrays.
-    `differentiate` replaces `noise_scale.value_and_grad`, and `loss` the model's loss, if given.
+    Gradients and the noise scale's moments are averaged over `axis_name`; with None, state and batch are whole arrays.
+    `differentiate` replaces `noise_scale.value_and_grad`, and `loss` a plain task's loss, if given.
     """
-    optimizer = make_optimizer(program.optimizer, rate_factor(program.model))
-    loss_and_grad = differentiate(
-        loss or batch_loss(program.model),
-        num_microbatches=program.num_microbatches,
-        axis_name=axis_name,
-        groups=part_of,
-        stacked=is_stacked,
-    )
-    parts = part_names(program.model.n_layer)
+    task, optimizer = program.task, make_optimizer(program.optimizer, rate_factor(program.model))
+    gradients = gradients_of(task, program.num_microbatches, axis_name, differentiate, loss)
 
-    def step(state: TrainState, tokens_BxT1, learning_rate, warmup_steps):
-        (loss, moments), grads = loss_and_grad(state.params, tokens_BxT1)
+    def step(state: TrainState, batch, learning_rate, warmup_steps):
+        key = None if state.key is None else jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        loss, moments, grads, model_state = gradients(state.params, state.model_state, batch, key)
         warm = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1, warmup_steps).astype(jnp.float32))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate * warm)
         params = optax.apply_updates(state.params, updates)
         average = _averaged(state.average, params, program.average_decay)
         by_layer = [
-            jnp.stack([norms[part] for part in parts]) for norms in (moments.small_sq_norm, moments.big_sq_norm)
+            jnp.stack([norms[part] for part in task.parts]) for norms in (moments.small_sq_norm, moments.big_sq_norm)
         ]
         small_sq_norm, big_sq_norm = (norms.sum() for norms in by_layer)
         noise = _TRACKER.update(moments._replace(small_sq_norm=small_sq_norm, big_sq_norm=big_sq_norm), state.noise)
         metrics = StepMetrics(loss, small_sq_norm, big_sq_norm, *by_layer)
-        return TrainState(params, opt_state, state.step + 1, noise, average), metrics
+        return TrainState(params, opt_state, state.step + 1, noise, average, model_state, state.key), metrics
 
     return step
 
@@ -236,17 +247,20 @@ def many_steps(
     if program.sharding == "fsdp":
         mesh = data_mesh(devices or devices_of_run(program.num_devices))
         state = state_shardings(program, mesh)
-        losses = device_by_device(batch_loss(program.model), mesh, state.params)
+        task = program.task
+        losses = device_by_device(lambda params, batch: task.loss(params, None, batch, None)[0], mesh, state.params)
         differentiate = functools.partial(differentiate, batch_sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
         rows_of = rows_of_devices(mesh, own_rows)
         whole = _in_a_loop(
             program,
-            one_step(program, None, differentiate, lambda params, tokens: jnp.mean(losses(params, tokens))),
+            one_step(program, None, differentiate, lambda params, batch: jnp.mean(losses(params, batch))),
             lambda rows, order_DxCxB, i: rows_of(rows, order_DxCxB[:, i]),
         )
         return over_mesh(whole, mesh, state=state, split=(own_rows, True, False))
     return spmd(
-        _in_a_loop(program, one_step(program, AXIS, differentiate), lambda rows, order_CxB, i: rows[order_CxB[i]]),
+        _in_a_loop(
+            program, one_step(program, AXIS, differentiate), lambda rows, order_CxB, i: rows_at(rows, order_CxB[i])
+        ),
         split=(False, own_rows, True, False),
         num_devices=program.num_devices,
         backend=program.backend,
@@ -260,14 +274,19 @@ def state_shardings(program: Program, mesh: Mesh) -> TrainState:
     return fsdp_shardings(jax.eval_shape(program.init, 0), mesh, counts_layers)
 
 
-def param_shardings(model: Model, mesh: Mesh) -> Any:
+def param_shardings(model: Model | Trainable, mesh: Mesh) -> Any:
     """Where "fsdp" puts the parameters."""
     return fsdp_shardings(jax.eval_shape(functools.partial(init_params, model), 0), mesh, counts_layers)
 
 
-def init_params(model: Model, seed) -> Any:
+def init_params(model: Model | Trainable, seed) -> Any:
     """The parameters before the first step."""
-    return network(model).init(jax.random.key(seed), jnp.zeros((1, model.context), jnp.int32))["params"]
+    return trainable(model).init(jax.random.key(seed))[0]
+
+
+def rows_at(rows: Any, index: jax.Array) -> Any:
+    """The rows with these indices, of an array or a pytree of arrays."""
+    return jax.tree.map(lambda x: x[index], rows)
 
 
 def _in_a_loop(program: Program, step: Callable, batch_of: Callable):
@@ -288,19 +307,25 @@ def _in_a_loop(program: Program, step: Callable, batch_of: Callable):
 
 def no_metrics(program: Program, *shape: int) -> StepMetrics:
     """Metrics of zeros for steps of this shape."""
-    a_step, by_layer = jnp.zeros(shape), jnp.zeros((*shape, len(part_names(program.model.n_layer))))
+    a_step, by_layer = jnp.zeros(shape), jnp.zeros((*shape, len(program.task.parts)))
     return StepMetrics(a_step, a_step, a_step, by_layer, by_layer)
 
 
 @functools.cache
-def _init(model: Model, optimizer: OptimizerConfig, averaged: bool):
-    def init(seed):
-        params = init_params(model, seed)
+def _init(model: Model | Trainable, optimizer: OptimizerConfig, averaged: bool):
+    task = trainable(model)
+
+    def init(seed, start):
+        params, model_state = task.init(jax.random.key(seed))
+        if start is not None:
+            params = jax.tree.map(lambda x, given: jnp.asarray(given, x.dtype), params, start)
+        key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _KEY)) if task.has_key else None
         average = Average(jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if averaged else None
         opt_state = make_optimizer(optimizer, rate_factor(model)).init(params)
-        return TrainState(params, opt_state, jnp.int32(0), _TRACKER.init(), average)
+        return TrainState(params, opt_state, jnp.int32(0), _TRACKER.init(), average, model_state, key)
 
-    return jax.jit(init)
+    compiled = jax.jit(init)
+    return lambda seed: compiled(seed, task.start)
 
 
 def _averaged(average: Average | None, params, decay: float | None) -> Average | None:
@@ -310,7 +335,7 @@ def _averaged(average: Average | None, params, decay: float | None) -> Average |
 
 
 @functools.cache
-def _evaluator(model: Model, num_devices: int, sharding: Sharding):
+def _evaluator(model: Model | Trainable, num_devices: int, sharding: Sharding):
     mesh = data_mesh(devices_of_run(num_devices))
     if sharding == "fsdp":
         return fsdp_evaluator(model, mesh, param_shardings(model, mesh))

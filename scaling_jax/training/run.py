@@ -12,7 +12,19 @@ from typing import Any, Literal, get_args
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive, config_hash
-from scaling_jax.tasks import LlamaConfig, Model, ModelConfig, OtherModel, renamed
+from scaling_jax.tasks import (
+    LanguageModel,
+    LlamaConfig,
+    Model,
+    ModelConfig,
+    OtherModel,
+    Task,
+    TaskModel,
+    Trainable,
+    record_of,
+    renamed,
+    trainable,
+)
 from scaling_jax.training.factories import path_of
 from scaling_jax.training.optimizers import LIKE_ADAM, OptimizerConfig
 
@@ -149,7 +161,7 @@ class Run(Recipe):
     `max_tokens`. Give exactly one of these two.
     """
 
-    model: ModelConfig | LlamaConfig | OtherModel
+    model: ModelConfig | LlamaConfig | OtherModel | TaskModel  # given a `Task`, its record
     batch_tokens: int
     learning_rate: float
     seed: int = 0
@@ -164,6 +176,8 @@ class Run(Recipe):
     skip: Skip | None = None
 
     def __post_init__(self):
+        take_task(self, self.model)
+        object.__setattr__(self, "model", record_of(self.model))
         super().__post_init__()
         for field in ("batch_tokens", "learning_rate"):
             check_positive(field, getattr(self, field))
@@ -194,15 +208,27 @@ class Run(Recipe):
             )
         if not isinstance(self.model, OtherModel):
             for batch_tokens in (self.batch_tokens, *(stage.batch_tokens for stage in self.ramp)):
-                check_whole_sequences(batch_tokens, self.model.context)
+                check_whole_sequences(batch_tokens, self.model.context, unit=self.model.unit)
 
     @property
-    def transformer(self) -> Model:
-        """The model, if this package trains it. Raises UserError if another program does."""
+    def trainable(self) -> Trainable:
+        """The model with its loss, if this package trains it.
+
+        Raises:
+          UserError: if another program does, or the model is a task whose code isn't here.
+        """
         if isinstance(self.model, OtherModel):
             raise UserError(
                 f"{self.model.name} is a model of another trainer: use a Study, or scaling-jax scan with --command"
             )
+        return trainable(self.model)
+
+    @property
+    def transformer(self) -> Model:
+        """The model, if it is a built-in one, else UserError."""
+        if not isinstance(self.model, Model):
+            _ = self.trainable
+            raise UserError(f"{self.model.name} is a task of your own: this works with the built-in models only")
         return self.model
 
     def named(self, key: str, name: str) -> Any:
@@ -342,12 +368,22 @@ def next_evaluation(step: int, growth: float) -> int:
     return evaluation
 
 
-def check_whole_sequences(batch_tokens: int, context: int, name: str = "batch_tokens") -> None:
+def take_task(recipe: Recipe, model: Any) -> None:
+    """Sets the text of a recipe to the data of the task that it is given, if it is given one."""
+    if isinstance(model, LanguageModel):
+        object.__setattr__(recipe, "text", model.text)
+        object.__setattr__(recipe, "tokenizer", model.tokenizer)
+    elif isinstance(model, Task):
+        object.__setattr__(recipe, "text", model.data_name or f"the data of {trainable(model).name}")
+
+
+def check_whole_sequences(batch_tokens: int, context: int, name: str = "batch_tokens", unit: str = "tokens") -> None:
     """Raises UserError unless a batch is two or more whole sequences. Names the nearest that are."""
     check_at_most(name, batch_tokens, _MOST_BATCH_TOKENS)
     if batch_tokens % context or batch_tokens < 2 * context:
         below = max(2, batch_tokens // context) * context
+        what = f"whole sequences of {context} tokens" if unit == "tokens" else f"whole examples of {context} {unit}"
         raise UserError(
-            f"{name} = {batch_tokens:,} must be two or more whole sequences of {context} tokens: use {below:,} "
-            f"or {below + context:,} tokens"
+            f"{name} = {batch_tokens:,} must be two or more {what if context > 1 else unit}: use {below:,} or "
+            f"{below + context:,} {unit}"
         )

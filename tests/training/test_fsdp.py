@@ -100,7 +100,7 @@ def test_every_optimizer_takes_the_same_step_on_parts(corpus, name):
 def test_each_device_may_hold_only_its_own_rows(corpus):
     rows = np.stack([corpus.train_RxT1[part].reshape(8, 4, 17) for part in ORDER], 1).reshape(8, 8, 17)
     own_order = np.tile(np.arange(8).reshape(2, 4), 8)
-    state, metrics = FSDP.steps(FSDP.first_state(0), deal_out(rows, 8), own_order, 1e-2, 2)
+    state, metrics = FSDP.steps(FSDP.first_state(0), deal_out(rows, 8), own_order, 1e-2, 2, own_rows=True)
     expected_state, expected = take_steps(FSDP, corpus)
     jax.tree.map(np.testing.assert_array_equal, (state, metrics), (expected_state, expected))
 
