@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scaling_jax.results import analyse, read_results
     from scaling_jax.scanning import Experiment, LearningRates, Study, Subject, log_spaced, powers_of_two, scan
     from scaling_jax.tasks import MODELS, LanguageModel, LlamaConfig, ModelConfig, OtherModel, Task, model_config
-    from scaling_jax.training import LiveRamp, OptimizerConfig, Run, SquaredNorms, Stage, train
+    from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Schedule, SquaredNorms, Stage, train
 
 _SUBPACKAGES = {"advice", "data", "fitting", "noise_scale", "tasks"}
 _HOMES = {
@@ -27,6 +27,7 @@ _HOMES = {
     "LiveRamp": "training",
     "OptimizerConfig": "training",
     "Run": "training",
+    "Schedule": "training",
     "SquaredNorms": "training",
     "Stage": "training",
     "train": "training",
@@ -56,6 +57,7 @@ __all__ = [
     "OptimizerConfig",
     "OtherModel",
     "Run",
+    "Schedule",
     "SquaredNorms",
     "Stage",
     "Study",

@@ -8,6 +8,7 @@ from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.population import train_many
 from scaling_jax.training.records import RunResult, read_metrics, read_result, run_folder
 from scaling_jax.training.run import Deadline, LiveRamp, Recipe, Run, Skip, Stage, next_evaluation
+from scaling_jax.training.schedules import Schedule
 
 __all__ = [
     "Deadline",
@@ -18,6 +19,7 @@ __all__ = [
     "Recipe",
     "Run",
     "RunResult",
+    "Schedule",
     "Skip",
     "SquaredNorms",
     "Stage",

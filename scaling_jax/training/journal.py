@@ -90,6 +90,14 @@ def span(here: Position, call: Call) -> Span:
     return Span(here.now.text_read(here.tokens) // here.now.model.context, call.num_steps, here.now.batch_sequences)
 
 
+def learning_rates(here: Position, call: Call) -> np.ndarray:
+    """The learning rate of each of the call's steps, without warm-up."""
+    rates = np.full(call.num_steps, here.now.learning_rate)
+    if here.now.schedule is not None:
+        rates *= here.now.schedule.factor(here.tokens + here.now.batch_tokens * np.arange(call.num_steps))
+    return rates
+
+
 def steps_left(run: Run, here: Position) -> int:
     """Number of steps until `max_steps` or `max_tokens`, at the present batch size."""
     return run.steps_left(here.step, here.tokens, here.now.batch_tokens)

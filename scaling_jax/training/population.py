@@ -18,7 +18,7 @@ from scaling_jax.parallel import AXIS, Backend, spmd, spmd_of_runs
 from scaling_jax.tasks import evaluator
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.examples import Data, held_out
-from scaling_jax.training.journal import Progress, next_call, span
+from scaling_jax.training.journal import Progress, learning_rates, next_call, span
 from scaling_jax.training.program import (
     Program,
     StepMetrics,
@@ -145,7 +145,7 @@ class Slots:
         self,
         rows: Any,
         orders: Sequence[np.ndarray],
-        learning_rates: Sequence[float],
+        learning_rates: Sequence[float | np.ndarray],
         warmup_steps: Sequence[int],
     ) -> StepMetrics:
         """Takes the same number of steps in every slot, and returns their metrics [slots, steps, …].
@@ -160,7 +160,10 @@ class Slots:
         order_SxCxB[:, :num_steps] = orders
         order = order_SxCxB.reshape(*self._shape, self.program.steps_per_call, self.program.num_devices, -1)
         order_GxDxSxCxB = order.transpose(0, 3, 1, 2, 4)
-        settings = np.asarray(learning_rates, np.float32), np.asarray(warmup_steps, np.int32)
+        rates_SxC = np.zeros((len(self), self.program.steps_per_call), np.float32)
+        for rates_C, of_steps in zip(rates_SxC, learning_rates, strict=True):
+            rates_C[:num_steps] = of_steps
+        settings = rates_SxC, np.asarray(warmup_steps, np.int32)
         share = functools.partial(jax.tree.map, lambda x: x.reshape(*self._shape, *x.shape[1:]))
         compiled = _compile_steps(*self._compiled)
         if self.program.num_devices == 1:  # see `_over_groups`
@@ -191,11 +194,11 @@ def _compile_steps(program: Program, num_groups: int, per_group: int):
     step = jax.vmap(one_step(program, AXIS if program.num_devices > 1 else ()))
 
     def steps(states, rows, order_SxCxB, settings, num_steps):
-        learning_rate_S, warmup_steps_S = settings
+        learning_rate_SxC, warmup_steps_S = settings
 
         def body(i, carry):
             states, series = carry
-            states, metrics = step(states, rows_at(rows, order_SxCxB[:, i]), learning_rate_S, warmup_steps_S)
+            states, metrics = step(states, rows_at(rows, order_SxCxB[:, i]), learning_rate_SxC[:, i], warmup_steps_S)
             return states, jax.tree.map(lambda xs, x: xs.at[:, i].set(x), series, metrics)
 
         empty = no_metrics(program, per_group, program.steps_per_call)
@@ -264,11 +267,12 @@ class _Seat:
         examples_seen, num_steps, batch_sequences = span(here, self.call)
         order = example_order(run.seed, examples_seen, num_steps * batch_sequences, self._num_rows)
         self.order = order.reshape(num_steps, batch_sequences)
+        self.rates = learning_rates(here, self.call)
         self.series: list[StepMetrics] = []
 
     def take(self, series: StepMetrics) -> None:
-        """Adds the metrics of finished steps, and removes their rows."""
-        self.order = self.order[len(series.loss) :]
+        """Adds the metrics of finished steps, and removes their rows and learning rates."""
+        self.order, self.rates = self.order[len(series.loss) :], self.rates[len(series.loss) :]
         self.series.append(series)
 
 
@@ -299,7 +303,7 @@ class _Population:
         series = self.slots.steps(
             self._rows,
             [idle if seat is None else seat.order[:num_steps] for seat in seats],
-            [0.0 if seat is None else seat.attempt.journal.here.now.learning_rate for seat in seats],
+            [0.0 if seat is None else seat.rates[:num_steps] for seat in seats],
             [1 if seat is None else seat.attempt.run.steps_of_warmup for seat in seats],
         )
         for slot, seat in self.seats.items():

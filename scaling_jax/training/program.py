@@ -117,7 +117,7 @@ class Program:
         state: TrainState,
         rows: Any,
         order: np.ndarray,
-        learning_rate: float,
+        learning_rate: float | np.ndarray,
         warmup_steps: int,
         own_rows: bool = False,
     ) -> tuple[TrainState, StepMetrics]:
@@ -134,7 +134,9 @@ class Program:
         order_CxB[:num_steps] = order
         own_devices = self.num_devices // jax.process_count()
         order_DxCxB = order_CxB.reshape(self.steps_per_call, own_devices, -1).transpose(1, 0, 2)
-        settings = np.int32(num_steps), np.float32(learning_rate), np.int32(warmup_steps)
+        rates_C = np.zeros(self.steps_per_call, np.float32)
+        rates_C[:num_steps] = learning_rate
+        settings = np.int32(num_steps), rates_C, np.int32(warmup_steps)
         state, metrics = _compile(self, own_rows)(state, rows, order_DxCxB, settings)
         return state, jax.tree.map(lambda x: np.asarray(x)[:num_steps], metrics)
 
@@ -291,11 +293,11 @@ def rows_at(rows: Any, index: jax.Array) -> Any:
 
 def _in_a_loop(program: Program, step: Callable, batch_of: Callable):
     def steps(state: TrainState, rows, order, settings):
-        num_steps, learning_rate, warmup_steps = settings
+        num_steps, learning_rate_C, warmup_steps = settings
 
         def body(i, carry):
             state, series = carry
-            state, metrics = step(state, batch_of(rows, order, i), learning_rate, warmup_steps)
+            state, metrics = step(state, batch_of(rows, order, i), learning_rate_C[i], warmup_steps)
             return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), series, metrics)
 
         empty = no_metrics(program, program.steps_per_call)

@@ -27,6 +27,7 @@ from scaling_jax.tasks import (
 )
 from scaling_jax.training.factories import path_of
 from scaling_jax.training.optimizers import LIKE_ADAM, OptimizerConfig
+from scaling_jax.training.schedules import Schedule
 
 Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -153,10 +154,10 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Run(Recipe):
-    """A training run with a constant learning rate after a linear warm-up.
+    """A training run: a linear warm-up, then a constant learning rate unless `schedule` says otherwise.
 
-    Because the learning rate is constant, one run serves every target loss above its last loss. The batch size may grow
-    by `ramp` or `live_ramp`; `batch_tokens` and `learning_rate` are those of the first step. The run ends when the test
+    With a constant learning rate, one run serves every target loss above its last loss. The batch size may grow by
+    `ramp` or `live_ramp`; `batch_tokens` and `learning_rate` are those of the first step. The run ends when the test
     loss was below `target_loss` at two evaluations in a row, when it misses a deadline, or at `max_steps` or
     `max_tokens`. Give exactly one of these two.
     """
@@ -174,6 +175,7 @@ class Run(Recipe):
     snapshot_tokens: tuple[int, ...] = ()  # keep the state at the first step that has processed this many tokens
     betas: Betas = "half-life"  # when the batch grows by k: Adam's β become β^k ("half-life"), or stay ("run")
     skip: Skip | None = None
+    schedule: Schedule | None = None  # of the learning rate; None: constant after warm-up
 
     def __post_init__(self):
         take_task(self, self.model)
@@ -194,6 +196,11 @@ class Run(Recipe):
             raise UserError("give exactly one of max_steps and max_tokens")
         if self.ramp and self.live_ramp:
             raise UserError("give a ramp or a live_ramp, not both")
+        if self.schedule is not None and (self.max_tokens or 0) > (horizon := self.schedule.horizon_tokens):
+            raise UserError(
+                f"max_tokens = {self.max_tokens:,} is beyond schedule.horizon_tokens = {horizon:,}, where the learning "
+                "rate has decayed: give a later horizon, or fewer tokens"
+            )
         if self.betas not in BETAS:
             raise UserError(f"betas = {self.betas!r}: choose from {', '.join(BETAS)}")
         if self.skip is not None and self.skip.tokens % self.model.context:
@@ -265,9 +272,13 @@ class Run(Recipe):
 
     @property
     def parted_at(self) -> int:
-        """Tokens up to which the run is the same without its ramp and skip; 0 if it has neither."""
+        """Tokens up to which the run is the same without its ramp, skip and schedule; 0 if it has none of them."""
         starts = [self.ramp[0].tokens] if self.ramp else []
-        return min([*starts, *([self.skip.at_tokens] if self.skip is not None else [])], default=0)
+        if self.skip is not None:
+            starts.append(self.skip.at_tokens)
+        if self.schedule is not None:
+            starts.append(self.schedule.decay_from)
+        return min(starts, default=0)
 
     def at(self, stage: Stage) -> "Run":
         """The run with the batch size and learning rate of a stage, and with the β's there."""
