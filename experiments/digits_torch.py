@@ -6,8 +6,8 @@
     scaling-jax scan experiments/digits_torch.py --jobs 2 --command "$TRAIN"
 
 Both need `pip install torch scikit-learn`, and make the same 77 runs: the trainer of `digits_torch_trainer.py` at seven
-batch sizes, three seeds, and three to five learning rates each. They took 35 seconds (ask and tell) and 4 min 42 s (a
-command, which imports PyTorch for each run) of one core's time; half of it on two free cores. Expect B_crit of about 17
+batch sizes, three seeds, and three to five learning rates each. They took 1 min 38 s (ask and tell) and 2 min 33 s (a
+command, which imports PyTorch for each run) on two CPU cores that others used as well. Expect B_crit of about 17
 images [11, 48] at losses of 0.5 to 0.42. Lower losses need the fewest images at about 20 images a batch and more below:
 there is a best batch there, and no B_crit to quote. The notes say so, and that all of this takes less than 100 steps:
 1,400 images are a toy. experiments/results/digits_torch holds ours.

@@ -18,6 +18,7 @@ from scaling_jax.data.sources import Part, Shard
 from scaling_jax.data.text_files import Piece, read_lines, read_text
 from scaling_jax.data.token_documents import read_tokens
 from scaling_jax.data.tokenizers import Tokenizer, bpe_vocabulary, load_tokenizer, train_bpe
+from scaling_jax.io import UserError
 from scaling_jax.io.files import whole_file, write_json, write_whole
 from scaling_jax.io.workers import Command, Message, run_jobs, serve
 
@@ -165,7 +166,9 @@ def _reader(kind: str):
         from scaling_jax.data.tfds_text import read_records  # takes seconds
 
         return read_records
-    return {"text": read_text, "jsonl": read_lines}[kind]
+    if kind == "tokens":
+        raise UserError("text 'tokens:…' is tokens already: give a source of text")
+    return read_text if kind == "text" else read_lines
 
 
 def _in_workers(jobs: list[Any], tokenizer: str, work: Path, workers: int, on_done: Callable[[Any], None]) -> None:

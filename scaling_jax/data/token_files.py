@@ -93,7 +93,7 @@ def _npy(path: Path, size: int) -> np.ndarray:
             version = np.lib.format.read_magic(file)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran, dtype = read(file, max_header_size=_LONGEST_HEADER)
-        except (ValueError, KeyError, EOFError) as error:
+        except Exception as error:  # NumPy parses the header as Python, which may raise anything
             raise UserError(f"{path} isn't an array of NumPy ({' '.join(str(error).split())[:100]})") from None
         start = file.tell()
     if dtype.kind not in "iu":

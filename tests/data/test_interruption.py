@@ -221,7 +221,7 @@ def test_a_full_disk_is_said_and_the_same_command_continues(own_text, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     for k in range(40):
-        (own_text / f"more{k}.txt").write_text("sixteen letters\n" * 4000)
+        (own_text / f"more{k}.txt").write_text(f"{k}: sixteen letters\n" * 4000)
     code = (
         "import sys; from scaling_jax.data import prepare, sources; from scaling_jax.io import UserError\n"
         "sources.SHARD_BYTES = 100_000\n"

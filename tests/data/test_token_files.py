@@ -301,6 +301,8 @@ def test_a_file_that_is_none_is_refused_in_one_line(folder, kind):
         (b"PK\x03\x04 an archive", "isn't an array of NumPy"),
         (b"\x93NUMPY\x01\x00\xff\xff{}", "isn't an array of NumPy"),
         (np.lib.format.magic(1, 0) + b"\x09\x00__import_", "isn't an array of NumPy"),
+        (np.lib.format.magic(1, 0) + b"\x09\x00{'descr':", "isn't an array of NumPy"),
+        (np.lib.format.magic(3, 0) + b"\x02\x00\x00\x00{}", "isn't an array of NumPy"),
     ],
 )
 def test_an_npy_that_is_none_is_refused_in_one_line(folder, content, why):

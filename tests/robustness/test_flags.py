@@ -140,7 +140,7 @@ def text(tmp_path, monkeypatch):
     folder = tmp_path / "text"
     folder.mkdir()
     for k in range(30):
-        (folder / f"{k}.txt").write_text("how now brown cow " * 40)
+        (folder / f"{k}.txt").write_text(f"{k} how now brown cow " * 40)
     return f"files:{folder}/*"
 
 

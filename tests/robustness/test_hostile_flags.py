@@ -86,7 +86,7 @@ def places(tmp_path, measured, scanned, monkeypatch):
     text = tmp_path / "text"
     text.mkdir()
     for k in range(30):
-        (text / f"{k}.txt").write_text("how now brown cow " * 400)
+        (text / f"{k}.txt").write_text(f"{k} how now brown cow " * 400)
     rates = {"peak": 1e-2, "reference_batch_tokens": 1_000}
     model = {"n_layer": 1, "d_model": 16, "n_head": 1}
     write_json(
@@ -163,7 +163,7 @@ def test_an_environment_that_nobody_should_have_ends_in_a_run_or_in_one_line(env
     text = tmp_path / "text"
     text.mkdir()
     for k in range(30):
-        (text / f"{k}.txt").write_text("how now brown cow " * 40)
+        (text / f"{k}.txt").write_text(f"{k} how now brown cow " * 40)
     flags = f"--learning-rate 1e-3 --batch-tokens 256 --context 16 --max-steps 3 --model 1x16 --text files:{text}/*"
     command = [sys.executable, "-m", "scaling_jax.cli.main", "train", *flags.split(), "--results", str(tmp_path / "r")]
     usual = {"SCALING_JAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}

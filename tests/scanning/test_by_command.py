@@ -208,3 +208,16 @@ def test_the_command_line(tmp_path):
     assert fit.points[-1].tradeoff.s_min == pytest.approx(least_steps(2.0), rel=0.05)
     page = (tmp_path / "results" / "report.html").read_text()
     assert ">images<" in page or " images" in page
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"jobs": 0}, "jobs = 0 must be"),
+        ({"retries": -1}, "retries = -1 must"),
+        ({"silent_minutes": 0}, "silent_minutes"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(wrong, what):
+    with pytest.raises(UserError, match=what):
+        Limits(**wrong)

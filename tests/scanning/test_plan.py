@@ -86,7 +86,7 @@ def test_a_plan_times_steps_and_takes_the_share_of_the_cells_that_are_done(tmp_p
     monkeypatch.setattr(speed, "START_SECONDS", 120.0)
     (tmp_path / "text").mkdir()
     for k in range(20):
-        (tmp_path / "text" / f"{k}.txt").write_text("some text, some words. " * 200)
+        (tmp_path / "text" / f"{k}.txt").write_text(f"some text {k}, some words. " * 200)
     subject = Subject(model_config("1x16"), (5.0, 4.5), LearningRates(1e-2, 1_000, most=1))
     experiment = Experiment(
         "timed", (subject,), (128, 256, 512, 1_024), 10_000, text=f"files:{tmp_path}/text/*", eval_tokens=512
