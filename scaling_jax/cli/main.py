@@ -9,6 +9,7 @@ import sys
 import traceback
 from typing import NoReturn
 
+import scaling_jax.cli.comparing
 import scaling_jax.cli.data
 import scaling_jax.cli.results
 import scaling_jax.cli.running  # noqa: F401  each registers its commands
