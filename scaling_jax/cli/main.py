@@ -30,6 +30,8 @@ Examples:
 
   scaling-jax advise results/demo --target-loss 2.0
 
+  scaling-jax compare results/a results/b   tokens that one scan saves over another
+
 Write numbers as 4096, 1e6, 2^18, 2k (2,000), 64Ki (65,536), 1.5M or 10G.
 
 Exit codes: 0 done, or saved after SIGTERM; 1 a program of `compile` doesn't fit; 2 an error, explained in one line;
