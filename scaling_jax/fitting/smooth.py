@@ -18,7 +18,7 @@ from scipy import special
 NUM_PARAMETERS = 3  # of the parabola
 NUM_POINTS = 241  # of the grid on which a curve is searched for its minimum
 _DECADES = np.arange(-1.5, 7.1, 0.5)  # variance of the random curve over that of the noise, in powers of ten
-_PARABOLAS = 20.0  # weight of the smallest roughness, which stands for all that can't be told from a parabola
+_PARABOLAS = 5.0  # weight of the smallest roughness, which stands for all that can't be told from a parabola
 _LEAST_WEIGHT = 0.01  # of a roughness to be counted
 SMALLEST_NOISE = 1e-5  # nats; losses are written with a few digits, and no noise at all leaves nothing to compare with
 
