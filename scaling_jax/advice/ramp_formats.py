@@ -189,7 +189,7 @@ def _from_olmo_core(found: dict, where: str) -> tuple[Stage, ...]:
     step = 0
     for batch, at in zip(batches, schedule, strict=True):
         unit, value = (at.get("unit"), at.get("value", -1)) if isinstance(at, dict) else (None, -1)
-        if unit not in ("tokens", "steps") or not _is_count(value) or not _is_count(batch):
+        if unit not in ("tokens", "steps") or not _is_count(value) or not _is_count(batch) or not batch:
             raise UserError(f'{where}: {at} isn\'t a time such as {{"value": 1000000, "unit": "tokens"}}, or steps')
         if unit == "steps" and stages:
             value, step = stages[-1].tokens + (value - step) * stages[-1].batch_tokens, value
@@ -231,6 +231,8 @@ def _from_maxtext(text: str, where: str, context: int | None) -> tuple[Stage, ..
     if not 0 < start < end < math.inf or not 0 < increment < math.inf or (end - start) % increment or not samples >= 1:
         raise UserError(f"{where}: {_MAXTEXT[2]} must be above {_MAXTEXT[0]} by whole increments, over some samples")
     first, rise, last = (int(int(devices[1]) * size) for size in (start, increment, end))
+    if first < 1 or rise < 1:
+        raise UserError(f"{where}: on {devices[1]} devices {_MAXTEXT[0]} or its increment is less than a sequence")
     share = samples / ((end - start) // increment)
     stages, tokens = [Stage(0, first * length)], 0
     for size in range(first, last, rise):

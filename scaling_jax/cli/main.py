@@ -9,6 +9,7 @@ import sys
 import traceback
 from typing import NoReturn
 
+import scaling_jax.cli.comparing
 import scaling_jax.cli.data
 import scaling_jax.cli.results
 import scaling_jax.cli.running  # noqa: F401  each registers its commands
@@ -28,6 +29,8 @@ Examples:
   scaling-jax fit mine.csv                  fit critical batch sizes and their law to your own table
 
   scaling-jax advise results/demo --target-loss 2.0
+
+  scaling-jax compare results/a results/b   tokens that one scan saves over another
 
 Write numbers as 4096, 1e6, 2^18, 2k (2,000), 64Ki (65,536), 1.5M or 10G.
 

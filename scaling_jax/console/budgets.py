@@ -41,7 +41,7 @@ def budget_tables(found: BudgetTableFit, written: Path, figures: Sequence[Path] 
             _loss(budget.loss),
             "–" if math.isnan(budget.rate_at(budget.best_batch)) else f"{budget.rate_at(budget.best_batch):.2g}",
             _largest(largest[0], budget.batch_range[1]),
-            "–" if math.isnan(largest[0]) else interval((largest[1], largest[2])),
+            interval((largest[1], largest[2])) if math.isfinite(largest[0]) else "–",
         )
         rows.append([row[k] for k in kept])
     allowed = found.penalty if found.penalty.endswith("%") else f"{found.penalty} nats"
@@ -55,7 +55,12 @@ def budget_tables(found: BudgetTableFit, written: Path, figures: Sequence[Path] 
     lines = [*_law_lines(found), *(f"note: {note}" for note in fit.notes)]
     if figures:
         lines.append(f"figures in {figures[0].parent}: {', '.join(path.name for path in figures)}")
-    penalties = [_penalties([b for b in fit.budgets if b.model == model], len(fit.models) > 1) for model in fit.models]
+    penalties: list = []
+    for model in fit.models:
+        grid = _penalties([budget for budget in fit.budgets if budget.model == model])
+        if grid.rows:
+            of = f" of {model}" if len(fit.models) > 1 else ""
+            penalties += [Line(f"Loss above the best at each budget{of}, in 1e-3 nats, with its 95 % interval"), grid]
     return Rows(first, *penalties, *map(Line, [*lines, f"fit: {written}"]))
 
 
@@ -96,7 +101,7 @@ def _law_lines(found: BudgetTableFit) -> Iterator[str]:
         yield f"noise of a run's loss: {fit.noise:.2g} nats per token (standard deviation, of all budgets alike)"
 
 
-def _penalties(budgets: Sequence[Budget], named: bool) -> Grid:
+def _penalties(budgets: Sequence[Budget]) -> Grid:
     """Loss above the best one at each batch size of a model."""
     rows = []
     for batch in sorted({float(b) for budget in budgets for b in budget.runs.batch_tokens}):
@@ -107,9 +112,7 @@ def _penalties(budgets: Sequence[Budget], named: bool) -> Grid:
                 for value, _, high in cells
             )
             rows.append([short(batch), *said])
-    of = f" of {budgets[0].model}" if named else ""
-    title = f"Loss above the best{of}, 1e-3 nats"
-    return Grid(["batch", *(short(budget.tokens) for budget in budgets)], rows, title, bordered=False)
+    return Grid(["batch", *(short(budget.tokens) for budget in budgets)], rows, bordered=False)
 
 
 def _loss(value: float) -> str:

@@ -56,6 +56,9 @@ class _Batch:
     """The runs of one batch size."""
 
     def __init__(self, loss, rate):
+        known = np.isfinite(rate)
+        if known.any():  # a run whose rate is unknown says nothing beside runs whose rates are known
+            loss, rate = loss[known], rate[known]
         rates = np.unique(rate)  # a single NaN if they are unknown
         same = [np.isnan(rate) if np.isnan(r) else rate == r for r in rates]
         means = np.array([loss[rows].mean() for rows in same])

@@ -231,8 +231,8 @@ def _notes(budgets: list[Budget], law: BudgetLaw | None, models: int) -> Iterato
                 f"at {kinds.count(kind)} of {of} budgets B_opt has only a bound: it may be the {end} batch that was "
                 f"tried, or beyond. Add {way} batches"
             )
-    if "rising" in kinds and not u_shaped:
-        yield "small batches are the best: B_crit may be well posed; fit --to-steps finds it from several budgets"
+    if kinds.count("rising") > 1 and not u_shaped and "falling" not in kinds:
+        yield "if small batches are the best, B_crit is well posed: fit --to-steps finds it from several budgets"
     if "flat" in kinds:
         yield f"at {kinds.count('flat')} of {of} budgets the losses tell no batch from another: add batches or seeds"
     if "too few" in kinds:

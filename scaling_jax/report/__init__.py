@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from scaling_jax.report.chart import Into
     from scaling_jax.results.budget_table import BudgetTableFit
+    from scaling_jax.results.compare import Compared
 
 
 def write_figures(analysis: Analysis, workdir: str | Path | None = None) -> list[Path]:
@@ -62,6 +63,15 @@ def write_budget_figures(found: "BudgetTableFit") -> list[Path]:
 
     folder = found.table.path.with_suffix(".figures")
     return [save(chart, folder) for chart in budget_charts(found.fit)]
+
+
+def write_comparison(compared: "Compared", folder: Path) -> Path:
+    """Writes the figure of compared scans to a folder. Returns the path of the PNG file."""
+    _check_matplotlib()
+    from scaling_jax.report.chart import save
+    from scaling_jax.report.compare_chart import saving_chart
+
+    return save(saving_chart(compared), folder)
 
 
 def write_report(analysis: Analysis, workdir: str | Path | None = None) -> Path:

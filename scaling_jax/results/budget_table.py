@@ -270,12 +270,19 @@ def _value(where: str, name: str, cell: str):
 
 def _check(table: BudgetTable) -> None:
     seen: dict[tuple, int] = {}
+    known: dict[tuple, tuple[bool, int]] = {}
     rows = zip(table.model, table.batch_tokens, table.tokens, table.learning_rate, table.seed, strict=True)
     for line, (model, batch, tokens, rate, seed) in zip(table.lines, rows, strict=True):
         if tokens < batch:
             raise UserError(
                 f"{table.path} line {line}, column tokens: {tokens:g} tokens are fewer than the batch of {batch:g}; "
                 "tokens counts those of the whole run"
+            )
+        has_rate, other = known.setdefault((model, batch, tokens), (not math.isnan(rate), line))
+        if has_rate == math.isnan(rate):
+            raise UserError(
+                f"{table.path} line {line}, column learning_rate: this batch has a rate on line "
+                f"{other if has_rate else line} and none on line {line if has_rate else other}; give all or none"
             )
         key = (model, batch, tokens, None if math.isnan(rate) else rate, seed)
         first = seen.setdefault(key, line)

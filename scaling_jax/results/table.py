@@ -100,10 +100,10 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} line {rows.line_num} isn't CSV ({error}): correct this line") from None
 
 
-def fit_table(path: Path, *, laws: bool = True, above_minimum: bool = False) -> TableFit:
+def fit_table(path: Path, *, laws: bool = True, above_minimum: bool = False, resamples: int | None = None) -> TableFit:
     """Reads and fits a CSV table (see `read_table`). Without `laws`, leaves out the joint fit and the other forms.
 
-    `above_minimum` is that of `fit_scan`.
+    `above_minimum` and `resamples` are those of `fit_scan`.
 
     Raises:
       UserError: if the table has a mistake. Names the line and the column.
@@ -111,7 +111,7 @@ def fit_table(path: Path, *, laws: bool = True, above_minimum: bool = False) -> 
     table = read_table(path)
     try:
         offset = table.offset_steps if any(table.offset_steps) else None
-        fit = fit_scan(**table.columns, offset_steps=offset, above_minimum=above_minimum)
+        fit = fit_scan(**table.columns, offset_steps=offset, above_minimum=above_minimum, resamples=resamples)
         joint, forms = further_fits(fit, table.num_params) if laws else (None, ())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

@@ -9,6 +9,7 @@ import pytest
 
 import scaling_jax as sj
 from tests.fitting.planted import Planted
+from tests.fitting.planted_budgets import SURFACES, PlantedBudgets
 
 PAGE = Path(__file__).parents[2] / "docs" / "fitting.md"
 BLOCKS = {
@@ -42,6 +43,13 @@ def test_a_scan():
 def test_points():
     found = run("points", loss=LOSSES, b_crit=700 * (LOSSES - 1.4) ** -1.5, data_tokens=1e9 / LOSSES**6)
     assert found["with_floor"].floor == pytest.approx(1.4, abs=0.01)
+
+
+def test_budgets():
+    planted = PlantedBudgets(SURFACES["two arms"], rates=3, noise=1e-4)
+    found = run("budgets", **planted.columns(np.random.default_rng(0)))
+    assert found["fit"].law.exponent == pytest.approx(0.5, abs=0.05)
+    assert set(found["steps"]) == {"model", "batch_tokens", "target_loss", "steps", "steps_tried"}
 
 
 def test_published():

@@ -59,6 +59,7 @@ def test_the_fit_of_a_table_lies_beside_it_and_is_the_same_each_time(tmp_path):
         (["m,4,1e7,2", "m,8,1e7,2"], HEADER, "column batch_tokens: the largest batch.*sequences"),
         (["m,256,1e7,"], HEADER, "column loss: every run diverged"),
         (ROWS, "model,batch,tokens,loss", "line 1: no column batch_tokens"),
+        (["m,256,1e7,2,1e-3", "m,256,1e7,2,"], f"{HEADER},learning_rate", "line 3, column learning_rate.*on line 2"),
         ([], HEADER, "no rows"),
     ],
 )
