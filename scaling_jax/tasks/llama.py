@@ -245,7 +245,8 @@ class _Experts(nn.Module):
     """A mixture of feed-forward layers: each token takes the experts with the largest probabilities, times these.
 
     No token is dropped. All experts are computed for all tokens, and those that a token doesn't use get a weight of
-    zero: at a small scale, that is faster than sorting tokens.
+    zero. On a CPU, that took half the time of sorting tokens for `jax.lax.ragged_dot`, with 8 experts of which 2 are
+    used, at widths of 32 to 256.
     """
 
     config: LlamaConfig
