@@ -158,7 +158,7 @@ def train(
       learning_rate: learning rate after warm-up, for the first batch size.
       batch_tokens: batch size in tokens; or give --ramp.
       ramp: a file with a growing batch size, written by 'advise --write-ramp'.
-      model: layers x width, such as 2x64 (default), 4x256 or 12x768.
+      model: layers x width, such as 2x64 (default) or 12x768; llama-4x256 and llama-4x256-8e2: see docs/models.md.
       text: 'python' (default), 'files:<glob>', 'tfds:<name>' or 'tokens:<glob>'; see 'data prepare'.
       tokenizer: bytes (default), gpt2, bpe:<vocabulary>, or the path of a file; see 'data prepare'.
       context: tokens per sequence; 64 by default.

@@ -91,7 +91,7 @@ class BranchPlan:
 
     def branch(self, point: int, factor: int, replicate: int) -> Run:
         """A replicate of the branch that starts at `point` tokens, with `factor` times the batch size."""
-        growth = factor if self.run.optimizer.name == "sgd" else factor**0.5
+        growth = factor if self.run.optimizer.name in ("sgd", "optax:sgd") else factor**0.5
         stage = Stage(point, factor * self.run.batch_tokens, growth)
         return dataclasses.replace(
             self._evaluated,

@@ -15,6 +15,8 @@ from scaling_jax.io.config import check_at_most
 
 Attention = Literal["auto", "xla", "cudnn"]
 
+STD = 0.02  # of initial parameters
+NEVER = -1e30  # a logit whose probability is exactly zero
 _LARGEST_SIZE = 2**31 - 1  # of an axis: ids and positions are int32
 _MOST_UNROLLED = 4  # layers
 _MOST_UNROLLED_ON_GPU = 12
@@ -110,6 +112,14 @@ def next_token_loss(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Arra
     chosen_BxTxV = index_BxTxV == targets_BxT[..., None]
     target_logit_BxT = jnp.sum(jnp.where(chosen_BxTxV, logits_BxTxV, 0), axis=-1)
     return (log_normalizer_BxT - target_logit_BxT).mean()
+
+
+def residual_scale(c: Sizes) -> float:
+    """Factor of `STD` in matrices whose products are added to the residual stream.
+
+    It keeps the stream's variance independent of depth, as in GPT-2.
+    """
+    return (2 * c.n_layer) ** -0.5
 
 
 def columns_of_logits(c: Sizes) -> int:

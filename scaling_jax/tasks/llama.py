@@ -19,6 +19,8 @@ from scaling_jax.noise_scale import taps
 from scaling_jax.noise_scale.norms import Tapped
 from scaling_jax.parallel import use_whole
 from scaling_jax.tasks.layers import (
+    NEVER,
+    STD,
     Attention,
     attention_of,
     causal_attention,
@@ -26,12 +28,11 @@ from scaling_jax.tasks.layers import (
     columns_of_logits,
     loss_in_chunks,
     next_token_loss,
+    residual_scale,
     stack_of,
 )
 
-_STD = 0.02  # of initial parameters
 _NORM_EPS = 1e-6
-_NEVER = -1e30  # a logit whose probability is exactly zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Llama(nn.Module):
     def __call__(self, tokens_BxT: jax.Array, targets_BxT: jax.Array | None = None) -> jax.Array:
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        init = nn.initializers.normal(_STD)
+        init = nn.initializers.normal(STD)
         table_VxD: Any = self.param("embedding", init, (c.vocab_size, c.d_model))
         embed = taps.embed_tied if c.tied else lambda w, ids: (taps.embed(w, ids), None)
         x_BxTxD, link = use_whole(lambda w: embed(w, tokens_BxT), table_VxD)
@@ -225,7 +226,7 @@ class _Attention(nn.Module):
             q, k = _RMSNorm(name="query_norm")(q), _RMSNorm(name="key_norm")(k)
         q, k = (rotate(x, jnp.arange(T), c.rope_theta) for x in (q, k))
         attended_BxTxD = causal_attention(q, k, v, attention_of(c))
-        return _product("btd,df->btf", attended_BxTxD, _matrix(self, "out", (D, D), _residual_scale(c)))
+        return _product("btd,df->btf", attended_BxTxD, _matrix(self, "out", (D, D), residual_scale(c)))
 
 
 class _FeedForward(nn.Module):
@@ -237,7 +238,7 @@ class _FeedForward(nn.Module):
     def __call__(self, x_BxTxD):
         c = self.config
         h_BxTxF2 = _product("btd,df->btf", x_BxTxD, _matrix(self, "in", (c.d_model, 2 * c.d_ff)))
-        w_out = _matrix(self, "out", (c.d_ff, c.d_model), _residual_scale(c))
+        w_out = _matrix(self, "out", (c.d_ff, c.d_model), residual_scale(c))
         return _product("btf,fd->btd", _gated(h_BxTxF2), w_out)
 
 
@@ -245,7 +246,8 @@ class _Experts(nn.Module):
     """A mixture of feed-forward layers: each token takes the experts with the largest probabilities, times these.
 
     No token is dropped. All experts are computed for all tokens, and those that a token doesn't use get a weight of
-    zero: at a small scale, that is faster than sorting tokens.
+    zero. On a CPU, that took half the time of sorting tokens for `jax.lax.ragged_dot`, with 8 experts of which 2 are
+    used, at widths of 32 to 256.
     """
 
     config: LlamaConfig
@@ -262,7 +264,7 @@ class _Experts(nn.Module):
 
         h_BxTxExF2 = _product("btd,edf->btef", x_BxTxD, _matrix(self, "in", (E, c.d_model, 2 * c.d_ff)))
         h_BxTxExF = _gated(h_BxTxExF2) * weight_BxTxE[..., None]
-        w_out = _matrix(self, "out", (E, c.d_ff, c.d_model), _residual_scale(c))
+        w_out = _matrix(self, "out", (E, c.d_ff, c.d_model), residual_scale(c))
         return _product("btef,efd->btd", h_BxTxExF, w_out), unbalance(probabilities_BxTxE, chosen_BxTxE)
 
 
@@ -278,7 +280,7 @@ class _RMSNorm(nn.Module):
 
 
 class _Unembedding(nn.Module):
-    """Logits; columns beyond the vocabulary hold `_NEVER`."""
+    """Logits; columns beyond the vocabulary hold `NEVER`."""
 
     config: LlamaConfig
     columns: int
@@ -288,7 +290,7 @@ class _Unembedding(nn.Module):
     def __call__(self, x):
         c, more = self.config, self.columns - self.config.vocab_size
         if self.tied is None:
-            w: Any = self.param("kernel", nn.initializers.normal(_STD), (c.d_model, c.vocab_size))
+            w: Any = self.param("kernel", nn.initializers.normal(STD), (c.d_model, c.vocab_size))
         else:
             w, tokens_BxT, link = self.tied
             if link is not None:
@@ -298,7 +300,7 @@ class _Unembedding(nn.Module):
         def logits(w, x):
             padded = jnp.pad(w, [(0, more if axis == "v" else 0) for axis in w_axes]) if more else w
             y = taps.einsum(f"{axes},{w_axes}->{axes[:-1]}v", x, padded.astype(x.dtype))
-            never_V = jnp.where(jnp.arange(self.columns) < c.vocab_size, 0, _NEVER).astype(y.dtype)
+            never_V = jnp.where(jnp.arange(self.columns) < c.vocab_size, 0, NEVER).astype(y.dtype)
             return y + never_V.reshape((1,) * (y.ndim - 1) + (-1,)) if more else y
 
         return use_whole(logits, w, x)
@@ -306,7 +308,7 @@ class _Unembedding(nn.Module):
 
 def _matrix(module: nn.Module, name: str, shape: tuple[int, ...], scale: float = 1.0) -> Any:
     """A matrix inside a layer, or a stack of them. μP: its initial values fall with the width as 1/√width."""
-    std = _STD * scale * module.config.width_factor**-0.5  # type: ignore[attr-defined]
+    std = STD * scale * module.config.width_factor**-0.5  # type: ignore[attr-defined]
     return module.param(name, nn.initializers.normal(std), shape)
 
 
@@ -317,7 +319,3 @@ def _product(spec: str, x, w):
 def _gated(h):
     gate, up = jnp.split(h, 2, axis=-1)
     return jax.nn.silu(gate) * up
-
-
-def _residual_scale(c: LlamaConfig) -> float:
-    return (2 * c.n_layer) ** -0.5  # GPT-2: keeps the residual stream's variance independent of depth

@@ -167,7 +167,7 @@ def test_counts_are_those_of_the_parameters(model):
     assert model.num_params == sum(x.size for x in matrices) + of_experts
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @all_kinds
 def test_the_formula_of_flops_is_near_what_xla_counts(model):
     params, tokens = jax.eval_shape(lambda: initialised(model))
@@ -207,7 +207,7 @@ def test_taps_cover_every_parameter(model):
     assert sq_norm(jax.tree.map(jnp.subtract, grads, mean)) < 1e-10 * sq_norm(mean)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_value_and_grad_measures_single_examples_of_the_model_as_it_is():
     params, tokens = initialised(EXPERTS)
     (_, want), _ = jax.jit(lambda p, t: tapped_and_exact(EXPERTS, p, t))(params, tokens)
@@ -216,6 +216,7 @@ def test_value_and_grad_measures_single_examples_of_the_model_as_it_is():
     np.testing.assert_allclose(moments.small_sq_norm, sum(x.sum() for x in want.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_and_remat_change_nothing():
     model = dataclasses.replace(EXPERTS, remat=True)
     params, tokens = initialised(EXPERTS)
@@ -225,7 +226,7 @@ def test_parts_and_remat_change_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_loss_in_chunks_and_with_more_columns_is_the_loss(monkeypatch, tied):
     model = dataclasses.replace(SMALL, tied=tied)
     params, tokens = initialised(model)
@@ -239,6 +240,7 @@ def test_the_loss_in_chunks_and_with_more_columns_is_the_loss(monkeypatch, tied)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), value_and_grads(), want)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_close_to_float32_with_float32_parameters_and_logits():
     params, tokens = initialised(EXPERTS, scale=1.0)
     half = dataclasses.replace(EXPERTS, compute_dtype="bfloat16")

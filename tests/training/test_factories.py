@@ -12,10 +12,9 @@ import pytest
 from scaling_jax.io import UserError
 from scaling_jax.io.config import Settings, from_dict, to_dict, with_overrides
 from scaling_jax.tasks import ModelConfig, model_config
-from scaling_jax.training import OptimizerConfig, Run, read_metrics, run_folder, train
+from scaling_jax.training import Interrupted, OptimizerConfig, Run, read_metrics, run_folder, train
 from scaling_jax.training.factories import path_of
 from scaling_jax.training.optimizers import check_optimizer, make_optimizer
-from scaling_jax.training.program import program_for
 from scaling_jax.training.records import read_run_config, write_run_config
 
 HERE = "tests.training.test_factories"
@@ -213,8 +212,11 @@ def test_mup_leaves_weight_decay_as_it_is():
 @pytest.mark.slow
 def test_a_run_with_an_imported_optimizer_learns_and_goes_on(tmp_path, corpus):
     run = dataclasses.replace(RUN, optimizer=OptimizerConfig("optax:lion", settings={"b1": 0.9}), learning_rate=3e-3)
-    train(run, tmp_path, corpus=corpus, num_devices=1)
-    losses = [line.test_loss for line in read_metrics(run_folder(tmp_path, run)) if line.evaluated]
+    train(run, tmp_path / "whole", corpus=corpus, num_devices=1)
+    with pytest.raises(Interrupted):
+        train(run, tmp_path / "parts", corpus=corpus, num_devices=1, should_stop=lambda: True)
+    train(run, tmp_path / "parts", corpus=corpus, num_devices=1)
+    whole, parts = ((run_folder(tmp_path / w, run) / "metrics.jsonl").read_bytes() for w in ("whole", "parts"))
+    assert whole == parts
+    losses = [line.test_loss for line in read_metrics(run_folder(tmp_path / "whole", run)) if line.evaluated]
     assert losses[-1] < losses[0] - 0.1
-    state = program_for(run).init(0)
-    assert {f"layer_{k}" for k in (1, 2)} < set(state.opt_state[0][0].mu)

@@ -9,7 +9,7 @@ import pytest
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.parallel import replicate
 from scaling_jax.scanning import Experiment, LearningRates, Subject
-from scaling_jax.tasks import LlamaConfig, ModelConfig, model_config
+from scaling_jax.tasks import LlamaConfig, ModelConfig, layers, model_config
 from scaling_jax.training import LiveRamp, OptimizerConfig, Run, read_metrics, run_folder, train
 from scaling_jax.training.live_ramp import measure
 from scaling_jax.training.population import Slots
@@ -21,6 +21,12 @@ MODEL = LlamaConfig(
 ADAMW = OptimizerConfig("adamw", weight_decay=0.1)
 FSDP = Program(MODEL, ADAMW, 32, num_microbatches=2, steps_per_call=2, num_devices=8, sharding="fsdp")
 ORDER = np.random.default_rng(0).integers(0, 320, (2, 32))
+
+
+@pytest.fixture(autouse=True)
+def layers_in_a_loop(monkeypatch):
+    """They compile faster."""
+    monkeypatch.setattr(layers, "_MOST_UNROLLED", 0)
 
 
 def take_steps(program, corpus):
@@ -55,7 +61,7 @@ def test_runs_at_once_train_as_each_alone(corpus):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["adam", "muon"])
 def test_a_run_learns(tmp_path, corpus, name):
     model = dataclasses.replace(MODEL, mup_base_width=None)
@@ -64,11 +70,13 @@ def test_a_run_learns(tmp_path, corpus, name):
     lines = read_metrics(run_folder(tmp_path, run))
     losses = [line.test_loss for line in lines if line.evaluated]
     assert losses[-1] < losses[0] - 0.1
-    assert lines[0].small_sq_norm_by_part.shape == (lines[0].num_steps, 4)
+    assert len(lines[0].small_sq_norm_by_part) == 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", ["adam_half", "spectral", "curvature", "l1"])
+@pytest.mark.parametrize(
+    "metric", ["spectral", *(pytest.param(m, marks=pytest.mark.long) for m in ("adam_half", "curvature", "l1"))]
+)
 def test_live_ramps_measure_it(corpus, metric):
     program = dataclasses.replace(FSDP, num_devices=1, sharding="replicated")
     state, _ = program.steps(program.init(0), corpus.train_RxT1, ORDER, 1e-2, 2)
