@@ -13,7 +13,7 @@ from scaling_jax.scanning.records import load_run
 from scaling_jax.tasks import TaskModel, model_config
 from scaling_jax.training import Recipe, Run
 from scaling_jax.training.examples import check_data, data_of
-from scaling_jax.training.run import read_stages
+from scaling_jax.training.stages import read_stages
 
 _EITHER = (("max_tokens", "max_steps"), ("warmup_tokens", "warmup_steps"))
 

@@ -19,7 +19,7 @@ from scaling_jax.scanning.cells import can_run_together, corpus_of, finished_run
 from scaling_jax.scanning.experiment import FEWEST_STEPS, Cell, Experiment
 from scaling_jax.scanning.records import check_same_recipe
 from scaling_jax.scanning.speed import StepTime, time_steps
-from scaling_jax.tasks import ModelConfig
+from scaling_jax.tasks import Model
 from scaling_jax.training.examples import Data, check_data
 from scaling_jax.training.gradients import gradients_of
 from scaling_jax.training.program import Program, program_for
@@ -178,7 +178,7 @@ def plan_cell(
     least, most = min(LEAST_RATES, rates.most), rates.most
     program = program_for(experiment.run(cell, 0))
     tokens = experiment.max_tokens + cell.batch_tokens
-    if isinstance(program.model, ModelConfig):
+    if isinstance(program.model, Model):
         per_token, step_bytes = flops_per_token(program), _step_bytes(program, program.model)
     else:
         assert corpus is not None
@@ -232,7 +232,7 @@ def flops_per_token(program: Program) -> float:
     Kaplan et al. 2020, table 1; the unembedding is included, because it matters in small models.
     """
     model = program.model
-    assert isinstance(model, ModelConfig)
+    assert isinstance(model, Model)
     parameters = model.num_params + model.vocab_size * model.d_model
     return 6.0 * parameters + 12.0 * model.n_layer * model.context * model.d_model
 
@@ -268,7 +268,7 @@ def _counted(program: Program, corpus: Data) -> tuple[float, int]:
     return flops / units, memory.temp_size_in_bytes if memory is not None else 0
 
 
-def _step_bytes(program: Program, model: ModelConfig) -> int:
+def _step_bytes(program: Program, model: Model) -> int:
     """Size of the float32 activations of one microbatch, which the backward pass needs."""
     sequences = program.batch_sequences // program.num_microbatches
     per_position = model.n_layer * (16 * model.d_model + 2 * model.n_head * model.context) + 3 * model.vocab_size

@@ -32,7 +32,7 @@ from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.plan import MOST_WORKERS, tokens_by_batch
 from scaling_jax.scanning.records import check_same_recipe, read_search, source_of, write_experiment, write_search
 from scaling_jax.scanning.worker import Event, train_in_workers
-from scaling_jax.tasks import ModelConfig
+from scaling_jax.tasks import Model
 from scaling_jax.training import Interrupted, Progress, Run
 from scaling_jax.training.program import program_for
 
@@ -126,7 +126,7 @@ def scan(
 def relative_cost(experiment: Experiment, cell: Cell) -> float:
     """Expected FLOPs of a cell up to a factor."""
     model = experiment.subject(cell.model).model
-    per_token = model.num_params + (2 * model.vocab_size * model.d_model if isinstance(model, ModelConfig) else 0)
+    per_token = model.num_params + (2 * model.vocab_size * model.d_model if isinstance(model, Model) else 0)
     return per_token * tokens_by_batch(cell.batch_tokens)
 
 

@@ -7,6 +7,7 @@ from scaling_jax.tasks.task import Task, TaskModel
 from scaling_jax.tasks.trainable import Trainable, record_of, trainable
 from scaling_jax.tasks.transformer import (
     MODELS,
+    Model,
     ModelConfig,
     Transformer,
     is_stacked,
@@ -19,6 +20,7 @@ from scaling_jax.tasks.transformer import (
 __all__ = [
     "MODELS",
     "LanguageModel",
+    "Model",
     "ModelConfig",
     "OtherModel",
     "Task",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from scaling_jax.io import UserError
 from scaling_jax.tasks.task import Task
 from scaling_jax.tasks.transformer import (
-    ModelConfig,
+    Model,
     Transformer,
     is_stacked,
     next_token_loss,
@@ -43,7 +43,7 @@ class LanguageModel(Task):
         name: str = "",
     ):
         self.model, self.text, self.tokenizer = model, text, tokenizer
-        if isinstance(model, ModelConfig):
+        if isinstance(model, Model):
             if context not in (None, model.context):
                 raise UserError(f"context = {context} isn't that of the model, {model.context}: change the model's")
             self.name, self.units_per_example, self.num_params = model.name, model.context, model.num_params
@@ -58,7 +58,7 @@ class LanguageModel(Task):
 
     def init(self, key) -> Any:
         found = self.model
-        if isinstance(found, ModelConfig):
+        if isinstance(found, Model):
             return Transformer(found).init(key, jnp.zeros((1, found.context), jnp.int32))["params"]
         return found.init(key, jnp.zeros((1, self.units_per_example), jnp.int32))
 
@@ -71,7 +71,7 @@ class LanguageModel(Task):
         return next_token_loss(self.logits(params, tokens_BxT1[:, :-1]), tokens_BxT1[:, 1:])
 
 
-def batch_loss(model: ModelConfig):
+def batch_loss(model: Model):
     """The training loss of a built-in model: `(params, tokens [B, T + 1]) -> nats per token`."""
     transformer = Transformer(model)
 

@@ -15,7 +15,7 @@ from scaling_jax.noise_scale.accumulate import path_name
 from scaling_jax.noise_scale.norms import leaf_sq_norms
 from scaling_jax.tasks.language_model import LanguageModel
 from scaling_jax.tasks.task import Task, TaskModel
-from scaling_jax.tasks.transformer import ModelConfig
+from scaling_jax.tasks.transformer import Model
 
 _MOST_PARTS = 32  # of a model, for which norms are kept; with more, only that of the whole
 _WHOLE = "all"
@@ -90,6 +90,15 @@ class Trainable:
         """True if the loss takes only parameters and batch, and all of a batch needn't be computed at once."""
         return not (self.has_state or self.has_key or self.task.whole_batch)
 
+    @property
+    def is_built_in(self) -> bool:
+        """True for the built-in models."""
+        return isinstance(self.task, LanguageModel) and isinstance(self.task.model, Model)
+
+    @property
+    def has_stacked_layers(self) -> bool:
+        return bool(self.for_optimizer(self.shapes[0])["layers"])
+
     @functools.cached_property
     def shapes(self) -> tuple[Any, Any]:
         """Shapes of (params, state)."""
@@ -126,6 +135,24 @@ class Trainable:
                 raise UserError(f"start of task {self.name} has other parameters than init: {given}, not {own}")
         return start
 
+    def for_optimizer(self, tree: Any) -> Any:
+        """A tree like the parameters, as optimizers take it: `layers` are those whose leading axis counts layers."""
+        if self.is_built_in:
+            return tree
+        found: dict[str, list[Any]] = {"layers": [], "others": []}
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            found["layers" if self.is_stacked(path_name(path)) else "others"].append(x)
+        return found
+
+    def from_optimizer(self, found: Any, like: Any) -> Any:
+        """The inverse of `for_optimizer`."""
+        if self.is_built_in:
+            return found
+        layers, others = iter(found["layers"]), iter(found["others"])
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+        leaves = [next(layers if self.is_stacked(path) else others) for path in paths]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts of the model for which norms are shown, in the order of the parameters."""
@@ -161,7 +188,7 @@ class Trainable:
         return TaskModel(self.name, num_params, self.task.unit, self.task.units_per_example).known_by(self)
 
 
-def trainable(model: ModelConfig | TaskModel | Task | Trainable) -> Trainable:
+def trainable(model: Model | TaskModel | Task | Trainable) -> Trainable:
     """The one `Trainable` of a model or task.
 
     Raises:
@@ -171,7 +198,7 @@ def trainable(model: ModelConfig | TaskModel | Task | Trainable) -> Trainable:
         return model
     if isinstance(model, TaskModel):
         return model.trainable
-    if isinstance(model, ModelConfig):
+    if isinstance(model, Model):
         return _built_in(model)
     if "_trainable" not in model.__dict__:
         object.__setattr__(model, "_trainable", Trainable(model))
@@ -182,13 +209,13 @@ def record_of(model: Any) -> Any:
     """What a run's record holds of its model; a `Task` becomes its `TaskModel`, or the built-in model's config."""
     if not isinstance(model, Task):
         return model
-    if isinstance(model, LanguageModel) and isinstance(model.model, ModelConfig):
+    if isinstance(model, LanguageModel) and isinstance(model.model, Model):
         return model.model
     return trainable(model).model
 
 
 @functools.cache
-def _built_in(config: ModelConfig) -> Trainable:
+def _built_in(config: Model) -> Trainable:
     return Trainable(LanguageModel(config))
 
 

@@ -66,6 +66,9 @@ class ModelConfig:
         return 12 * self.n_layer * self.d_model**2
 
 
+Model = ModelConfig  # the built-in models
+
+
 # (n_layer, d_model, n_head); a head has a width of 16 … 64
 _SIZES = [
     (1, 16, 1),

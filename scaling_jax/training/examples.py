@@ -8,7 +8,7 @@ import jax
 from scaling_jax.data import Corpus, Examples, examples_of, prepare
 from scaling_jax.data.examples import count, num_bytes, take
 from scaling_jax.io import UserError
-from scaling_jax.tasks import LanguageModel, ModelConfig, Trainable, held_out_rows
+from scaling_jax.tasks import LanguageModel, Model, Trainable, held_out_rows
 from scaling_jax.tasks.evaluation import chosen
 from scaling_jax.training.run import Run
 
@@ -42,7 +42,7 @@ def check_data(run: Run, data: Data) -> None:
     """Raises UserError if the data don't fit the model: of text its vocabulary, or the length of its rows."""
     if not isinstance(data, Corpus):
         return
-    if isinstance(run.model, ModelConfig) and data.vocab_size > (size := run.model.vocab_size):
+    if isinstance(run.model, Model) and data.vocab_size > (size := run.model.vocab_size):
         raise UserError(
             f"the tokenizer has {data.vocab_size:,} tokens but the model's vocab_size is {size:,}: "
             "use a larger vocab_size"
@@ -53,7 +53,7 @@ def check_data(run: Run, data: Data) -> None:
             f"{run.model.context}: prepare the text with the model's context"
         )
     task = run.trainable.task
-    if isinstance(task, LanguageModel) and not isinstance(task.model, ModelConfig):
+    if isinstance(task, LanguageModel) and not isinstance(task.model, Model):
         tokens = jax.ShapeDtypeStruct((1, run.model.context), "int32")
         logits = jax.eval_shape(task.logits, run.trainable.shapes[0], tokens)
         if logits.shape[:2] != tokens.shape or logits.shape[2] < data.vocab_size:

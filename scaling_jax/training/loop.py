@@ -15,7 +15,7 @@ from scaling_jax.data.feeding import Feeder
 from scaling_jax.io import UserError
 from scaling_jax.io.stores import working_copy
 from scaling_jax.parallel import Backend, Sharding, agree, from_first, is_first, leave_if_one_is_gone, together
-from scaling_jax.tasks import ModelConfig
+from scaling_jax.tasks import Model
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.examples import Data, data_of, held_out
 from scaling_jax.training.journal import Progress, next_call, span
@@ -79,7 +79,7 @@ def train(
         if done is not None:
             return done
         check_memory(
-            run.model if isinstance(run.model, ModelConfig) else run.trainable,
+            run.model if isinstance(run.model, Model) else run.trainable,
             num_devices if sharding == "fsdp" and jax.default_backend() != "cpu" else 1,
         )
         # Refuses a batch that doesn't divide; batches of stages that are over needn't divide over today's devices.

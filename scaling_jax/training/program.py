@@ -21,9 +21,10 @@ from scaling_jax.parallel.devices import (
     devices_of_run,
     fsdp_shardings,
     over_mesh,
+    rows_at,
     rows_of_devices,
 )
-from scaling_jax.tasks import ModelConfig, Trainable, evaluator, fsdp_evaluator, shared_evaluator, trainable
+from scaling_jax.tasks import Model, Trainable, evaluator, fsdp_evaluator, shared_evaluator, trainable
 from scaling_jax.training.gradients import gradients_of
 from scaling_jax.training.optimizers import OptimizerConfig, counts_layers, make_optimizer
 from scaling_jax.training.run import Run, split_batch
@@ -76,7 +77,7 @@ class StepMetrics(NamedTuple):
 class Program:
     """What is fixed when a training program is compiled. Learning rate, warm-up, seed and data are its arguments."""
 
-    model: ModelConfig | Trainable
+    model: Model | Trainable
     optimizer: OptimizerConfig
     batch_sequences: int  # examples of any task
     num_microbatches: int
@@ -154,13 +155,15 @@ def program_for(
       UserError: if the batch doesn't divide over the devices; if "fsdp" can't train the task.
     """
     task = run.trainable
+    if run.optimizer.name == "muon" and not task.has_stacked_layers:
+        raise UserError(f"muon is for matrices of stacked layers, and {task.name} has none: see Task.is_stacked")
     if sharding == "fsdp" and not task.is_plain:
         raise UserError(
             f"{task.name} can't be trained with sharding fsdp: its loss may take only params and batch, of microbatches"
         )
     microbatch_sequences = run.microbatch_tokens // run.model.context
     return Program(
-        model=run.model if isinstance(run.model, ModelConfig) else task,
+        model=run.model if isinstance(run.model, Model) else task,
         optimizer=run.optimizer.at(run.batch_tokens),
         batch_sequences=run.batch_sequences,
         num_microbatches=split_batch(run.batch_sequences, microbatch_sequences, num_devices, sharding == "fsdp"),
@@ -172,7 +175,7 @@ def program_for(
     )
 
 
-def check_memory(model: ModelConfig | Trainable, parts: int = 1) -> None:
+def check_memory(model: Model | Trainable, parts: int = 1) -> None:
     """Raises UserError if the parameters and their gradient alone need more memory than a device has.
 
     Args:
@@ -219,7 +222,9 @@ def one_step(
     def step(state: TrainState, batch, learning_rate, warmup_steps):
         key = None if state.key is None else jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss, moments, grads, model_state = gradients(state.params, state.model_state, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        view = task.for_optimizer
+        updates, opt_state = optimizer.update(view(grads), state.opt_state, view(state.params))
+        updates = task.from_optimizer(updates, state.params)
         warm = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1, warmup_steps).astype(jnp.float32))
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * warm * u, updates))
         average = _averaged(state.average, params, program.average_decay)
@@ -277,19 +282,14 @@ def state_shardings(program: Program, mesh: Mesh) -> TrainState:
     return fsdp_shardings(jax.eval_shape(program.init, 0), mesh, counts_layers)
 
 
-def param_shardings(model: ModelConfig | Trainable, mesh: Mesh) -> Any:
+def param_shardings(model: Model | Trainable, mesh: Mesh) -> Any:
     """Where "fsdp" puts the parameters."""
     return fsdp_shardings(jax.eval_shape(functools.partial(init_params, model), 0), mesh, counts_layers)
 
 
-def init_params(model: ModelConfig | Trainable, seed) -> Any:
+def init_params(model: Model | Trainable, seed) -> Any:
     """The parameters before the first step."""
     return trainable(model).init(jax.random.key(seed))[0]
-
-
-def rows_at(rows: Any, index: jax.Array) -> Any:
-    """The rows with these indices, of an array or a pytree of arrays."""
-    return jax.tree.map(lambda x: x[index], rows)
 
 
 def _in_a_loop(program: Program, step: Callable, batch_of: Callable):
@@ -315,7 +315,7 @@ def no_metrics(program: Program, *shape: int) -> StepMetrics:
 
 
 @functools.cache
-def _init(model: ModelConfig | Trainable, optimizer: OptimizerConfig, averaged: bool):
+def _init(model: Model | Trainable, optimizer: OptimizerConfig, averaged: bool):
     task = trainable(model)
 
     def init(seed, start):
@@ -324,7 +324,7 @@ def _init(model: ModelConfig | Trainable, optimizer: OptimizerConfig, averaged: 
             params = jax.tree.map(lambda x, given: jnp.asarray(given, x.dtype), params, start)
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _KEY)) if task.has_key else None
         average = Average(jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if averaged else None
-        opt_state = make_optimizer(optimizer).init(params)
+        opt_state = make_optimizer(optimizer).init(task.for_optimizer(params))
         return TrainState(params, opt_state, jnp.int32(0), _TRACKER.init(), average, model_state, key)
 
     compiled = jax.jit(init)
@@ -338,7 +338,7 @@ def _averaged(average: Average | None, params, decay: float | None) -> Average |
 
 
 @functools.cache
-def _evaluator(model: ModelConfig | Trainable, num_devices: int, sharding: Sharding):
+def _evaluator(model: Model | Trainable, num_devices: int, sharding: Sharding):
     mesh = data_mesh(devices_of_run(num_devices))
     if sharding == "fsdp":
         return fsdp_evaluator(model, mesh, param_shardings(model, mesh))

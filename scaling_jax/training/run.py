@@ -5,17 +5,23 @@ Adam's β become β^k, so their half-lives in tokens stay the same (Marek et al.
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from scaling_jax.io import UserError
-from scaling_jax.io.config import check_at_most, check_positive, config_hash, from_dict
-from scaling_jax.io.files import read_whole
-from scaling_jax.tasks import LanguageModel, ModelConfig, OtherModel, Task, TaskModel, Trainable, record_of, trainable
+from scaling_jax.io.config import check_at_most, check_positive, config_hash
+from scaling_jax.tasks import (
+    LanguageModel,
+    Model,
+    OtherModel,
+    Task,
+    TaskModel,
+    Trainable,
+    record_of,
+    trainable,
+)
 from scaling_jax.training.optimizers import OptimizerConfig
+from scaling_jax.training.stages import Stage, check_stages
 
 Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -26,15 +32,6 @@ _MOST_BATCH_TOKENS = 2**31  # ten times the largest batches in use; a typing err
 _MOST_STEPS = 2**31 - 1  # the training program counts steps in an int32
 _MOST_STEPS_PER_CALL = 65_536  # a call holds the order and the metrics of all of its steps
 _MOST_EXTRA_SEQUENCES = 65_536
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage of a batch ramp."""
-
-    tokens: int  # the stage starts at the first step that has processed this many tokens
-    batch_tokens: int
-    learning_rate_factor: float = 1.0  # times the run's learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +141,7 @@ class Run(Recipe):
     `max_tokens`. Give exactly one of these two.
     """
 
-    model: ModelConfig | OtherModel | TaskModel  # given a `Task`, its record
+    model: Model | OtherModel | TaskModel  # given a `Task`, its record
     batch_tokens: int
     learning_rate: float
     seed: int = 0
@@ -202,9 +199,9 @@ class Run(Recipe):
         return trainable(self.model)
 
     @property
-    def transformer(self) -> ModelConfig:
+    def transformer(self) -> Model:
         """The model, if it is a built-in one, else UserError."""
-        if not isinstance(self.model, ModelConfig):
+        if not isinstance(self.model, Model):
             _ = self.trainable
             raise UserError(f"{self.model.name} is a task of your own: this works with the built-in models only")
         return self.model
@@ -274,57 +271,6 @@ class Run(Recipe):
     def without_limits(self) -> "Run":
         """The run without the values that only decide where it ends. Runs that are equal in this share their curve."""
         return dataclasses.replace(self, target_loss=None, max_steps=1, max_tokens=None, deadlines=())
-
-
-def read_stages(path: Path) -> tuple[Stage, ...]:
-    """The stages in a JSON file that `scaling-jax advise --write-ramp` wrote. The first stage starts at 0 tokens.
-
-    Raises:
-      UserError: if the file isn't there, or isn't a list of stages.
-    """
-    try:
-        listed = json.loads(read_whole(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"can't read a ramp from {path} ({error}): make one with scaling-jax advise --write-ramp"
-        ) from None
-    if not isinstance(listed, list) or not listed or not all(isinstance(stage, dict) for stage in listed):
-        raise UserError(f'{path} isn\'t a list of stages, such as [{{"tokens": 0, "batch_tokens": 128}}]')
-    stages = tuple(from_dict(Stage, stage, where=f"{path}[{k}].") for k, stage in enumerate(listed))
-    if stages[0].tokens != 0:
-        raise UserError(f"the first stage of {path} must start at 0 tokens, not at {stages[0].tokens:,}")
-    return stages
-
-
-def check_stages(batch_tokens: int, stages: Sequence[Stage]) -> None:
-    """Raises UserError unless each stage starts later than the one before, with a larger batch."""
-    before = Stage(0, batch_tokens)
-    for stage in stages:
-        if (
-            stage.tokens <= before.tokens
-            or stage.batch_tokens <= before.batch_tokens
-            or not 0 < stage.learning_rate_factor < math.inf
-        ):
-            raise UserError(
-                "each stage of a ramp must start later, with a larger batch and a positive learning rate: "
-                f"{_as_json(stage)} can't follow {_as_json(before)}"
-            )
-        before = stage
-
-
-def _as_json(stage: Stage) -> str:
-    """As in the file of a ramp."""
-    return json.dumps(dataclasses.asdict(stage))
-
-
-def stage_at(batch_tokens: int, stages: Sequence[Stage], tokens: int) -> Stage:
-    """The stage after `tokens` processed tokens. Before the first stage, it is the run's own batch size."""
-    return [s for s in (Stage(0, batch_tokens), *stages) if s.tokens <= tokens][-1]
-
-
-def next_boundary(stages: Sequence[Stage], tokens: int) -> int | None:
-    """Tokens at which the next stage starts; None in the last stage."""
-    return min((s.tokens for s in stages if s.tokens > tokens), default=None)
 
 
 def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: int, shared: bool = False) -> int:

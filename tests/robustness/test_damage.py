@@ -15,7 +15,7 @@ from scaling_jax.scanning import Cell
 from scaling_jax.scanning.records import read_search
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.records import read_clock, read_metrics, read_result, read_run_config
-from scaling_jax.training.run import read_stages
+from scaling_jax.training.stages import read_stages
 from tests.robustness.conftest import contents, replaced
 
 NO_JSON = (b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'"text"', b"3", b"NaN")

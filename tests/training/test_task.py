@@ -283,6 +283,31 @@ def test_a_task_divided_over_devices_trains_like_one_on_one_device(tmp_path):
         program_for(run_of(Normalised()), 1, sharding="fsdp")
 
 
+def test_optimizers_see_which_parameters_are_matrices_and_which_count_layers(tmp_path):
+    """A list called layers holds whole matrices: weight decay is for these, and for stacked ones, not for vectors."""
+
+    class Deep(Line):
+        def init(self, key):
+            return {"layers": [jnp.ones((3, 3)), jnp.ones(3)], "stacked": jnp.ones((2, 3))}
+
+        def loss(self, params, batch):
+            return 0.0 * (params["layers"][0].sum() + params["layers"][1].sum() + params["stacked"].sum())
+
+        def metric(self, params, batch):
+            return jnp.ones(())
+
+        @staticmethod
+        def is_stacked(path):
+            return path == "stacked"
+
+    decayed = OptimizerConfig("adamw", weight_decay=0.5)
+    program = program_for(run_of(Deep(), optimizer=decayed))
+    state, _ = program.steps(program.init(0), Line.train, ORDER, 0.1, 0)
+    assert [float(x.ravel()[0]) for x in jax.tree.leaves(state.params)] == pytest.approx([0.95, 1.0, 1.0])
+    with pytest.raises(UserError, match="muon is for matrices of stacked layers, and Line has none"):
+        program_for(run_of(Line(), optimizer=OptimizerConfig("muon")))
+
+
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_training_starts_from_the_given_parameters(as_folder, tmp_path):
     import orbax.checkpoint as ocp
