@@ -12,6 +12,7 @@ import pytest
 
 import scaling_jax as sj
 from scaling_jax.scanning.by_command import check_command
+from scaling_jax.scanning.records import load_experiment
 from scaling_jax.training import Interrupted, read_metrics, run_folder
 from tests.scanning.made_up_loss import loss_after
 from tests.test_docs import DOCS, blocks
@@ -65,6 +66,15 @@ def test_the_task_of_the_page_and_that_of_the_readme_train(tmp_path):
         with jax.numpy_rank_promotion("allow"):
             result = sj.train(run, tmp_path, num_devices=1)
         assert result.test_loss < 0.7
+
+
+def test_the_digits_are_learnt_with_the_statistics_of_whole_batches(tmp_path):
+    pytest.importorskip("sklearn")
+    experiment = load_experiment(DOCS.parent / "experiments" / "digits.py")
+    run = experiment.run(experiment.cells[6], 0, max_steps=60)
+    with jax.numpy_rank_promotion("allow"):
+        result = sj.train(run, tmp_path, num_devices=1)
+    assert (run.batch_tokens, run.model.unit, result.test_loss < 1.5) == (64, "images", True)
 
 
 TASKS = [block for block in blocks(DOCS / "tasks.md", "python") if "(sj.Task)" in block]

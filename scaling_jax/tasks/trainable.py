@@ -79,11 +79,18 @@ class Trainable:
         return self._metric(**{name: given[name] for name in self._metric_takes})
 
     def weighted(self, params, state, batch, key) -> bool:
-        """True if the loss is `(sum, weight)`. Takes arrays or their shapes."""
+        """True if the loss is `(sum, weight)`. Takes arrays or their shapes. Raises UserError for other losses."""
         if isinstance(self.task, LanguageModel):
             return False
         value, _ = jax.eval_shape(self.loss, params, state, batch, key)
-        return isinstance(value, (tuple, list))
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
+        weighted = isinstance(value, (tuple, list))
+        if shapes != [()] * (2 if weighted else 1):
+            raise UserError(
+                f"loss of task {self.name} returns {' and '.join(map(str, shapes)) or 'nothing'}: it must return a "
+                "number, the mean over the batch's examples, or (sum, weight)"
+            )
+        return weighted
 
     @property
     def is_plain(self) -> bool:

@@ -354,6 +354,16 @@ class Counted(Line):
         return {"w": jnp.zeros(3, jnp.int32)}
 
 
+class ByExample(Line):
+    def loss(self, params, batch):
+        return errors(params, batch)
+
+
+class Divided(Line):
+    def loss(self, params, batch):
+        return jnp.sum(batch[2] * errors(params, batch)) / jnp.sum(batch[2])
+
+
 class Uneven(Line):
     train = (X, Y[:5])
 
@@ -365,6 +375,8 @@ class Uneven(Line):
         (OtherNames, r"loss of task OtherNames takes \(model, x\): name its arguments params and batch"),
         (NoPair, r"its init must return \(params, state\)"),
         (Counted, "parameter 'w' of task Counted is int32"),
+        (ByExample, r"loss of task ByExample returns \(\d,\): it must return a number"),
+        (Divided, r"loss of task Divided divides by .*: return \(sum, weight\)"),
         (Uneven, r"train of the data of Uneven has arrays of \[5, 64\] examples"),
     ],
 )
