@@ -80,7 +80,13 @@ def test_the_digits_are_learnt_with_the_statistics_of_whole_batches(tmp_path):
 TASKS = [block for block in blocks(DOCS / "tasks.md", "python") if "(sj.Task)" in block]
 
 
-@pytest.mark.parametrize("example", TASKS, ids=["plain", "linen", "nnx", "equinox"])
+LIBRARIES = [
+    pytest.param(example, id=name, marks=pytest.mark.slow if name in ("nnx", "equinox") else ())
+    for example, name in zip(TASKS, ("plain", "linen", "nnx", "equinox"), strict=True)
+]
+
+
+@pytest.mark.parametrize("example", LIBRARIES)
 def test_tasks_of_each_library_train_and_go_on_after_an_interruption(example, tmp_path):
     pytest.importorskip("sklearn")
     namespace: dict = {}

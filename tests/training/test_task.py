@@ -211,7 +211,7 @@ def test_each_step_and_each_microbatch_gets_its_own_key():
     assert len(set(np.round(a2_plus_b2, 5))) == 4
 
 
-@pytest.mark.parametrize("task", [Normalised(), Dropped()], ids=["state", "key"])
+@pytest.mark.parametrize("task", [Normalised(), pytest.param(Dropped(), marks=pytest.mark.slow)], ids=["state", "key"])
 def test_an_interrupted_task_ends_as_an_undisturbed_one(task, tmp_path):
     run = run_of(task)
     train(run, tmp_path / "whole", num_devices=1)
@@ -266,6 +266,7 @@ def test_all_held_out_examples_count_equally_however_they_are_chunked():
         assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_task_divided_over_devices_trains_like_one_on_one_device(tmp_path):
     class Square(Line):
         def init(self, key):
