@@ -107,10 +107,26 @@ def test_the_task_of_the_page_and_that_of_the_readme_train(tmp_path):
         assert result.test_loss < 0.7
 
 
+def test_the_digits_are_learnt_with_the_statistics_of_whole_batches(tmp_path):
+    pytest.importorskip("sklearn")
+    experiment = load_experiment(DOCS.parent / "experiments" / "digits.py")
+    cell = next(cell for cell in experiment.cells if cell.batch_tokens == 64)
+    run = experiment.run(cell, 0, max_steps=60)
+    with jax.numpy_rank_promotion("allow"):
+        result = sj.train(run, tmp_path, num_devices=1)
+    assert (run.batch_tokens, run.model.unit, result.test_loss < 1.5) == (64, "images", True)
+
+
 TASKS = [block for block in blocks(DOCS / "tasks.md", "python") if "(sj.Task)" in block]
 
 
-@pytest.mark.parametrize("example", TASKS, ids=["plain", "linen", "nnx", "equinox"])
+LIBRARIES = [
+    pytest.param(example, id=name, marks=pytest.mark.slow if name in ("nnx", "equinox") else ())
+    for example, name in zip(TASKS, ("plain", "linen", "nnx", "equinox"), strict=True)
+]
+
+
+@pytest.mark.parametrize("example", LIBRARIES)
 def test_tasks_of_each_library_train_and_go_on_after_an_interruption(example, tmp_path):
     pytest.importorskip("sklearn")
     namespace: dict = {}

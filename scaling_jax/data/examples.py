@@ -84,4 +84,4 @@ def _add(digest, rows: Any) -> None:
         rows = take(rows, np.unique(np.linspace(0, count(rows) - 1, _SAMPLED).astype(int)))
     for path, x in jax.tree_util.tree_leaves_with_path(rows):
         digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
-        digest.update(np.ascontiguousarray(x).data)
+        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))  # bfloat16 has no buffer of its own

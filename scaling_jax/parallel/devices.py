@@ -182,10 +182,15 @@ def rows_of_devices(mesh: Mesh, own_rows: bool) -> Callable:
     """
 
     def local(rows, order_1xB):
-        return jax.tree.map(lambda x: (x[0] if own_rows else x)[order_1xB[0]], rows)
+        return rows_at(jax.tree.map(lambda x: x[0], rows) if own_rows else rows, order_1xB[0])
 
     in_specs = PartitionSpec(AXIS) if own_rows else PartitionSpec(), PartitionSpec(AXIS)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(AXIS))
+
+
+def rows_at(rows: Any, index: jax.Array) -> Any:
+    """The rows with these indices, of an array or a pytree of arrays."""
+    return jax.tree.map(lambda x: x[index], rows)
 
 
 def device_by_device(fn: Callable, mesh: Mesh, params: Any) -> Callable:

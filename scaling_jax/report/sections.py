@@ -124,7 +124,7 @@ def sections(analysis: Analysis) -> list[Section]:
         Section(
             "How to repeat this scan",
             code(command(analysis.experiment))
-            + paragraph("The text and its fingerprint:")
+            + paragraph("The data and its fingerprint:")
             + facts({name.replace("_", " "): corpus[name] for name in FINGERPRINT if name in corpus})
             + paragraph("Versions with which this report was made:")
             + facts(versions())

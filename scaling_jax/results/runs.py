@@ -202,18 +202,20 @@ def noise_windows(run: Course) -> list[NoiseWindow]:
     return found
 
 
-def part_windows(run: Course, names: Sequence[str] | None = None) -> dict[str, list[PartNoise]]:
+def part_windows(run: Course, names: Any = None) -> dict[str, list[PartNoise]]:
     """{part of the model: its noise scale in windows}, from means over lines. Leaves out unresolved windows.
 
     Args:
-      names: of the parts; None for a built-in model.
+      names: of the parts, as config.json has them; None for a built-in model.
     """
     moments = moments_by_part(run)
     if moments is None:
         return {}
     parts = zip(moments.grad_sq_norm.T, moments.trace_cov.T, strict=True)
     found = [_line_windows(run, moments.num_steps, *series) for series in parts]
-    return dict(zip(names or part_names(len(found) - 2), found, strict=True))
+    if not isinstance(names, list) or len(set(map(str, names))) != len(found):  # a built-in model, or damaged names
+        names = part_names(len(found) - 2) if len(found) > 2 else [f"part {k}" for k in range(1, len(found) + 1)]
+    return dict(zip(map(str, names), found, strict=True))
 
 
 def all_parts_windows(run: Course) -> list[PartNoise]:

@@ -79,16 +79,32 @@ class Trainable:
         return self._metric(**{name: given[name] for name in self._metric_takes})
 
     def weighted(self, params, state, batch, key) -> bool:
-        """True if the loss is `(sum, weight)`. Takes arrays or their shapes."""
+        """True if the loss is `(sum, weight)`. Takes arrays or their shapes. Raises UserError for other losses."""
         if isinstance(self.task, LanguageModel):
             return False
         value, _ = jax.eval_shape(self.loss, params, state, batch, key)
-        return isinstance(value, (tuple, list))
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
+        weighted = isinstance(value, (tuple, list))
+        if shapes != [()] * (2 if weighted else 1):
+            raise UserError(
+                f"loss of task {self.name} returns {' and '.join(map(str, shapes)) or 'nothing'}: it must return a "
+                "number, the mean over the batch's examples, or (sum, weight)"
+            )
+        return weighted
 
     @property
     def is_plain(self) -> bool:
         """True if the loss takes only parameters and batch, and all of a batch needn't be computed at once."""
         return not (self.has_state or self.has_key or self.task.whole_batch)
+
+    @property
+    def is_built_in(self) -> bool:
+        """True for the built-in models."""
+        return isinstance(self.task, LanguageModel) and isinstance(self.task.model, Model)
+
+    @property
+    def has_stacked_layers(self) -> bool:
+        return bool(self.for_optimizer(self.shapes[0])["layers"])
 
     @functools.cached_property
     def shapes(self) -> tuple[Any, Any]:
@@ -125,6 +141,24 @@ class Trainable:
             if own != given:
                 raise UserError(f"start of task {self.name} has other parameters than init: {given}, not {own}")
         return start
+
+    def for_optimizer(self, tree: Any) -> Any:
+        """A tree like the parameters, as optimizers take it: `layers` are those whose leading axis counts layers."""
+        if self.is_built_in:
+            return tree
+        found: dict[str, list[Any]] = {"layers": [], "others": []}
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            found["layers" if self.is_stacked(path_name(path)) else "others"].append(x)
+        return found
+
+    def from_optimizer(self, found: Any, like: Any) -> Any:
+        """The inverse of `for_optimizer`."""
+        if self.is_built_in:
+            return found
+        layers, others = iter(found["layers"]), iter(found["others"])
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+        leaves = [next(layers if self.is_stacked(path) else others) for path in paths]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:

@@ -54,7 +54,16 @@ def gradients_of(
             def plain(params, batch):
                 return task.loss(params, None, batch, None)[0]
 
-            (value, moments), grads = differentiate(loss or plain, weighted=weighted, **options)(params, batch)
+            try:
+                (value, moments), grads = differentiate(loss or plain, weighted=weighted, **options)(params, batch)
+            except ValueError as error:
+                if "divides by a number" not in str(error):
+                    raise
+                raise UserError(
+                    f"loss of task {task.name} divides by a number that depends on the whole batch, so it isn't a mean "
+                    "over examples: return (sum, weight), or divide by a constant; set whole_batch if this is a "
+                    "statistic of the batch, such as BatchNorm's"
+                ) from error
             return Gradients(value, moments, grads, model_state)
 
         # Not a mean over examples, whose statistics or keys they share: so it goes as a sum and its weight.

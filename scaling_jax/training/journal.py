@@ -23,7 +23,8 @@ from scaling_jax.training.live_ramp import next_stage
 from scaling_jax.training.metrics import MetricsLine, jsonable
 from scaling_jax.training.program import StepMetrics
 from scaling_jax.training.records import Status, append_clock, append_metrics, read_metrics
-from scaling_jax.training.run import Run, next_boundary, next_evaluation, stage_at
+from scaling_jax.training.run import Run, next_evaluation
+from scaling_jax.training.stages import next_boundary, stage_at
 
 EVALUATIONS_BELOW_TARGET = 2  # in a row, because one could be chance
 

@@ -15,10 +15,11 @@ import optax
 
 from scaling_jax.io import UserError
 from scaling_jax.noise_scale import Moments, adam_norms, curvature, estimate, geometries, unbiased, value_and_grad
-from scaling_jax.tasks import LanguageModel, Model, Trainable, trainable
+from scaling_jax.tasks import Model, Trainable, trainable
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import TrainState
-from scaling_jax.training.run import LiveRamp, Metric, Stage, stage_at
+from scaling_jax.training.run import LiveRamp, Metric
+from scaling_jax.training.stages import Stage, stage_at
 
 PARTS = 8  # gradients that a measurement compares
 Measured = geometries.NormBounds | Moments
@@ -116,10 +117,10 @@ def _of_training_steps(lines: Sequence[MetricsLine]) -> tuple[np.ndarray, np.nda
 @functools.cache
 def _compile(model: Model | Trainable, metric: Metric):
     task = trainable(model)
-    if not task.is_plain or (metric == "spectral" and not isinstance(task.task, LanguageModel)):
+    if not task.is_plain or (metric not in ("l1", "curvature") and not task.is_built_in):
         raise UserError(
-            f"live_ramp.metric = {metric!r} can't be measured for task {task.name}, whose loss takes more than params "
-            'and batch or whose layers aren\'t known: use metric="simple"'
+            f"live_ramp.metric = {metric!r} can't be measured for task {task.name}: use simple, or l1 or curvature if "
+            "its loss takes only params and batch"
         )
     return jax.jit(_MEASURES[metric](lambda params, batch: task.loss(params, None, batch, None)[0]))
 

@@ -161,16 +161,20 @@ def _layer_by_layer(params):
 
     So an optimizer that treats matrices, or norms of arrays, in its own way sees the arrays that the model has.
     """
-    if not isinstance(params, dict) or "layers" not in params:
+    if not _has_layers(params):
         return params
     rest = {name: x for name, x in params.items() if name != "layers"}
     count = len(jax.tree.leaves(params["layers"])[0])
     return rest | {f"layer_{k + 1}": jax.tree.map(lambda x, k=k: x[k], params["layers"]) for k in range(count)}
 
 
+def _has_layers(params) -> bool:
+    return isinstance(params, dict) and bool(jax.tree.leaves(params.get("layers")))
+
+
 def _stacked(updates, like):
     """The inverse of `_layer_by_layer`."""
-    if not isinstance(like, dict) or "layers" not in like:
+    if not _has_layers(like):
         return updates
     layers = [x for name, x in updates.items() if name not in like]
     return {name: updates[name] for name in like if name != "layers"} | {

@@ -15,6 +15,7 @@ from scaling_jax.data.examples import count
 from scaling_jax.data.feeding import resident_rows
 from scaling_jax.io import UserError
 from scaling_jax.parallel import AXIS, Backend, spmd, spmd_of_runs
+from scaling_jax.parallel.devices import rows_at
 from scaling_jax.tasks import evaluator
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.examples import Data, held_out
@@ -27,7 +28,6 @@ from scaling_jax.training.program import (
     noise_scale_so_far,
     one_step,
     program_for,
-    rows_at,
 )
 from scaling_jax.training.records import RunResult
 from scaling_jax.training.run import Run

@@ -21,6 +21,7 @@ from scaling_jax.parallel.devices import (
     devices_of_run,
     fsdp_shardings,
     over_mesh,
+    rows_at,
     rows_of_devices,
 )
 from scaling_jax.tasks import Model, Trainable, evaluator, fsdp_evaluator, rate_factor, shared_evaluator, trainable
@@ -156,6 +157,8 @@ def program_for(
       UserError: if the batch doesn't divide over the devices; if "fsdp" can't train the task.
     """
     task = run.trainable
+    if run.optimizer.name == "muon" and not task.has_stacked_layers:
+        raise UserError(f"muon is for matrices of stacked layers, and {task.name} has none: see Task.is_stacked")
     if sharding == "fsdp" and not task.is_plain:
         raise UserError(
             f"{task.name} can't be trained with sharding fsdp: its loss may take only params and batch, of microbatches"
@@ -219,7 +222,11 @@ def one_step(
         key = None if state.key is None else jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss, moments, grads, model_state = gradients(state.params, state.model_state, batch, key)
         warm = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1, warmup_steps).astype(jnp.float32))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate * warm)
+        view = task.for_optimizer
+        updates, opt_state = optimizer.update(
+            view(grads), state.opt_state, view(state.params), learning_rate=learning_rate * warm
+        )
+        updates = task.from_optimizer(updates, state.params)
         params = optax.apply_updates(state.params, updates)
         average = _averaged(state.average, params, program.average_decay)
         by_layer = [
@@ -286,11 +293,6 @@ def init_params(model: Model | Trainable, seed) -> Any:
     return trainable(model).init(jax.random.key(seed))[0]
 
 
-def rows_at(rows: Any, index: jax.Array) -> Any:
-    """The rows with these indices, of an array or a pytree of arrays."""
-    return jax.tree.map(lambda x: x[index], rows)
-
-
 def _in_a_loop(program: Program, step: Callable, batch_of: Callable):
     def steps(state: TrainState, rows, order, settings):
         num_steps, learning_rate_C, warmup_steps = settings
@@ -323,7 +325,7 @@ def _init(model: Model | Trainable, optimizer: OptimizerConfig, averaged: bool):
             params = jax.tree.map(lambda x, given: jnp.asarray(given, x.dtype), params, start)
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _KEY)) if task.has_key else None
         average = Average(jax.tree.map(jnp.zeros_like, params), jnp.float32(0)) if averaged else None
-        opt_state = make_optimizer(optimizer, rate_factor(model)).init(params)
+        opt_state = make_optimizer(optimizer, rate_factor(model)).init(task.for_optimizer(params))
         return TrainState(params, opt_state, jnp.int32(0), _TRACKER.init(), average, model_state, key)
 
     compiled = jax.jit(init)

@@ -5,9 +5,7 @@ Adam's β become β^k, so their half-lives in tokens stay the same (Marek et al.
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from scaling_jax.io import UserError
@@ -28,6 +26,7 @@ from scaling_jax.tasks import (
 from scaling_jax.training.factories import path_of
 from scaling_jax.training.optimizers import LIKE_ADAM, OptimizerConfig
 from scaling_jax.training.schedules import Schedule
+from scaling_jax.training.stages import Stage, check_stages
 
 Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -38,15 +37,6 @@ _MOST_BATCH_TOKENS = 2**31  # ten times the largest batches in use; a typing err
 _MOST_STEPS = 2**31 - 1  # the training program counts steps in an int32
 _MOST_STEPS_PER_CALL = 65_536  # a call holds the order and the metrics of all of its steps
 _MOST_EXTRA_SEQUENCES = 65_536
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage of a batch ramp."""
-
-    tokens: int  # the stage starts at the first step that has processed this many tokens
-    batch_tokens: int
-    learning_rate_factor: float = 1.0  # times the run's learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,38 +300,6 @@ class Run(Recipe):
     def without_limits(self) -> "Run":
         """The run without the values that only decide where it ends. Runs that are equal in this share their curve."""
         return dataclasses.replace(self, target_loss=None, max_steps=1, max_tokens=None, deadlines=())
-
-
-def check_stages(batch_tokens: int, stages: Sequence[Stage]) -> None:
-    """Raises UserError unless each stage starts later than the one before, with another batch or learning rate."""
-    before = Stage(0, batch_tokens)
-    for stage in stages:
-        if (
-            stage.tokens <= before.tokens
-            or stage.batch_tokens < 1
-            or not 0 < stage.learning_rate_factor < math.inf
-            or (stage.batch_tokens, stage.learning_rate_factor) == (before.batch_tokens, before.learning_rate_factor)
-        ):
-            raise UserError(
-                "each stage of a ramp must start later, with another batch or learning rate, both positive: "
-                f"{_as_json(stage)} can't follow {_as_json(before)}"
-            )
-        before = stage
-
-
-def _as_json(stage: Stage) -> str:
-    """As in the file of a ramp."""
-    return json.dumps(dataclasses.asdict(stage))
-
-
-def stage_at(batch_tokens: int, stages: Sequence[Stage], tokens: int) -> Stage:
-    """The stage after `tokens` processed tokens. Before the first stage, it is the run's own batch size."""
-    return [s for s in (Stage(0, batch_tokens), *stages) if s.tokens <= tokens][-1]
-
-
-def next_boundary(stages: Sequence[Stage], tokens: int) -> int | None:
-    """Tokens at which the next stage starts; None in the last stage."""
-    return min((s.tokens for s in stages if s.tokens > tokens), default=None)
 
 
 def split_batch(batch_sequences: int, microbatch_sequences: int, num_devices: int, shared: bool = False) -> int:

@@ -238,6 +238,19 @@ def test_parts_that_drown_in_noise_are_left_out_and_old_results_have_no_chart(an
     assert run_near_b_crit(dataclasses.replace(analysis, results=results), "1x16") is None
 
 
+def test_parts_of_a_task_have_its_names_and_a_colour_each(analysis):
+    draws = np.random.default_rng(0)
+    lines = lines_by_part(
+        draws.integers(1, 30, 60), (1 + 0.01 * draws.standard_normal((60, 2)), np.full((60, 2), 64.0))
+    )
+    run = run_near_b_crit(analysis, "1x16")
+    task = dataclasses.replace(run.record, course=course(lines), corpus={"parts": ["hidden", "out"]})
+    (axis,) = noise_by_layer_chart([run._replace(record=task)]).figure.axes
+    assert line(axis, "hidden").get_color() != line(axis, "out").get_color()
+    for damaged in (["hidden"], 5, {"a": 1}, ["x", "x"]):
+        assert list(part_windows(course(lines), damaged)) == ["part 1", "part 2"]
+
+
 def test_intervals_of_means_over_unequal_numbers_of_steps_cover():
     """In 19 cases of 20, where steps are independent."""
     draws, num_steps, cases = np.random.default_rng(1), np.array([1, 2, 3, 5, 8, 13, 21, 34]), 2_000

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from scaling_jax.report.units import in_unit
 from scaling_jax.report.words import duration, short
 
 
@@ -28,3 +29,9 @@ def test_numbers_are_short(value, text):
 )
 def test_durations_are_short(seconds, text):
     assert duration(seconds) == text
+
+
+def test_sentences_are_in_the_unit_of_the_task_and_losses_then_have_none():
+    said = "Tokens: B_crit is 40 tokens at 2.0 nats per token (±0.05 nats), max_tokens = 5"
+    assert in_unit(said, "images") == "Images: B_crit is 40 images at 2.0 (±0.05), max_tokens = 5"
+    assert in_unit(said, "tokens") == said

@@ -10,7 +10,7 @@ from scaling_jax.data import example_order, feeding
 from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted, LiveRamp, Run, Stage, read_metrics, run_folder, train
-from scaling_jax.training.run import stage_at
+from scaling_jax.training.stages import stage_at
 
 RUN = Run(
     ModelConfig(n_layer=1, d_model=16, n_head=1, context=16),

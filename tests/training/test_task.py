@@ -211,7 +211,7 @@ def test_each_step_and_each_microbatch_gets_its_own_key():
     assert len(set(np.round(a2_plus_b2, 5))) == 4
 
 
-@pytest.mark.parametrize("task", [Normalised(), Dropped()], ids=["state", "key"])
+@pytest.mark.parametrize("task", [Normalised(), pytest.param(Dropped(), marks=pytest.mark.slow)], ids=["state", "key"])
 def test_an_interrupted_task_ends_as_an_undisturbed_one(task, tmp_path):
     run = run_of(task)
     train(run, tmp_path / "whole", num_devices=1)
@@ -266,6 +266,7 @@ def test_all_held_out_examples_count_equally_however_they_are_chunked():
         assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_task_divided_over_devices_trains_like_one_on_one_device(tmp_path):
     class Square(Line):
         def init(self, key):
@@ -281,6 +282,31 @@ def test_a_task_divided_over_devices_trains_like_one_on_one_device(tmp_path):
         np.testing.assert_allclose(one["train_loss"], other["train_loss"], rtol=1e-5)
     with pytest.raises(UserError, match="Normalised can't be trained with sharding fsdp"):
         program_for(run_of(Normalised()), 1, sharding="fsdp")
+
+
+def test_optimizers_see_which_parameters_are_matrices_and_which_count_layers(tmp_path):
+    """A list called layers holds whole matrices: weight decay is for these, and for stacked ones, not for vectors."""
+
+    class Deep(Line):
+        def init(self, key):
+            return {"layers": [jnp.ones((3, 3)), jnp.ones(3)], "stacked": jnp.ones((2, 3))}
+
+        def loss(self, params, batch):
+            return 0.0 * (params["layers"][0].sum() + params["layers"][1].sum() + params["stacked"].sum())
+
+        def metric(self, params, batch):
+            return jnp.ones(())
+
+        @staticmethod
+        def is_stacked(path):
+            return path == "stacked"
+
+    decayed = OptimizerConfig("adamw", weight_decay=0.5)
+    program = program_for(run_of(Deep(), optimizer=decayed))
+    state, _ = program.steps(program.init(0), Line.train, ORDER, 0.1, 0)
+    assert [float(x.ravel()[0]) for x in jax.tree.leaves(state.params)] == pytest.approx([0.95, 1.0, 1.0])
+    with pytest.raises(UserError, match="muon is for matrices of stacked layers, and Line has none"):
+        program_for(run_of(Line(), optimizer=OptimizerConfig("muon")))
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
@@ -329,6 +355,16 @@ class Counted(Line):
         return {"w": jnp.zeros(3, jnp.int32)}
 
 
+class ByExample(Line):
+    def loss(self, params, batch):
+        return errors(params, batch)
+
+
+class Divided(Line):
+    def loss(self, params, batch):
+        return jnp.sum(batch[2] * errors(params, batch)) / jnp.sum(batch[2])
+
+
 class Uneven(Line):
     train = (X, Y[:5])
 
@@ -340,6 +376,8 @@ class Uneven(Line):
         (OtherNames, r"loss of task OtherNames takes \(model, x\): name its arguments params and batch"),
         (NoPair, r"its init must return \(params, state\)"),
         (Counted, "parameter 'w' of task Counted is int32"),
+        (ByExample, r"loss of task ByExample returns \(\d,\): it must return a number"),
+        (Divided, r"loss of task Divided divides by .*: return \(sum, weight\)"),
         (Uneven, r"train of the data of Uneven has arrays of \[5, 64\] examples"),
     ],
 )
