@@ -19,7 +19,7 @@ from scaling_jax.advice.goal import goal
 from scaling_jax.advice.measured import exponent, models_of, points_of
 from scaling_jax.fitting import ScanFit
 from scaling_jax.io import UserError
-from scaling_jax.training.run import Stage
+from scaling_jax.training.stages import Stage
 
 GRID = 2_000  # losses between the highest measured one and the target
 

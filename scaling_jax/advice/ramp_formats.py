@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict
-from scaling_jax.training.run import Stage
+from scaling_jax.training.stages import Stage
 
 _SUFFIXES = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3}
 _SCHEDULE, _RAMPUP = "--step-batch-size-schedule", "--rampup-batch-size"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 from scaling_jax.io import UserError
-from scaling_jax.training.run import Stage
+from scaling_jax.training.stages import Stage
 
 _LOOKS = 4_096  # places at which the schedule is checked to fall
 

@@ -22,7 +22,7 @@ from scaling_jax.scanning.experiment import Experiment
 from scaling_jax.tasks import Model, batch_loss, evaluator, fsdp_evaluator, held_out_rows
 from scaling_jax.training import Run
 from scaling_jax.training.program import Program, init_params, many_steps, param_shardings, program_for, state_shardings
-from scaling_jax.training.run import Stage
+from scaling_jax.training.stages import Stage
 
 _SPLIT = (False, True, False)  # of the arguments of the steps after the state, only the order of rows is split
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")

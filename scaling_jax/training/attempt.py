@@ -35,7 +35,8 @@ from scaling_jax.training.records import (
     write_result,
     write_run_config,
 )
-from scaling_jax.training.run import Run, Stage
+from scaling_jax.training.run import Run
+from scaling_jax.training.stages import Stage
 
 
 class Interrupted(Exception):

@@ -12,7 +12,7 @@ from scaling_jax.tasks import ModelConfig, evaluator
 from scaling_jax.training import OptimizerConfig, Run, read_metrics, run_folder, train
 from scaling_jax.training.optimizers import make_optimizer
 from scaling_jax.training.program import _compile, _evaluator, _init, program_for
-from scaling_jax.training.run import Stage
+from scaling_jax.training.stages import Stage
 from tests.compiling import AS_USERS
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=16)
