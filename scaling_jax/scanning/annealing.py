@@ -87,10 +87,15 @@ class AnnealingPlan:
         return dataclasses.replace(self.run, target_loss=None, deadlines=())
 
 
-def log_horizons(first: int, last: int, per_doubling: int = 2) -> tuple[int, ...]:
-    """Horizons from `first` up to `last` tokens, so many for each doubling."""
+def log_horizons(first: int, last: int, per_doubling: int = 2, *, largest_batch: int = 1) -> tuple[int, ...]:
+    """Horizons from `first` up to `last` tokens, so many for each doubling.
+
+    Args:
+      largest_batch: in tokens. Horizons are whole numbers of it, so that all batch sizes have the same ones.
+    """
     count = math.floor(per_doubling * math.log2(last / first) + 1e-9)
-    return tuple(round(first * 2 ** (k / per_doubling)) for k in range(count + 1))
+    steps = (round(first * 2 ** (k / per_doubling) / largest_batch) for k in range(count + 1))
+    return tuple(dict.fromkeys(max(1, n) * largest_batch for n in steps))
 
 
 def train_annealed(

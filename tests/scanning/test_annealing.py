@@ -13,6 +13,8 @@ PLAN = AnnealingPlan(RUN, (2_600, 3_840, 5_120), decay_share=0.25)
 def test_horizons_are_evenly_spaced_in_logs():
     assert log_horizons(1_000, 4_000) == (1_000, 1_414, 2_000, 2_828, 4_000)
     assert log_horizons(1_000, 3_900, per_doubling=1) == (1_000, 2_000)
+    assert log_horizons(1_024, 4_096, largest_batch=512) == (1_024, 1_536, 2_048, 3_072, 4_096)
+    assert log_horizons(1_024, 2_048, largest_batch=2_048) == (2_048,)
 
 
 def test_the_cost_is_the_trunk_and_the_decays():
