@@ -19,6 +19,8 @@ from scaling_jax.scanning.records import read_experiment
 from scaling_jax.tasks import Model, ModelConfig, OtherModel, TaskModel
 from scaling_jax.training.run import check_whole_sequences
 
+_MOST_FRACTION = 1_000  # of B_crit, as a batch
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Advice:
@@ -80,6 +82,7 @@ def advise(
             raise UserError(f"{name} = {value} must be positive and finite")
         if value is not None and name.endswith("batch_tokens"):
             check_at_most(name, value, 2**63 - 1)
+    check_at_most("ramp_fraction", fraction, _MOST_FRACTION)
     path = results / "measurements.csv" if results.is_dir() else results
     if not path.exists():
         raise UserError(f"there is no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")

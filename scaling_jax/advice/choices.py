@@ -25,8 +25,8 @@ class Hardware:
             raise UserError(
                 f"{self.devices} devices at {self.tokens_per_second:g} tokens_per_second: both must be positive"
             )
-        if not 0 <= self.device_batch_tokens < math.inf:
-            raise UserError(f"device_batch_tokens = {self.device_batch_tokens} must be 0 or positive, and finite")
+        if self.device_batch_tokens != 0 and not 1 <= self.device_batch_tokens < math.inf:
+            raise UserError(f"device_batch_tokens = {self.device_batch_tokens} must be 0, or at least 1 and finite")
 
     def seconds(self, batch_tokens: float, steps: float) -> float:
         """Wall time of a run, without communication."""

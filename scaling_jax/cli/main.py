@@ -70,6 +70,11 @@ def main() -> None:
         what = str(error) or "no such platform here"
         chosen = os.environ["JAX_PLATFORMS"]
         _refuse(f"JAX can't start with JAX_PLATFORMS={chosen} ({what}): unset it, or name a platform of this machine")
+    except ValueError as error:
+        if "--debug" in sys.argv or not _from(error, "jax/_src/config.py"):
+            raise
+        names = ", ".join(name for name in os.environ if name.startswith("JAX_"))
+        _refuse(f"JAX refuses its environment ({error}): correct or unset {names}")
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
@@ -84,8 +89,12 @@ def _refuse(why: str) -> NoReturn:
 
 def _no_platform(error: BaseException) -> bool:
     """True if JAX raised the error while it started the platforms of JAX_PLATFORMS."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(os.environ.get("JAX_PLATFORMS")) and any(frame.filename.endswith("xla_bridge.py") for frame in frames)
+    return bool(os.environ.get("JAX_PLATFORMS")) and _from(error, "xla_bridge.py")
+
+
+def _from(error: BaseException, file: str) -> bool:
+    """True if code in a file had to do with the error."""
+    return any(frame.filename.endswith(file) for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _leave_out_absent_tpu() -> None:

@@ -34,6 +34,14 @@ def test_a_platform_that_is_not_there_is_named(platform):
     assert "Traceback" not in done.stderr
 
 
+def test_a_flag_of_jax_that_cannot_be_is_named():
+    done = command("demo", "--quick", "--dry-run", JAX_NUM_CPU_DEVICES="x")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("scaling-jax: JAX refuses its environment (")
+    assert "JAX_NUM_CPU_DEVICES" in done.stderr
+
+
 def test_a_backend_of_matplotlib_that_is_not_there_is_named(scanned):
     done = command("report", scanned, MPLBACKEND="nosuch")
     assert done.returncode == 2

@@ -63,7 +63,7 @@ def test_training_refuses_what_is_out_of_range(name, value):
     ("name", "value"),
     each(
         budget_tokens=NOT_POSITIVE,
-        fraction=NOT_POSITIVE,
+        fraction=(*NOT_POSITIVE, 1e308),
         start_batch_tokens=(0, -5),
         max_batch_tokens=(0, -1),
         target_loss=(*NOT_POSITIVE, 1e300, 1e-300),
@@ -91,7 +91,7 @@ def test_advice_extrapolates_no_farther_than_numbers_reach(target_loss, measured
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    each(tokens_per_second=NOT_POSITIVE, device_batch_tokens=(math.nan, -1.0, math.inf), devices=(0, -1)),
+    each(tokens_per_second=NOT_POSITIVE, device_batch_tokens=(math.nan, -1.0, math.inf, 1e-308), devices=(0, -1)),
 )
 def test_hardware_that_cannot_be_is_refused(name, value):
     with pytest.raises(UserError, match=name):

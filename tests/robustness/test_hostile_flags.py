@@ -101,6 +101,7 @@ def places(tmp_path, measured, scanned, monkeypatch):
         },
     )
     monkeypatch.setattr(commands, "train_branches", lambda *_, **__: None)
+    monkeypatch.setattr(commands, "planned", lambda *_: [])
     monkeypatch.setattr(commands, "write_branches", lambda *_: None)
     monkeypatch.setattr("scaling_jax.cli.running.show", lambda *_: None)
     monkeypatch.setenv("SCALING_JAX_CACHE", str(tmp_path / "cache"))
