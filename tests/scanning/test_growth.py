@@ -34,13 +34,12 @@ def scanned(experiment, folder, corpus=CORPUS):
     """Scans in this process, a run after the other as workers do; the ids of the runs that were trained."""
     trained = set()
 
-    def in_this_process(workdir, missing, *_):
+    def in_this_process(workdir, missing, *_, **__):
         for cell in missing:
             train_cell(read_experiment(workdir), cell, workdir, lambda: False, lambda p: trained.add(p.run_id))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cells, sys.modules[scan.__module__]):
-            patch.setattr(module, "prepare", lambda *_: corpus)
+        patch.setattr(cells, "data_of", lambda *_: corpus)
         patch.setattr(sys.modules[scan.__module__], "train_in_workers", in_this_process)
         scan(experiment, folder)
     return trained
