@@ -11,10 +11,10 @@ losses at budgets (the best batch at each horizon), and as steps to a loss (B_cr
     scaling-jax fit results/horizon/annealed.csv --to-steps
 
 Took 29 minutes, with twice as many horizons, on two CPU cores that others used as well. What came out is in
-experiments/results/horizon: at every horizon the smallest batches are the best, as far as can be told; 4,096 tokens cost
-0.41 nats at 131k tokens, 0.21 at 1.05M. B_crit is 1.6k tokens [1.3k, 2.0k] at 2.39 nats and 2.1k [1.8k, 2.5k] at 2.19;
-further down too few batches reach the loss. The demo, at constant rates, has 2.9k at 2.22 nats for this model: small
-batches gain more from a decay than large ones do, so B_crit of decayed runs is lower.
+experiments/results/horizon. At every horizon the smallest batches are the best, as far as can be told; 4,096 tokens
+cost 0.41 nats at 131k tokens, 0.21 at 1.05M. B_crit is 1.6k tokens [1.3k, 2.0k] at 2.39 nats and 2.1k [1.8k, 2.5k] at
+2.19; further down too few batches reach the loss. The demo, at constant rates, has 2.9k at 2.22 nats for this model:
+small batches gain more from a decay than large ones do, so B_crit of decayed runs is lower.
 """
 
 import concurrent.futures

@@ -77,6 +77,7 @@ def main() -> None:
         _refuse(f"JAX refuses its environment ({error}): correct or unset {names}")
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
+        exec("")  # else Python, if the interrupt passed an exec (dataclasses are made so), ends by SIGINT, not with 130
         sys.exit(130)
     finally:
         stack.close()

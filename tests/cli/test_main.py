@@ -154,6 +154,17 @@ def test_a_scan_in_a_bucket_is_fitted_reported_and_advised_on_from_another_machi
     assert "14 of 14" in run("status", f"{bucket}/x").stdout
 
 
+def test_an_interrupt_while_a_dataclass_is_made_has_the_exit_code_of_any_other(tmp_path):
+    """Python makes them by `exec`, and remembers an interrupt there as one that nobody handled."""
+    (tmp_path / "interrupted.py").write_text(
+        "import types, scaling_jax.cli.main as cli\n"
+        "cli.app = types.SimpleNamespace(cli=lambda **_: exec('raise KeyboardInterrupt'))\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "interrupted"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again to continue\n")
+
+
 def test_an_unknown_option_is_refused():
     done = run("demo", "--quik")
     assert done.returncode == 2
