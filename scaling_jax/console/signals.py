@@ -16,6 +16,8 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # exit code after Ctrl-C
+_CALLBACK = "_xla_gc_callback"  # of JAX
+_AGAIN_SECONDS = 0.01
 
 
 def leave(by_hand: bool, say: Callable[[str], None] = print) -> NoReturn:
@@ -35,7 +37,8 @@ def leave(by_hand: bool, say: Callable[[str], None] = print) -> NoReturn:
 def before_training() -> Iterator[None]:
     """SIGTERM ends a command with code 0 while it starts: nothing is trained, so everything is saved.
 
-    What trains later sets its own handlers. Does nothing outside of the main thread.
+    Ctrl-C interrupts it, even in JAX's callback of the garbage collector, where Python ignores what is raised. What
+    trains later sets its own handlers. Does nothing outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -44,11 +47,18 @@ def before_training() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         leave(by_hand=False)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_name == _CALLBACK:
+            threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Signals while a command starts, compiles and trains: said at once, and ended with the promised code."""
 
+import gc
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +9,8 @@ import textwrap
 import time
 
 import pytest
+
+from scaling_jax.console.signals import before_training
 
 PREAMBLE = """
 import signal, sys, time
@@ -83,3 +87,26 @@ def test_a_signal_that_has_to_wait_is_said_at_once(tmp_path):
     assert seconds > 2
     assert [line.split(":")[0].split(" ")[0] for line in output.splitlines()] == ["Ctrl-C", "call", "saved"]
     assert "saving" in output.splitlines()[0]
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
+    """Python would print that it ignores the exception, and go on."""
+    sent = []
+
+    def _xla_gc_callback(phase, info):
+        if not sent:
+            sent.append(phase)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def collect():
+        gc.collect()
+        time.sleep(5)
+
+    gc.callbacks.append(_xla_gc_callback)
+    try:
+        with before_training(), pytest.raises(KeyboardInterrupt):
+            collect()
+    finally:
+        gc.callbacks.remove(_xla_gc_callback)
+    assert sent
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
