@@ -2,16 +2,23 @@
 
 import csv
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaling_jax.fitting import Budget, BudgetFit, BudgetLaw, fit_budget, steps_from_budgets
 from scaling_jax.io import UserError
-from scaling_jax.io.files import cell_text, read_whole, write_json, write_rows
+from scaling_jax.io.files import cell_text, write_rows
 from scaling_jax.results.results import finite
-from scaling_jax.results.table import FEWEST_TOKENS, LARGEST_GAP, LARGEST_LOSS
+from scaling_jax.results.table_rows import (
+    check_batches_in_tokens,
+    check_loss,
+    check_positive,
+    filled_rows,
+    lines_of,
+    number,
+    write_beside,
+)
 
 NAMES = ("model", "batch_tokens", "tokens", "loss")
 OPTIONAL = ("learning_rate", "seed")
@@ -62,8 +69,8 @@ class BudgetTableFit:
 def is_budget_table(path: Path) -> bool:
     """True if the table's header has tokens and a loss but no steps."""
     try:
-        header = _header(read_whole(path).decode("utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError, csv.Error):
+        header = _header(lines_of(path))
+    except (UserError, csv.Error):
         return False  # the reader of tables says why
     return {"tokens", "loss"} <= set(header) and not {"steps", "target_loss"} & set(header)
 
@@ -77,11 +84,7 @@ def read_budget_table(path: Path) -> BudgetTable:
     Raises:
       UserError: at the first mistake. Names the file, the line, the column and what to do.
     """
-    try:
-        text = read_whole(path).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {path} ({error}): give a CSV file in UTF-8") from error
-    lines = text.splitlines()
+    lines = lines_of(path)
     try:
         header = _header(lines)
         missing = [name for name in NAMES if name not in header]
@@ -134,14 +137,7 @@ def write_budget_fit(found: BudgetTableFit) -> Path:
     Raises:
       UserError: if the file can't be written.
     """
-    path = found.table.path.with_suffix(".fit.json")
-    try:
-        write_json(path, budget_fit_as_json(found) | {"measurements": found.table.path.name})
-    except OSError as error:
-        raise UserError(
-            f"can't write {path} ({error.strerror}): copy the table to a folder that you can write to"
-        ) from error
-    return path
+    return write_beside(found.table.path, budget_fit_as_json(found))
 
 
 def write_steps(path: Path) -> Path:
@@ -228,19 +224,11 @@ def _read(path: Path, header: list[str], rows: Any) -> BudgetTable:
     next(rows, None)
     columns: dict[str, list] = {name: [] for name in (*NAMES, *OPTIONAL)}
     numbers = []
-    for row in rows:
-        if not any(cell.strip() for cell in row):
-            continue
-        if len(row) != len(header):
-            raise UserError(
-                f"{path} line {rows.line_num}: {len(row)} cells under {len(header)} columns; give each column a cell"
-            )
-        numbers.append(rows.line_num)
-        cells = dict(zip(header, (cell.strip() for cell in row), strict=True))
+    for line, row in filled_rows(path, header, rows):
+        numbers.append(line)
+        cells = dict(zip(header, row, strict=True))
         for name, column in columns.items():
-            column.append(_value(f"{path} line {rows.line_num}, column {name}", name, cells.get(name, "")))
-    if not numbers:
-        raise UserError(f"{path} has no rows under its header: add at least one")
+            column.append(_value(f"{path} line {line}, column {name}", name, cells.get(name, "")))
     return BudgetTable(path, numbers, **columns)
 
 
@@ -253,18 +241,10 @@ def _value(where: str, name: str, cell: str):
         if name in ("loss", "learning_rate"):
             return math.nan
         raise UserError(f"{where} is {cell or 'empty'}: it must be a number")
-    try:
-        value = float(cell.replace("_", ""))
-    except ValueError:
-        raise UserError(f"{where} is {cell!r}: it must be a number") from None
-    if not (math.isfinite(value) and value > 0):
-        hint = "; leave it empty if the run diverged" if name == "loss" else ""
-        raise UserError(f"{where} is {cell}: it must be positive and finite{hint}")
-    if name == "loss" and value > LARGEST_LOSS:
-        raise UserError(
-            f"{where} is {cell}, too large for nats per token: if it is a perplexity, give its natural logarithm; if "
-            "the run diverged, leave it empty"
-        )
+    value = number(where, cell)
+    check_positive(where, cell, value, "; leave it empty if the run diverged" if name == "loss" else "")
+    if name == "loss":
+        check_loss(where, cell, value, "; if the run diverged, leave it empty")
     return value
 
 
@@ -294,17 +274,5 @@ def _check(table: BudgetTable) -> None:
     if all(math.isnan(loss) for loss in table.loss):
         raise UserError(f"{table.path}, column loss: every run diverged; add runs with lower learning rates")
     for model in dict.fromkeys(table.model):
-        own = sorted({b for name, b in zip(table.model, table.batch_tokens, strict=True) if name == model})
-        if own[-1] < FEWEST_TOKENS:
-            raise UserError(
-                f"{table.path} line {table.lines[table.batch_tokens.index(own[-1])]}, column batch_tokens: the largest "
-                f"batch of model {model} is {own[-1]:g} tokens; if these are sequences, multiply by the tokens per "
-                "sequence"
-            )
-        for smaller, larger in itertools.pairwise(own):
-            if larger >= LARGEST_GAP * smaller:
-                raise UserError(
-                    f"{table.path} line {table.lines[table.batch_tokens.index(smaller)]}, column batch_tokens: model "
-                    f"{model} has batches of {smaller:g} and then of {larger:g} tokens; if the smaller are sequences, "
-                    "multiply them by the tokens per sequence"
-                )
+        of_model = [row for row in zip(table.batch_tokens, table.lines, table.model, strict=True) if row[2] == model]
+        check_batches_in_tokens(table.path, model, {batch: line for batch, line, _ in reversed(of_model)})

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import difflib
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,9 +10,18 @@ from typing import Any, NamedTuple
 
 from scaling_jax.fitting import FormFit, JointFit, ScanFit, fit_scan, further_fits
 from scaling_jax.io import UserError
-from scaling_jax.io.files import cell_text, read_whole, write_json
+from scaling_jax.io.files import cell_text
 from scaling_jax.results.measurements import few_steps_notes
 from scaling_jax.results.results import fit_as_json
+from scaling_jax.results.table_rows import (
+    check_batches_in_tokens,
+    check_loss,
+    check_positive,
+    filled_rows,
+    lines_of,
+    number,
+    write_beside,
+)
 
 NAMES = {
     "model": ("model",),
@@ -25,10 +33,6 @@ OPTIONAL = {
     name: (name,) for name in ("steps_tried", "params", "passed_early", "offset_steps", "learning_rate", "tuned")
 } | {"run": ("seed", "run")}
 IN_SEQUENCES = {"batch_sequences", "batch_seqs", "sequences", "batch_size", "batch_examples", "examples"}
-FEWEST_TOKENS = 64  # if all batches are smaller, they are probably in sequences
-LARGEST_GAP = 64  # between neighbouring batch sizes; a larger ratio is probably a change of unit
-LARGEST_LOSS = 15.0  # nats per token; the loss of guessing among three million tokens
-
 
 _FROM_CURVES = (
     "the table is another one: give a column tokens (of the whole run) in place of steps, for the best batch at each "
@@ -89,11 +93,7 @@ def read_table(path: Path) -> Table:
     Raises:
       UserError: at the first mistake. Names the file, the line, the column and what to do.
     """
-    try:
-        text = read_whole(path).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {path} ({error}): give a CSV file in UTF-8") from error
-    rows = csv.reader(text.splitlines())
+    rows = csv.reader(lines_of(path))
     try:
         return _checked_table(path, rows)
     except csv.Error as error:
@@ -124,17 +124,7 @@ def write_fit(found: TableFit) -> Path:
     Raises:
       UserError: if the file can't be written.
     """
-    path = found.table.path.with_suffix(".fit.json")
-    try:
-        write_json(
-            path,
-            fit_as_json(found.fit, found.joint, found.forms, found.notes) | {"measurements": found.table.path.name},
-        )
-    except OSError as error:
-        raise UserError(
-            f"can't write {path} ({error.strerror}): copy the table to a folder that you can write to"
-        ) from error
-    return path
+    return write_beside(found.table.path, fit_as_json(found.fit, found.joint, found.forms, found.notes))
 
 
 def _checked_table(path: Path, rows: Any) -> Table:
@@ -142,20 +132,12 @@ def _checked_table(path: Path, rows: Any) -> Table:
     places = _find_columns(path, header)
     columns: dict[str, list] = {name: [] for name in (*NAMES, *OPTIONAL)}
     lines = []
-    for row in rows:
-        if not any(cell.strip() for cell in row):
-            continue
-        if len(row) != len(header):
-            raise UserError(
-                f"{path} line {rows.line_num}: {len(row)} cells under {len(header)} columns; give each column a cell"
-            )
-        lines.append(rows.line_num)
-        cells = {name: row[place].strip() for name, place in places.items()}
+    for line, row in filled_rows(path, header, rows):
+        lines.append(line)
+        cells = {name: row[place] for name, place in places.items()}
         for name in columns:
-            where = f"{path} line {rows.line_num}, column {header[places[name]] if name in places else name}"
+            where = f"{path} line {line}, column {header[places[name]] if name in places else name}"
             columns[name].append(_value(where, name, cells.get(name, "")))
-    if not lines:
-        raise UserError(f"{path} has no rows under its header: add at least one")
     lines, columns, notes = _without_early(lines, columns)
     if not lines:
         raise UserError(f"{path}, column passed_early: every loss was passed early; give lower target losses")
@@ -232,19 +214,12 @@ def _value(where: str, name: str, cell: str):
         if name == "offset_steps":
             return 0.0
         raise UserError(f"{where} is {cell or 'empty'}: it must be a number")
-    try:
-        value = float(cell.replace("_", ""))
-    except ValueError:
-        raise UserError(f"{where} is {cell!r}: it must be a number") from None
+    value = number(where, cell)
     if name == "offset_steps" and value == 0:
         return value
-    if not (math.isfinite(value) and value > 0):
-        hint = "; leave it empty if the run didn't reach the target" if name == "steps" else ""
-        raise UserError(f"{where} is {cell}: it must be positive and finite{hint}")
-    if name == "target_loss" and value > LARGEST_LOSS:
-        raise UserError(
-            f"{where} is {cell}, too large for nats per token: if it is a perplexity, give its natural logarithm"
-        )
+    check_positive(where, cell, value, "; leave it empty if the run didn't reach the target" if name == "steps" else "")
+    if name == "target_loss":
+        check_loss(where, cell, value)
     return value
 
 
@@ -274,20 +249,7 @@ def _check_batches(table: Table) -> None:
     for model in dict.fromkeys(table.model):
         rows = [i for i, name in enumerate(table.model) if name == model]
         batches = sorted({table.batch_tokens[i] for i in rows})
-        largest = max(rows, key=lambda i: table.batch_tokens[i])
-        if batches[-1] < FEWEST_TOKENS:
-            raise UserError(
-                f"{table.path} line {table.lines[largest]}, column batch_tokens: the largest batch of model {model} is "
-                f"{batches[-1]:g} tokens; if these are sequences, multiply by the tokens per sequence"
-            )
-        for smaller, larger in itertools.pairwise(batches):
-            if larger >= LARGEST_GAP * smaller:
-                row = next(i for i in rows if table.batch_tokens[i] == smaller)
-                raise UserError(
-                    f"{table.path} line {table.lines[row]}, column batch_tokens: model {model} has batches of "
-                    f"{smaller:g} and then of {larger:g} tokens; if the smaller are sequences, multiply them by the "
-                    "tokens per sequence"
-                )
+        check_batches_in_tokens(table.path, model, {table.batch_tokens[i]: table.lines[i] for i in reversed(rows)})
         if len(batches) < 3:
             listed = ", ".join(f"{b:g}" for b in batches)
             raise UserError(

@@ -116,3 +116,14 @@ def test_flags_that_dont_fit_the_table_are_refused(tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit):
             run(monkeypatch, "fit", table, *flags)
         assert flags[0] in capsys.readouterr().err
+
+
+def test_batches_in_sequences_are_named_by_a_line_of_their_own_model(tmp_path):
+    path = tmp_path / "mine.csv"
+    rows = [("a", 32), ("a", 64), ("b", 32), ("b", 48)]
+    path.write_text("model,batch_tokens,tokens,loss\n" + "".join(f"{name},{batch},1000,3\n" for name, batch in rows))
+    with pytest.raises(UserError, match=r"line 5, column batch_tokens: the largest batch of model b is 48 tokens"):
+        read_budget_table(path)
+    path.write_text("model,batch_tokens,tokens,loss\na,64,1e6,3\na,128,1e6,3\nb,64,1e6,3\nb,4096,1e6,3\n")
+    with pytest.raises(UserError, match=r"line 4, column batch_tokens: model b has batches of 64"):
+        read_budget_table(path)
