@@ -91,7 +91,7 @@ def span(here: Position, call: Call) -> Span:
     return Span(here.now.text_read(here.tokens) // here.now.model.context, call.num_steps, here.now.batch_sequences)
 
 
-def learning_rates(here: Position, call: Call) -> np.ndarray:
+def rates_of_steps(here: Position, call: Call) -> np.ndarray:
     """The learning rate of each of the call's steps, without warm-up."""
     rates = np.full(call.num_steps, here.now.learning_rate)
     if here.now.schedule is not None:

@@ -18,7 +18,7 @@ from scaling_jax.parallel import Backend, Sharding, agree, from_first, is_first,
 from scaling_jax.tasks import Model
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.examples import Data, data_of, held_out
-from scaling_jax.training.journal import Progress, learning_rates, next_call, span
+from scaling_jax.training.journal import Progress, next_call, rates_of_steps, span
 from scaling_jax.training.live_ramp import measure
 from scaling_jax.training.metrics import jsonable
 from scaling_jax.training.program import Program, TrainState, check_memory, noise_scale_so_far, program_for
@@ -122,7 +122,7 @@ def _train_until_done(
         rows, order, own_rows = feeder.batches(span(here, call))
         there = here.after(call.num_steps)
         feeder.expect(span(there, next_call(run, there)))
-        state, series = program.steps(state, rows, order, learning_rates(here, call), run.steps_of_warmup, own_rows)
+        state, series = program.steps(state, rows, order, rates_of_steps(here, call), run.steps_of_warmup, own_rows)
         status = journal.write(
             call,
             series,

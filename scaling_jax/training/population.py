@@ -19,7 +19,7 @@ from scaling_jax.parallel.devices import rows_at
 from scaling_jax.tasks import evaluator
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.examples import Data, held_out
-from scaling_jax.training.journal import Progress, learning_rates, next_call, span
+from scaling_jax.training.journal import Progress, next_call, rates_of_steps, span
 from scaling_jax.training.program import (
     Program,
     StepMetrics,
@@ -267,7 +267,7 @@ class _Seat:
         examples_seen, num_steps, batch_sequences = span(here, self.call)
         order = example_order(run.seed, examples_seen, num_steps * batch_sequences, self._num_rows)
         self.order = order.reshape(num_steps, batch_sequences)
-        self.rates = learning_rates(here, self.call)
+        self.rates = rates_of_steps(here, self.call)
         self.series: list[StepMetrics] = []
 
     def take(self, series: StepMetrics) -> None:

@@ -183,10 +183,11 @@ def check_memory(model: Model | Trainable, parts: int = 1) -> None:
     Args:
       parts: number of devices of an accelerator over which "fsdp" divides them; else 1.
     """
-    of = ""
-    if not isinstance(model, Trainable):
-        of = f" with vocab_size = {model.vocab_size:,} and context = {model.context:,}"
-    needed = 8.0 * trainable(model).num_weights / parts
+    if isinstance(model, Trainable):
+        num_weights, of = model.num_weights, ""
+    else:
+        num_weights, of = model.total_params, f" with vocab_size = {model.vocab_size:,} and context = {model.context:,}"
+    needed = 8.0 * num_weights / parts
     if jax.default_backend() == "cpu":
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:

@@ -7,7 +7,7 @@ import pytest
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.training import Run, Schedule, Stage, read_metrics, run_folder, train
-from scaling_jax.training.journal import Call, learning_rates, position
+from scaling_jax.training.journal import Call, position, rates_of_steps
 from scaling_jax.training.metrics import MetricsLine
 from tests.training.counting import CORPUS, RUN
 
@@ -49,12 +49,12 @@ def test_the_rate_follows_tokens_through_a_ramp(form):
         "step": 8, "tokens": 1_024, "epoch": 0.1, "batch_tokens": 128, "small_batch_tokens": 64,
         "train_loss": [1.0] * 8, "small_sq_norm": [1.0] * 8, "big_sq_norm": [1.0] * 8,
     })  # fmt: skip
-    rates = learning_rates(position(run, [line]), Call(3, True, False))
+    rates = rates_of_steps(position(run, [line]), Call(3, True, False))
     np.testing.assert_allclose(rates, 1.5e-2 * run.schedule.factor([1_024, 1_280, 1_536]))
 
 
 def test_a_constant_rate_is_the_same_number_at_every_step():
-    assert (learning_rates(position(RUN, []), Call(5, False, False)) == RUN.learning_rate).all()
+    assert (rates_of_steps(position(RUN, []), Call(5, False, False)) == RUN.learning_rate).all()
 
 
 def test_steps_follow_the_schedule(tmp_path):
