@@ -5,6 +5,7 @@ thread that reads the signal's number from a pipe doesn't.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -16,7 +17,6 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # exit code after Ctrl-C
-_CALLBACK = "_xla_gc_callback"  # of JAX
 _AGAIN_SECONDS = 0.01
 
 
@@ -37,8 +37,8 @@ def leave(by_hand: bool, say: Callable[[str], None] = print) -> NoReturn:
 def before_training() -> Iterator[None]:
     """SIGTERM ends a command with code 0 while it starts: nothing is trained, so everything is saved.
 
-    Ctrl-C interrupts it, even in JAX's callback of the garbage collector, where Python ignores what is raised. What
-    trains later sets its own handlers. Does nothing outside of the main thread.
+    Ctrl-C interrupts it, even in a callback of the garbage collector (JAX has one), where Python ignores what is
+    raised. What trains later sets its own handlers. Does nothing outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,7 +48,7 @@ def before_training() -> Iterator[None]:
         leave(by_hand=False)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_name == _CALLBACK:
+        if _collects_garbage(frame):
             threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
             return
         raise KeyboardInterrupt
@@ -119,6 +119,16 @@ def sigterm_interrupts() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _collects_garbage(frame: FrameType | None) -> bool:
+    """True in a callback of the garbage collector, or in what one called."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end_now(say: Callable[[str], None], name: str, by_hand: bool) -> NoReturn:

@@ -89,24 +89,29 @@ def test_a_signal_that_has_to_wait_is_said_at_once(tmp_path):
     assert "saving" in output.splitlines()[0]
 
 
-def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
+@pytest.mark.parametrize("deep", [False, True])
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(deep):
     """Python would print that it ignores the exception, and go on."""
     sent = []
 
-    def _xla_gc_callback(phase, info):
+    def press():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)  # the handler runs here at the latest
+
+    def callback(phase, info):
         if not sent:
             sent.append(phase)
-            os.kill(os.getpid(), signal.SIGINT)
+            press() if deep else os.kill(os.getpid(), signal.SIGINT)
 
     def collect():
         gc.collect()
         time.sleep(5)
 
-    gc.callbacks.append(_xla_gc_callback)
+    gc.callbacks.append(callback)
     try:
         with before_training(), pytest.raises(KeyboardInterrupt):
             collect()
     finally:
-        gc.callbacks.remove(_xla_gc_callback)
+        gc.callbacks.remove(callback)
     assert sent
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
