@@ -20,7 +20,8 @@ import numpy as np
 
 from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced, powers_of_two
 from scaling_jax.scanning.records import write_experiment, write_search
-from scaling_jax.scanning.search import Outcome, search
+from scaling_jax.scanning.search import search_all
+from scaling_jax.scanning.tried import Outcome
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run, RunResult
 from scaling_jax.training.metrics import MetricsLine, course
@@ -69,8 +70,7 @@ def make_up(folder: Path, num_runs: int) -> int:
         return Outcome(run, result, found.eval_steps.tolist(), found.eval_losses.tolist())
 
     count = 0
-    for cell in experiment.cells:
-        tried = search(experiment, cell, train)
+    for cell, tried in search_all(experiment, train).items():
         write_search(folder, experiment, cell, [t.result.run_id for t in tried])
         count += len(tried)
     return count

@@ -18,7 +18,7 @@ import numpy as np
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.results import read_results
 from scaling_jax.scanning.cells import find_outcome
-from scaling_jax.scanning.search import best_at, look_at
+from scaling_jax.scanning.tried import best_at, look_at
 from scaling_jax.training import train
 
 

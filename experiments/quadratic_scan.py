@@ -34,7 +34,8 @@ from scaling_jax.results import RunRecord
 from scaling_jax.results.measurements import columns, measure
 from scaling_jax.results.runs import cell_runs
 from scaling_jax.scanning import Experiment, LearningRates, Subject, powers_of_two
-from scaling_jax.scanning.search import Outcome, search
+from scaling_jax.scanning.search import search_all
+from scaling_jax.scanning.tried import Outcome
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, RunResult, next_evaluation
 from scaling_jax.training.journal import ending
@@ -188,8 +189,7 @@ def scan_experiment(losses: tuple[float, ...], batch_tokens: tuple[int, ...], **
 def run_instrument(problem: Quadratic, experiment: Experiment, seed: int) -> ScanFit:
     """Search, crossings, measurements and fit, as of any scan."""
     train = NoisyTraining(problem, seed)
-    for cell in experiment.cells:
-        search(experiment, cell, train)
+    search_all(experiment, train)
     found = cell_runs(experiment, train.records)
     return fit_scan(**columns(measure([found[cell] for cell in experiment.cells])))
 

@@ -9,7 +9,8 @@ import pytest
 
 from scaling_jax.scanning import Cell, Experiment, LearningRates, Subject, log_spaced, powers_of_two
 from scaling_jax.scanning.records import write_experiment, write_search
-from scaling_jax.scanning.search import Outcome, search
+from scaling_jax.scanning.search import search_all
+from scaling_jax.scanning.tried import Outcome
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Run, RunResult
 from scaling_jax.training.metrics import MetricsLine, course
@@ -62,8 +63,7 @@ def write_run(workdir: Path, run: Run, lines: Sequence[MetricsLine], status: Sta
 def write_scan(workdir: Path, experiment: Experiment, train) -> None:
     """A finished scan's folder; `train` is that of `search`."""
     write_experiment(workdir, experiment)
-    for cell in experiment.cells:
-        tried = search(experiment, cell, train)
+    for cell, tried in search_all(experiment, train).items():
         write_search(workdir, experiment, cell, [t.result.run_id for t in tried])
 
 

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,12 @@ def run_jobs(
     on_done: Callable[[Any], None],
     on_message: Callable[[Message], None] = lambda _: None,
     on_interrupt: Callable[[], None] = lambda: None,
+    first: Callable[[Any], Collection[Any]] = lambda _: (),
 ) -> None:
     """Gives the jobs, in order, to the next free worker. Returns when all jobs are done.
 
     Args:
+      first: the jobs that must be done before a job; those that aren't among `jobs` count as done.
       on_done: called with each job that is done.
       on_message: called with each message that a worker sends during a job.
       on_interrupt: called at once on Ctrl-C, before waiting for the workers.
@@ -65,14 +67,15 @@ def run_jobs(
       OSError: if a worker couldn't write.
       KeyboardInterrupt: after the workers have ended.
     """
-    waiting = list(jobs)
+    waiting, undone = list(jobs), list(jobs)
     messages: queue.Queue[tuple[_Worker, Message | None]] = queue.Queue()
     workers = [_Worker(command, messages) for command in commands[: len(waiting)]]
     try:
-        for worker in workers:
-            worker.give(waiting.pop(0))
-        busy = len(workers)
-        while busy:
+        idle = list(workers)
+        while undone:
+            for job in [job for job in waiting if not any(other in undone for other in first(job))][: len(idle)]:
+                waiting.remove(job)
+                idle.pop(0).give(job)
             worker, message = messages.get()
             if message is None:
                 raise UserError(worker.last_words())
@@ -86,10 +89,8 @@ def run_jobs(
                 on_message(message)
                 continue
             on_done(worker.job)
-            if waiting:
-                worker.give(waiting.pop(0))
-            else:
-                busy -= 1
+            undone.remove(worker.job)
+            idle.append(worker)
     except KeyboardInterrupt:
         on_interrupt()
         raise

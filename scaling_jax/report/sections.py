@@ -32,7 +32,7 @@ from scaling_jax.results.measurements import some_losses
 from scaling_jax.results.runs import few_enough, last_noise_scale
 from scaling_jax.scanning import Experiment
 from scaling_jax.scanning.experiment import DEMO, QUICK
-from scaling_jax.scanning.search import Tried
+from scaling_jax.scanning.tried import Tried
 from scaling_jax.tasks import OtherModel, TaskModel
 
 _NOISE_INTRO = (

@@ -14,7 +14,7 @@ from scaling_jax.fitting import CriticalBatch
 from scaling_jax.noise_scale import Estimate, estimate
 from scaling_jax.results.runs import CellRuns, moments_by_step
 from scaling_jax.scanning.experiment import FEWEST_STEPS
-from scaling_jax.scanning.search import best_at, is_tuned
+from scaling_jax.scanning.tried import best_at, is_tuned
 
 MEANINGLESS = 0.25  # standard deviation of log steps between seeds, above which a crossing means little
 WARNED_BY_CHANCE = 0.1  # of noise-scale windows: white noise in 4 to 20 steps warns up to this often

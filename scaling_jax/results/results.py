@@ -31,7 +31,7 @@ from scaling_jax.results.runs import CellRuns, RunRecord, cell_runs, read_runs
 from scaling_jax.scanning import Cell, Experiment
 from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.records import read_experiment
-from scaling_jax.scanning.search import Outcome
+from scaling_jax.scanning.tried import Outcome
 from scaling_jax.training import Run
 from scaling_jax.training.integrity import file_sha256
 

@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from scaling_jax.noise_scale import Estimate, Moments, estimate, unbiased
 from scaling_jax.noise_scale.estimate import fieller
 from scaling_jax.scanning import Cell, Experiment, Subject
-from scaling_jax.scanning.search import Outcome, Tried, best_of, look_at
+from scaling_jax.scanning.tried import Outcome, Tried, best_of, look_at
 from scaling_jax.tasks import part_names
 from scaling_jax.training import Run, RunResult, read_result
 from scaling_jax.training.metrics import Course

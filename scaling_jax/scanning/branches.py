@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from scaling_jax.io import UserError
-from scaling_jax.scanning.search import Tried
+from scaling_jax.scanning.tried import Tried
 from scaling_jax.training import Progress, Run, RunResult, Skip, Stage, train
 from scaling_jax.training.examples import data_of
 from scaling_jax.training.run import BETAS, Betas

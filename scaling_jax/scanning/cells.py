@@ -15,8 +15,10 @@ from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.stores import publish
 from scaling_jax.parallel import from_first, is_first, together
 from scaling_jax.scanning.experiment import Cell, Experiment
+from scaling_jax.scanning.guided_search import MOST_GUIDES, Inner
 from scaling_jax.scanning.records import is_without_searches, read_search, write_search
-from scaling_jax.scanning.search import Outcome, Tried, look_at, next_wave, search
+from scaling_jax.scanning.search import next_wave, search
+from scaling_jax.scanning.tried import Outcome, Tried, look_at
 from scaling_jax.training import Progress, Run, RunResult, run_folder, train, train_many
 from scaling_jax.training.examples import Data, data_of, held_out
 from scaling_jax.training.population import slots_for
@@ -61,7 +63,8 @@ def train_cell(
         assert found is not None
         return _on_this_text(found, corpus, workdir)
 
-    _write_down(search(experiment, cell, train_one), experiment, cell, workdir)
+    tried = search(experiment, cell, train_one, _shared_guides(experiment, cell, workdir))
+    _write_down(tried, experiment, cell, workdir)
 
 
 def train_alike(
@@ -79,7 +82,7 @@ def train_alike(
     Args:
       num_devices: number of devices over which the runs are spread.
     """
-    searches = {cell: _Search() for cell in cells}
+    searches = {cell: _Search(guides(experiment, cell, workdir)) for cell in cells}
     owner: dict[Run, tuple[Cell, int]] = {}
     waiting: deque[Run] = deque()
     corpus = corpus_of(experiment, cells[0])
@@ -89,7 +92,8 @@ def train_alike(
         searches[cell].tried[index] = look_at(targets, _on_this_text(outcome, corpus, workdir))
 
     def plan(cell: Cell) -> None:
-        while not searches[cell].running and (wave := next_wave(experiment, cell, searches[cell].tried)):
+        own = searches[cell]
+        while not own.running and (wave := next_wave(experiment, cell, own.tried, own.inner)):
             for index, run in wave.items():
                 if (found := find_outcome(run, workdir)) is not None:
                     take(cell, index, found)
@@ -188,6 +192,11 @@ def searched(experiment: Experiment, cell: Cell, workdir: Path) -> list[Tried]:
     return [look_at(targets, _outcome(folder, read_run_config(folder).run, result)) for folder, result in results]
 
 
+def guides(experiment: Experiment, cell: Cell, workdir: Path) -> Inner:
+    """What was tried in the cells that guide a search; their searches must have ended."""
+    return [searched(experiment, inner, workdir) for inner in experiment.inner(cell)[:MOST_GUIDES]]
+
+
 def find_outcome(run: Run, workdir: Path) -> Outcome | None:
     """The outcome of a run, or of one that differs only in where it ends and trained at least as far; else None."""
     own = run_folder(workdir, run)
@@ -244,16 +253,25 @@ def _outcome(folder: Path, run: Run, result: RunResult) -> Outcome:
 def _shared(find: Callable[[], Outcome | None]) -> Outcome | None:
     """What the first process finds, in all processes."""
     found = find() if is_first() else None
-    said: Any = found and {
-        "run": to_dict(found.run),
-        "result": to_dict(found.result),
-        "steps": found.steps,
-        "losses": found.losses,
-    }
-    said = from_first(said)
-    if said is None:
-        return None
-    return Outcome(from_dict(Run, said["run"]), from_dict(RunResult, said["result"]), said["steps"], said["losses"])
+    return next(iter(_from_first([] if found is None else [found])), None)
+
+
+def _shared_guides(experiment: Experiment, cell: Cell, workdir: Path) -> Inner:
+    """The first process's `guides`, in all processes."""
+    targets, found = experiment.subject(cell.model).target_losses, []
+    for inner in experiment.inner(cell)[:MOST_GUIDES]:
+        tried = searched(experiment, inner, workdir) if is_first() else []
+        outcomes = _from_first([Outcome(t.run, t.result, t.steps.tolist(), t.losses.tolist()) for t in tried])
+        found.append([look_at(targets, outcome) for outcome in outcomes])
+    return found
+
+
+def _from_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes of the first process, in all processes."""
+    said: Any = from_first(
+        [{"run": to_dict(o.run), "result": to_dict(o.result), "steps": o.steps, "losses": o.losses} for o in outcomes]
+    )
+    return [Outcome(from_dict(Run, o["run"]), from_dict(RunResult, o["result"]), o["steps"], o["losses"]) for o in said]
 
 
 def _on_this_text(outcome: Outcome, corpus: Data, workdir: Path) -> Outcome:
@@ -270,7 +288,8 @@ def _seats(experiment: Experiment, cells: Sequence[Cell]) -> int:
 
 
 class _Search:
-    def __init__(self) -> None:
+    def __init__(self, inner: Inner) -> None:
+        self.inner = inner
         self.tried: dict[int, Tried] = {}
         self.running = 0
 

@@ -3,12 +3,15 @@
 A cell is one job of the engine. It continues what the folder holds of its cell, so the engine may restart it at any
 time. If the engine wrongly takes a machine for dead, it may start a cell while the old process still writes. So a
 cell is trained under a lock in the folder. The training process holds it, and the file system frees it when that ends.
+
+A guided search needs those of other cells first. So a job trains these too, unless others have, or waits while they do.
 """
 
 import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import os
 import shutil
 import time
@@ -20,7 +23,9 @@ from scaling_jax.io import UserError
 from scaling_jax.io.files import Tail, append_line
 from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import cache_folder
+from scaling_jax.scanning.cells import finished_runs
 from scaling_jax.scanning.experiment import Cell
+from scaling_jax.scanning.records import read_experiment
 from scaling_jax.scanning.worker import STOPPING, Event, event_message, read_event, train_in_workers
 
 _LOCK_SECONDS = 300  # much longer than a process takes to save and end once its cell was given to another machine
@@ -214,8 +219,13 @@ class CellJob:
                 append_line(self.log, event_message(event))
 
         try:
-            with locked_cell(self.workdir, self.cell) as lock:
-                train_in_workers(self.workdir, [self.cell], report, [None], lock, platform=None, source=self.source)
+            experiment = read_experiment(self.workdir)
+            for cell in (*reversed(experiment.inner(self.cell)), self.cell):
+                seconds = _LOCK_SECONDS if cell == self.cell else math.inf
+                with locked_cell(self.workdir, cell, seconds) as lock:
+                    if cell != self.cell and finished_runs(experiment, cell, self.workdir) is not None:
+                        continue
+                    train_in_workers(self.workdir, [cell], report, [None], lock, platform=None, source=self.source)
         except (UserError, OSError) as error:
             return str(error)
         return None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive
@@ -13,6 +13,7 @@ from scaling_jax.training.run import take_task
 MOST_CELLS = 2_000  # a hundred times the demo's
 _MOST_RATES = 1_000
 _LARGEST_FACTOR = 10**9
+SearchName = Literal["guided", "grid"]
 FEWEST_STEPS = 100  # to a target with very large batches; below, warm-up, first evaluations and rounding weigh
 
 
@@ -31,7 +32,10 @@ class LearningRates:
     most: int = 8  # largest number of rates to try for one batch size
     together: int = 1  # rates to try at a time; more than one fills an accelerator that one run doesn't fill
     give_up_factor: float | None = 2.0  # give up a rate that needs this many times the best rate's steps to some loss
-    catch_up: float | None = None  # give up a rate too far behind to be the best: see `search.too_late`
+    # Part of the way left to a loss, in log steps, that a run may make up; one that is later is given up. See
+    # `tried.too_late`. Of the guided search, for half or twice the best rate; None: 0.08 there, all of it on the grid.
+    catch_up: float | None = None
+    search: SearchName = "guided"  # by what batches nearer to the middle one have shown; "grid": each batch on its own
 
     def __post_init__(self):
         for field in ("peak", "reference_batch_tokens", "places", "most", "together"):
@@ -42,6 +46,8 @@ class LearningRates:
             value = getattr(self, field)
             if value is not None and not 1 < value <= _LARGEST_FACTOR:
                 raise UserError(f"learning_rates.{field} = {value} must be above 1, at most {_LARGEST_FACTOR:,}")
+        if self.search not in (names := get_args(SearchName)):
+            raise UserError(f"learning_rates.search = {self.search!r}: choose from {', '.join(names)}")
         if self.catch_up is not None and not 0 <= self.catch_up < 1:
             raise UserError(f"learning_rates.catch_up = {self.catch_up} must be from 0 to 1, or None")
 
@@ -170,6 +176,15 @@ class Experiment(Recipe):
             for seed in self.seeds
         )
 
+    def inner(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells whose searches guide that of a cell: from the next batch size up to the middle one."""
+        if self.subject(cell.model).learning_rates.search == "grid":
+            return ()
+        batches = sorted(self.batch_tokens)
+        middle, here = len(batches) // 2, batches.index(cell.batch_tokens)
+        between = batches[middle:here][::-1] if here > middle else batches[here + 1 : middle + 1]
+        return tuple(cell._replace(batch_tokens=batch_tokens) for batch_tokens in between)
+
     @property
     def unit(self) -> str:
         """What batches and budgets count: tokens, unless another trainer's models count something else."""
@@ -218,12 +233,12 @@ DEMO = Experiment(
         Subject(
             model_config("1x32"),
             log_spaced(2.25, 2.05, 8)[1:],
-            LearningRates(8e-3, 512, places=4, most=10, catch_up=0.15),
+            LearningRates(8e-3, 512, places=4, most=10),
         ),
         Subject(
             model_config("2x64"),
             log_spaced(2.35, 1.9, 14)[1:],
-            LearningRates(3e-3, 512, places=4, most=10, catch_up=0.15),
+            LearningRates(3e-3, 512, places=4, most=10),
         ),
     ),
     batch_tokens=powers_of_two(256, 16_384),
@@ -233,8 +248,8 @@ DEMO = Experiment(
 QUICK = Experiment(
     name="quick-demo",
     subjects=(
-        Subject(model_config("1x16"), log_spaced(2.8, 2.5, 6), LearningRates(1.6e-2, 2_048, most=3, catch_up=0.15)),
-        Subject(model_config("1x32"), log_spaced(2.7, 2.4, 7), LearningRates(8e-3, 2_048, most=3, catch_up=0.15)),
+        Subject(model_config("1x16"), log_spaced(2.8, 2.5, 6), LearningRates(1.6e-2, 2_048, most=3)),
+        Subject(model_config("1x32"), log_spaced(2.7, 2.4, 7), LearningRates(8e-3, 2_048, most=3)),
     ),
     batch_tokens=powers_of_two(128, 8_192),
     max_tokens=1_500_000,

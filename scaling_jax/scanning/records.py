@@ -6,6 +6,7 @@ version searches differently. All older schemas of experiment.json stay readable
 1: experiment.json has no schema, and there is no cells/.
 2: the default warm-up of an experiment is that of a `Run`, 10 steps.
 3: an experiment has no warm-up by default.
+4: learning rates have `search`; up to schema 3, all searches were on the grid.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from scaling_jax.tasks import TaskModel
 from scaling_jax.training import Recipe, Run
 from scaling_jax.training.records import read_run_config
 
-SCHEMA = 3
+SCHEMA = 4
 _WARMUP_BEFORE = 10  # steps; the default up to schema 2
 _REMEDY = "give the folder of a scan; or remove it, then the same scan command writes it again"
 
@@ -49,11 +50,12 @@ class SearchRecord:
                 raise UserError(f"runs has {run!r}, which isn't the name of a run's folder")
 
     def answers(self, experiment: Experiment) -> bool:
-        """True if an experiment asks no more of this cell than the search answered."""
+        """True if an experiment asks no more of this cell than the search answered, whichever way it searched."""
         subject = experiment.subject(self.model)
+        asked = dataclasses.replace(self.learning_rates, search=subject.learning_rates.search)
         return (
             set(subject.target_losses) <= set(self.target_losses)
-            and self.learning_rates == subject.learning_rates
+            and asked == subject.learning_rates
             and self.max_tokens >= experiment.max_tokens
         )
 
@@ -114,11 +116,22 @@ def parse_experiment(path: Path, remedy: str) -> Experiment:
             raise UserError(f"its schema {schema} is from a later version; this version reads up to {SCHEMA}")
         if schema < 3 and isinstance(values, dict):
             values.setdefault("warmup_steps", _WARMUP_BEFORE)
+        if schema < 4 and isinstance(values, dict):
+            _search_on_the_grid(values)
         return from_dict(Experiment, values)
     except UserError as error:
         raise UserError(f"{path} is from another version, or damaged ({error}): {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't read {path} ({error}): {remedy}") from None
+
+
+def _search_on_the_grid(values: dict[str, Any]) -> None:
+    """Adds what the learning rates of an older experiment.json leave unsaid."""
+    subjects = values.get("subjects")
+    for subject in subjects if isinstance(subjects, list) else ():
+        rates = subject.get("learning_rates") if isinstance(subject, dict) else None
+        if isinstance(rates, dict):
+            rates.setdefault("search", "grid")
 
 
 def is_without_searches(workdir: Path) -> bool:

@@ -31,6 +31,7 @@ from scaling_jax.scanning.executors import parse_options, train_cells
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.plan import MOST_WORKERS, tokens_by_batch
 from scaling_jax.scanning.records import check_same_recipe, read_search, source_of, write_experiment, write_search
+from scaling_jax.scanning.search import in_order
 from scaling_jax.scanning.worker import Event, train_in_workers
 from scaling_jax.tasks import Model
 from scaling_jax.training import Interrupted, Progress, Run
@@ -119,7 +120,15 @@ def scan(
                 )
             train_cells(executor, workdir, missing, on_event, parse_options(executor_options), source)
         elif jax.default_backend() == "cpu" and jax.process_count() == 1 and importable:
-            train_in_workers(workdir, missing, on_event, available_cores()[:MOST_WORKERS], lock, source=source)
+            train_in_workers(
+                workdir,
+                missing,
+                on_event,
+                available_cores()[:MOST_WORKERS],
+                lock,
+                source=source,
+                first=experiment.inner,
+            )
         else:
             _train_here(experiment, workdir, missing, on_event)
     return workdir
@@ -133,7 +142,7 @@ def relative_cost(experiment: Experiment, cell: Cell) -> float:
 
 
 def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:
-    """The cells to train, the most expensive first, so that all cores stay busy to the end."""
+    """The cells to train, each after its guides; the most expensive first, so that all cores stay busy to the end."""
     missing = []
     for cell in experiment.cells:
         runs = finished_runs(experiment, cell, workdir)
@@ -141,7 +150,7 @@ def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:
             missing.append(cell)
         elif read_search(workdir, cell) is None:  # schema 1 has no search records
             write_search(workdir, experiment, cell, runs)
-    return sorted(missing, key=lambda cell: -relative_cost(experiment, cell))
+    return in_order(experiment, sorted(missing, key=lambda cell: -relative_cost(experiment, cell)))
 
 
 def _check_same_text(workdir: Path, experiment: Experiment, sha256: str) -> None:

@@ -17,10 +17,11 @@ from typing import Literal, NamedTuple, get_args
 from scaling_jax.io import UserError
 from scaling_jax.io.files import refuse_links
 from scaling_jax.io.locks import InUse, locked
-from scaling_jax.scanning.cells import find_outcome, finished_runs
+from scaling_jax.scanning.cells import find_outcome, finished_runs, guides
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.scanning.records import check_same_recipe, write_experiment, write_search
-from scaling_jax.scanning.search import Tried, look_at, next_wave
+from scaling_jax.scanning.search import in_order, next_wave
+from scaling_jax.scanning.tried import Tried, look_at
 from scaling_jax.tasks import OtherModel
 from scaling_jax.training.integrity import LinesHash
 from scaling_jax.training.journal import ending
@@ -93,7 +94,7 @@ class Study:
             check_same_recipe(self.folder, experiment)
             write_experiment(self.folder, experiment)
         self._corpus = {"source": experiment.text, "sha256": hashlib.sha256(experiment.text.encode()).hexdigest()}
-        self._tried: dict[Cell, dict[int, Tried]] = {cell: {} for cell in experiment.cells}
+        self._tried: dict[Cell, dict[int, Tried]] = {cell: {} for cell in in_order(experiment, experiment.cells)}
         self._claims: dict[str, _Claim] = {}
         self._curves: dict[str, list[MetricsLine]] = {}
         self._one_at_a_time = threading.RLock()
@@ -208,6 +209,8 @@ class Study:
         """The runs that the searches want now, without those that are done; [] once all searches have ended."""
         wanted = []
         for cell in list(self._tried):
+            if any(inner in self._tried for inner in self.experiment.inner(cell)):
+                continue  # their searches come first
             runs = self._missing(cell)
             if not runs:
                 del self._tried[cell]  # its search has ended
@@ -218,7 +221,8 @@ class Study:
         tried, targets = self._tried[cell], self.experiment.subject(cell.model).target_losses
         if not tried and finished_runs(self.experiment, cell, self.folder) is not None:
             return []
-        while wave := next_wave(self.experiment, cell, tried):
+        inner = guides(self.experiment, cell, self.folder)
+        while wave := next_wave(self.experiment, cell, tried, inner):
             found = {index: find_outcome(run, self.folder) for index, run in wave.items()}
             if missing := [run for index, run in wave.items() if found[index] is None]:
                 return missing

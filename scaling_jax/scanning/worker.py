@@ -40,10 +40,12 @@ def train_in_workers(
     lock: int | None = None,
     platform: str | None = "cpu",
     source: Path | None = None,
+    first: Callable[[Cell], Sequence[Cell]] = lambda _: (),
 ) -> None:
     """Trains the cells in order, with one worker on each of `cores`.
 
     Args:
+      first: the cells that must be done before a cell.
       lock: descriptor of the lock file, so that the workers hold the lock until they end.
       platform: JAX's platform; None lets JAX choose, which prefers accelerators.
       source: the Python file that defines the experiment's tasks, if it has any. Workers run it.
@@ -68,6 +70,7 @@ def train_in_workers(
         on_done=lambda cell: on_event(Event(cell)),
         on_message=lambda message: on_event(read_event(message)),
         on_interrupt=lambda: on_event(STOPPING),
+        first=first,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from scaling_jax.io import UserError
 from scaling_jax.scanning.branches import EVALUATIONS, BranchPlan, plan_branches, run_branches
-from scaling_jax.scanning.search import look_at
+from scaling_jax.scanning.tried import look_at
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, Skip
 from tests.made_up_scan import evaluated_lines, write_run

@@ -10,7 +10,7 @@ import pytest
 from scaling_jax.scanning import Event, Experiment, LearningRates, Subject, cells, scan
 from scaling_jax.scanning.cells import find_outcome, finished_runs, train_cell
 from scaling_jax.scanning.scan import _devices_for
-from scaling_jax.scanning.search import look_at
+from scaling_jax.scanning.tried import look_at
 from scaling_jax.training import records
 from scaling_jax.training.metrics import MetricsLine
 from scaling_jax.training.records import read_run_config

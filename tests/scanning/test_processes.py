@@ -14,7 +14,7 @@ from scaling_jax.io.locks import locked
 from scaling_jax.io.stores import working_copy
 from scaling_jax.scanning.cells import find_outcome, finished_runs, train_cell
 from scaling_jax.scanning.records import load_experiment
-from scaling_jax.scanning.search import look_at
+from scaling_jax.scanning.tried import look_at
 from scaling_jax.training import read_metrics
 from scaling_jax.training.records import read_run_config
 from tests.training.test_processes import SECONDS, free_port

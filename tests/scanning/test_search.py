@@ -9,8 +9,10 @@ import pytest
 from scaling_jax.io.config import to_dict
 from scaling_jax.scanning import Experiment, LearningRates, Subject
 from scaling_jax.scanning.cells import find_outcome, finished_runs
+from scaling_jax.scanning.grid_search import _next_between
 from scaling_jax.scanning.records import write_experiment, write_search
-from scaling_jax.scanning.search import _next_between, best_at, best_of, is_tuned, search
+from scaling_jax.scanning.search import search
+from scaling_jax.scanning.tried import best_at, best_of, is_tuned
 from scaling_jax.tasks import model_config
 from tests.made_up_scan import evaluated_lines, write_run
 

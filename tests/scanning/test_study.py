@@ -15,7 +15,7 @@ from scaling_jax.io import UserError
 from scaling_jax.report import write_figures
 from scaling_jax.results import analyse, read_results
 from scaling_jax.scanning import Study, Subject, scan
-from scaling_jax.scanning.search import search
+from scaling_jax.scanning.search import search_all
 from scaling_jax.tasks import OtherModel, model_config
 from scaling_jax.training.metrics import SquaredNorms
 from tests.scanning.told import B_CRIT, EXPERIMENT, SUBJECT, least_steps, loss_after, train, work
@@ -50,8 +50,7 @@ def test_the_runs_are_those_of_the_search(whole):
         asked.append(run.run_id)
         return results.find(run).outcome
 
-    for cell in EXPERIMENT.cells:
-        search(EXPERIMENT, cell, outcome)
+    search_all(EXPERIMENT, outcome)
     assert sorted(asked) == sorted(results.curves)
 
 
