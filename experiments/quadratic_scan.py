@@ -34,8 +34,9 @@ from scaling_jax.results import RunRecord
 from scaling_jax.results.measurements import columns, measure
 from scaling_jax.results.runs import cell_runs
 from scaling_jax.scanning import Experiment, LearningRates, Subject, powers_of_two
+from scaling_jax.scanning.experiment import SearchName
 from scaling_jax.scanning.search import search_all
-from scaling_jax.scanning.tried import Outcome
+from scaling_jax.scanning.tried import Outcome, best_of
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import OptimizerConfig, Run, RunResult, next_evaluation
 from scaling_jax.training.journal import ending
@@ -186,25 +187,30 @@ def scan_experiment(losses: tuple[float, ...], batch_tokens: tuple[int, ...], **
     )
 
 
-def run_instrument(problem: Quadratic, experiment: Experiment, seed: int) -> ScanFit:
-    """Search, crossings, measurements and fit, as of any scan."""
+def run_instrument(problem: Quadratic, experiment: Experiment, seed: int) -> tuple[ScanFit, float]:
+    """Search, crossings, measurements and fit, as of any scan; and all tokens as a multiple of the best runs'."""
     train = NoisyTraining(problem, seed)
-    search_all(experiment, train)
+    searches = search_all(experiment, train).values()
+    cost = sum(t.result.tokens for tried in searches for t in tried)
     found = cell_runs(experiment, train.records)
-    return fit_scan(**columns(measure([found[cell] for cell in experiment.cells])))
+    fit = fit_scan(**columns(measure([found[cell] for cell in experiment.cells])))
+    return fit, cost / sum(best_of(tried).result.tokens for tried in searches)
 
 
 def main() -> None:
-    ratios: dict[int, list[float]] = {places: [] for places in PLACES}
+    ratios: dict[tuple[SearchName, int], list[float]] = {(how, n): [] for how in ("grid", "guided") for n in PLACES}
+    costs: dict[tuple[SearchName, int], list[float]] = {key: [] for key in ratios}
     print("critical batch size, tokens" + " " * 23 + f"measured at {PLACES[-1]} places")
     print(f"draw  loss  {'ends':>8}{'B_noise':>9}{'true':>8}{'measured':>10}{'95 % interval':>16}{'ratio':>7}")
     for number in DRAWS:
         problem = draw(number)
         truths = [true_tradeoff(problem, BATCH_TOKENS, loss).b_crit for loss in LOSSES]
-        for places in PLACES:
-            fit = run_instrument(problem, scan_experiment(LOSSES, BATCH_TOKENS, places=places), number)
+        for how, places in ratios:
+            experiment = scan_experiment(LOSSES, BATCH_TOKENS, places=places, search=how)
+            fit, cost = run_instrument(problem, experiment, number)
             found = [point.tradeoff for point in fit.points]
-            ratios[places] += [here.b_crit / true for here, true in zip(found, truths, strict=True)]
+            ratios[how, places] += [here.b_crit / true for here, true in zip(found, truths, strict=True)]
+            costs[how, places].append(cost)
         for loss, true, here in zip(LOSSES, truths, found, strict=True):
             low, high = here.b_crit_interval
             print(
@@ -212,9 +218,10 @@ def main() -> None:
                 f"{here.b_crit:10,.0f}{f'{low:,.0f} to {high:,.0f}':>16}{here.b_crit / true:7.3f}",
                 flush=True,
             )
-    print("\nlearning rates           measured/true: median   least    most")
-    for places, found_here in ratios.items():
-        print(f"{places} in a factor of 2{np.median(found_here):28.3f}{min(found_here):8.3f}{max(found_here):8.3f}")
+    print("\nsearch  learning rates        measured/true: median   least    most    tokens / the best runs'")
+    for (how, places), of_true in ratios.items():
+        numbers = f"{np.median(of_true):23.3f}{min(of_true):8.3f}{max(of_true):8.3f}{np.mean(costs[how, places]):10.1f}"
+        print(f"{how:8}{places} in a factor of 2{numbers}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def write_scan(workdir: Path, experiment: Experiment, train) -> None:
 
 def _experiment():
     subjects = tuple(
-        Subject(ModelConfig(1, width, 1), log_spaced(3.0, 2.0, 8), LearningRates(1e-2, 1_000)) for width in (16, 32)
+        Subject(ModelConfig(1, width, 1), log_spaced(3.0, 2.0, 8), LearningRates(1e-2, 1_000, search="grid"))
+        for width in (16, 32)
     )
     return Experiment(name="made-up", subjects=subjects, batch_tokens=powers_of_two(128, 8_192), max_tokens=100_000_000)
 

@@ -243,6 +243,7 @@ DEMO = Experiment(
     ),
     batch_tokens=powers_of_two(256, 16_384),
     max_tokens=12_000_000,
+    seeds=(0, 1),
 )
 
 QUICK = Experiment(

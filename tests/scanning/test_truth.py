@@ -48,7 +48,7 @@ def ratios(seeds, factor):
     for seed in seeds:
         problem = quadratic.draw(seed)
         experiment = quadratic.scan_experiment(quadratic.LOSSES, BATCH_TOKENS, factor=factor)
-        fit = quadratic.run_instrument(problem, experiment, seed)
+        fit, _ = quadratic.run_instrument(problem, experiment, seed)
         for point in fit.points:
             true = quadratic.true_tradeoff(problem, BATCH_TOKENS, point.loss).b_crit
             low, high = point.tradeoff.b_crit_interval
@@ -79,7 +79,7 @@ def test_intervals_cover_the_truth():
         true = quadratic.true_tradeoff(problem, batch_tokens, loss).b_crit
         for seed in range(10):
             experiment = quadratic.scan_experiment((loss,), batch_tokens, factor=FINE)
-            fit = quadratic.run_instrument(problem, experiment, seed)
+            fit, _ = quadratic.run_instrument(problem, experiment, seed)
             low, high = fit.points[0].tradeoff.b_crit_interval
             covered.append(low < true < high)
             assert high / low < 3
