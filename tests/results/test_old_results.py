@@ -31,7 +31,7 @@ from scaling_jax.training.records import read_run_config
 MODEL = model_config("1x16", context=32)
 EXPERIMENT = Experiment(
     name="small",
-    subjects=(Subject(MODEL, log_spaced(3.3, 2.8, 5), LearningRates(1.6e-2, 2_048, places=2, most=5)),),
+    subjects=(Subject(MODEL, log_spaced(3.3, 2.8, 5), LearningRates(1.6e-2, 2_048, places=2, most=5, search="grid")),),
     batch_tokens=(128, 256, 512, 1024, 2048),
     max_tokens=400_000,
     seeds=(0, 1),

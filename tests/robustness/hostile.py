@@ -46,7 +46,7 @@ class Hostile(NamedTuple):
 
 def small_scan(folder: Path) -> Experiment:
     """Writes a finished scan of one small model with every kind of file that commands read."""
-    subject = Subject(ModelConfig(1, 16, 1), (3.0, 2.6, 2.3), LearningRates(1e-2, 1_000, most=3))
+    subject = Subject(ModelConfig(1, 16, 1), (3.0, 2.6, 2.3), LearningRates(1e-2, 1_000, most=3, search="grid"))
     experiment = Experiment("small", (subject,), (128, 512, 2_048, 4_096, 8_192), 100_000_000)
     losses = np.geomspace(4, 2.2, 30)
 

@@ -37,7 +37,7 @@ class Walk(sj.Task):
 def experiment_of(*tasks, **changes):
     settings = {
         "name": "walks",
-        "subjects": tuple(sj.Subject(t, (0.3, 0.1), sj.LearningRates(0.02, 8, most=3)) for t in tasks),
+        "subjects": tuple(sj.Subject(t, (0.3, 0.1), sj.LearningRates(0.02, 8, most=3, search="grid")) for t in tasks),
         "batch_tokens": (2, 8, 32),
         "max_tokens": 4_000,
         "optimizer": sj.OptimizerConfig("sgd"),
@@ -91,7 +91,7 @@ FILE = """
 
     EXPERIMENT = sj.Experiment(
         name="walks",
-        subjects=(sj.Subject(Walk(), (0.3, 0.1), sj.LearningRates(0.02, 8, most=3)),),
+        subjects=(sj.Subject(Walk(), (0.3, 0.1), sj.LearningRates(0.02, 8, most=3, search="grid")),),
         batch_tokens=(2, 8, 32),
         max_tokens=4_000,
         optimizer=sj.OptimizerConfig("sgd"),
