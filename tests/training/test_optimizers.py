@@ -11,7 +11,7 @@ from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig, evaluator
 from scaling_jax.training import OptimizerConfig, Run, read_metrics, run_folder, train
 from scaling_jax.training.optimizers import make_optimizer
-from scaling_jax.training.program import _compile, _evaluator, _init, program_for
+from scaling_jax.training.program import _evaluator, _init, compiled_steps, program_for
 from scaling_jax.training.stages import Stage
 from tests.compiling import AS_USERS
 
@@ -111,7 +111,7 @@ def test_the_evaluated_average_is_that_of_the_weights_after_each_step(corpus):
 @pytest.fixture
 def compiled_as_users_programs_are(monkeypatch):
     """Here alone: what tests compile elsewhere is made with other emitters, which round differently."""
-    caches = (_init, _compile, _evaluator, evaluator)
+    caches = (_init, compiled_steps, _evaluator, evaluator)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=AS_USERS))
