@@ -18,8 +18,7 @@ from scaling_jax.noise_scale import Moments, adam_norms, curvature, estimate, ge
 from scaling_jax.tasks import Model, Trainable, trainable
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import TrainState
-from scaling_jax.training.run import LiveRamp, Metric
-from scaling_jax.training.stages import Stage, stage_at
+from scaling_jax.training.stages import LiveRamp, Metric, Stage, stage_at
 
 PARTS = 8  # gradients that a measurement compares
 Measured = geometries.NormBounds | Moments

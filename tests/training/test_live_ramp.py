@@ -14,7 +14,7 @@ from scaling_jax.training import Interrupted, LiveRamp, OptimizerConfig, Run, re
 from scaling_jax.training.live_ramp import _MEASURES, confidence_at, measure, next_stage
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import Program
-from scaling_jax.training.run import METRICS
+from scaling_jax.training.stages import METRICS
 
 MODEL = ModelConfig(1, 16, 1, context=16)
 RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, max_tokens=10_000, eval_tokens=512, steps_per_call=8)
