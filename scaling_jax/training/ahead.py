@@ -71,8 +71,9 @@ def program_to_come(run: Run, here: Position, programs: Callable[[Run], Program]
     """
     now, batch_tokens = programs(here.now), here.now.batch_tokens
     if run.live_ramp is not None:
-        doubled = Stage(here.tokens, 2 * batch_tokens, math.sqrt(2 * batch_tokens / run.batch_tokens))
-        return programs(run.at(doubled)) if doubled.batch_tokens <= run.live_ramp.max_batch_tokens else None
+        batch = run.live_ramp.factor * batch_tokens
+        grown = Stage(here.tokens, batch, math.sqrt(batch / run.batch_tokens))
+        return programs(run.at(grown)) if batch <= run.live_ramp.max_batch_tokens else None
     stages = [stage for stage in run.ramp if here.tokens < stage.tokens < (run.max_tokens or math.inf)]
     if not stages or math.ceil((stages[0].tokens - here.tokens) / batch_tokens) >= steps_left(run, here):
         return None

@@ -57,7 +57,7 @@ def train(
         run is: a run may be continued with another sharding, and then differs by rounding only.
       keep_checkpoint: keep the last state on disk when the run is done.
       checkpoint_seconds: time between checkpoints.
-      compile_ahead: compile the program of a ramp's next stage, or of a live ramp's doubled batch, while the present
+      compile_ahead: compile the program of a ramp's next stage, or of a live ramp's larger batch, while the present
         one trains. Several processes don't. It changes no result.
       branch_of: a finished run in `workdir` that is the same up to the first stage of this run's ramp, or its skip.
         Training starts from the state that it kept there (`Run.snapshot_tokens`).

@@ -28,10 +28,12 @@ class Stage:
 class LiveRamp:
     """A ramp that follows the noise scale: the batch doubles once the noise scale exceeds a threshold.
 
-    It doubles when the lower end of the noise scale's interval exceeds `threshold` times the doubled batch. The
-    interval is over the later half of what was measured since the last change. Its confidence rises with the number of
-    looks, from 98 %. So noise alone seldom doubles the batch: at each batch size, in less than 5 % of runs whose noise
-    scale stays exactly at the threshold, if |G|² isn't strongly skewed (docs/noise_scale.md). The batch never shrinks.
+    It doubles when the lower end of the noise scale's interval exceeds `threshold` times the doubled batch. With a
+    larger `factor` it grows in fewer, later stages; with one that takes it to `max_batch_tokens`, in one late switch.
+    The interval is over the later half of what was measured since the last change. Its confidence rises with the number
+    of looks, from 98 %. So noise alone seldom doubles the batch: at each batch size, in less than 5 % of runs whose
+    noise scale stays exactly at the threshold, if |G|² isn't strongly skewed (docs/noise_scale.md). The batch never
+    shrinks.
 
     The metric "simple", tr(Σ)/|G|², comes from every training step. The other metrics (`training/live_ramp.py`) are
     measured at each look; they need at least five looks. For "l1" and "spectral", the lower of their two bounds counts;
@@ -43,6 +45,7 @@ class LiveRamp:
     every_steps: int = 25  # steps between looks at the noise scale; the first look is after warm-up
     metric: Metric = "simple"
     sequences: int = 128  # extra sequences per measurement; "simple" needs none
+    factor: int = 2  # by which the batch grows at a time
 
     def __post_init__(self):
         if self.metric not in METRICS:
@@ -54,6 +57,8 @@ class LiveRamp:
                 f"live_ramp.threshold = {self.threshold} and every_steps = {self.every_steps} must be positive"
             )
         check_positive("live_ramp.max_batch_tokens", self.max_batch_tokens)
+        if self.factor < 2:
+            raise UserError(f"live_ramp.factor = {self.factor} must be a whole number from 2 on")
         if not 16 <= self.sequences <= _MOST_EXTRA_SEQUENCES or self.sequences % 16:
             raise UserError(
                 f"live_ramp.sequences = {self.sequences} must be a multiple of 16: 16, 32, 48 … "

@@ -148,6 +148,8 @@ def test_the_program_to_come_is_that_of_the_next_stage_with_another_program():
     late = dataclasses.replace(RAMP, max_tokens=None, max_steps=32)  # ends where the stage would begin
     assert program_to_come(late, position(late, []), program_for) is None
     assert program_to_come(dataclasses.replace(late, max_steps=33), position(late, []), program_for) is not None
+    late_live = dataclasses.replace(LIVE, live_ramp=LiveRamp(1.0, max_batch_tokens=256, factor=4))
+    assert program_to_come(late_live, position(late_live, []), program_for).batch_sequences == 16
     full = dataclasses.replace(LIVE, batch_tokens=128)
     assert program_to_come(full, position(full, []), program_for) is None
     assert to_come[1] == program_for(RAMP.at(RAMP.ramp[0]))
