@@ -5,8 +5,8 @@
 Trains a ramp of two stages, each time in a fresh process: with an empty cache of compiled programs or with the one that
 the process before filled, and with the second stage's program compiled ahead or not. The switch is the time from the
 end of a stage's last step to the end of the next stage's first call, without what that many later steps take. The trace
-of JAX tells how much of it went into compiling, or into reading the cache. A round takes three minutes on two quiet
-cores; docs/performance.md has ours.
+of JAX tells how much of it went into compiling, or into reading the cache. Three rounds took twelve minutes beside
+other work; docs/performance.md has ours.
 """
 
 import argparse

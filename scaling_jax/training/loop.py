@@ -58,7 +58,8 @@ def train(
       keep_checkpoint: keep the last state on disk when the run is done.
       checkpoint_seconds: time between checkpoints.
       compile_ahead: compile the program of a ramp's next stage, or of a live ramp's larger batch, while the present
-        one trains. Several processes don't. It changes no result.
+        one trains. Several processes don't. It changes no result. A program of yours that ends meanwhile waits for the
+        compilation; the command line doesn't.
       branch_of: a finished run in `workdir` that is the same up to the first stage of this run's ramp, or its skip.
         Training starts from the state that it kept there (`Run.snapshot_tokens`).
       should_stop: called after every call of the compiled program, and while the run waits for a compilation that
