@@ -12,6 +12,7 @@ from scaling_jax.advice.choices import (
     powers_around,
 )
 from scaling_jax.advice.goal import Goal, goal
+from scaling_jax.advice.late_switch import late_switch
 from scaling_jax.advice.measured import losses_of, models_of
 from scaling_jax.advice.ramp import Cost, Descent, Stage, cost, descent, ramp
 from scaling_jax.advice.ramp_formats import ramp_as_text, ramp_from_text
@@ -36,6 +37,7 @@ __all__ = [
     "fewest_steps",
     "goal",
     "largest_within",
+    "late_switch",
     "least_compute",
     "losses_of",
     "models_of",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scaling_jax.advice.choices import Choice, Hardware, choices, fastest, largest_within, powers_around
 from scaling_jax.advice.goal import Goal, goal
+from scaling_jax.advice.late_switch import late_switch
 from scaling_jax.advice.ramp import Cost, Stage, cost, descent, ramp
 from scaling_jax.advice.ramp_formats import ramp_as_text
 from scaling_jax.advice.rates import best_rates
@@ -39,6 +40,7 @@ class Advice:
     cbs20: float  # from the reference batch, in tokens
     cbs20_of_limit: float  # from the limit of small batches, in tokens; NaN if the trade-offs are no hyperbolas
     context: int | None = None  # of the model, in tokens; None if it isn't known
+    extra_tokens: float | None = None  # share that the ramp, one late switch, may take; None for other ramps
 
 
 def advise(
@@ -51,6 +53,7 @@ def advise(
     start_batch_tokens: int | None = None,
     max_batch_tokens: int | None = None,
     fraction: float = 1.0,
+    extra_tokens: float | None = None,
     reference_batch_tokens: float | None = None,
     extrapolate: bool = False,
 ) -> Advice:
@@ -64,6 +67,7 @@ def advise(
       hardware: for wall times.
       start_batch_tokens, max_batch_tokens: first and largest batch of the ramp.
       fraction: the ramp follows this fraction of the local B_crit.
+      extra_tokens: the ramp is one late switch to `max_batch_tokens` instead; see `late_switch`.
       reference_batch_tokens: CBS20 counts from it; None takes the smallest batch of the runs.
       extrapolate: allow a loss outside the measured range.
 
@@ -83,6 +87,8 @@ def advise(
         if value is not None and name.endswith("batch_tokens"):
             check_at_most(name, value, 2**63 - 1)
     check_at_most("ramp_fraction", fraction, _MOST_FRACTION)
+    if extra_tokens is not None and max_batch_tokens is None:
+        raise UserError("a late switch needs the batch after it: give --max-batch-tokens")
     path = results / "measurements.csv" if results.is_dir() else results
     if not path.exists():
         raise UserError(f"there is no {path}: give a results folder after `scaling-jax fit`, or a CSV of steps to loss")
@@ -99,14 +105,24 @@ def advise(
     if not to.extrapolated:
         way = descent(found.fit, target_loss, to.model)
         start, follows = start_batch_tokens or _start(to, fraction * float(way.b_crit[0])), way.follows
-        stages = ramp(
-            found.fit,
-            target_loss,
-            start_batch_tokens=start,
-            max_batch_tokens=max_batch_tokens,
-            model=to.model,
-            fraction=fraction,
-        )
+        if extra_tokens is not None and max_batch_tokens is not None:
+            stages = late_switch(
+                found.fit,
+                target_loss,
+                start_batch_tokens=start,
+                max_batch_tokens=max_batch_tokens,
+                extra_tokens=extra_tokens,
+                model=to.model,
+            )
+        else:
+            stages = ramp(
+                found.fit,
+                target_loss,
+                start_batch_tokens=start,
+                max_batch_tokens=max_batch_tokens,
+                model=to.model,
+                fraction=fraction,
+            )
         for batch in dict.fromkeys((start, stages[-1].batch_tokens)):
             schedules[f"constant {batch:,}"] = cost(way, (Stage(0, batch, 1.0),))
         schedules["ramp"] = cost(way, stages)
@@ -127,6 +143,7 @@ def advise(
         cbs20=to.cbs20(reference),
         cbs20_of_limit=to.cbs20(),
         context=trained.context if isinstance(trained, ModelConfig) else None,
+        extra_tokens=extra_tokens,
     )
 
 

@@ -46,6 +46,15 @@ _COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "tcsh", "fish"
 
 def main() -> None:
     """Runs the command in the arguments; `DESCRIPTION` lists the exit codes."""
+    try:
+        _run()
+    except SystemExit as end:
+        _end_if_compiling(end.code)
+        raise
+    _end_if_compiling(0)
+
+
+def _run() -> None:
     print_any_character()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     for flag in ("--set", "--executor-options"):
@@ -81,6 +90,16 @@ def main() -> None:
         sys.exit(130)
     finally:
         stack.close()
+
+
+def _end_if_compiling(code: str | int | None) -> None:
+    """Ends the process at once where a thread compiles a stage that no longer comes: Python would wait for it."""
+    ahead = sys.modules.get("scaling_jax.training.ahead")
+    if ahead is not None and ahead.compiling() and not isinstance(code, str):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code or 0)
 
 
 def _refuse(why: str) -> NoReturn:

@@ -174,6 +174,7 @@ def advise(
     start_batch_tokens: Size | None = None,
     max_batch_tokens: Size | None = None,
     ramp_fraction: float = 1.0,
+    late_switch: float | None = None,
     reference_batch_tokens: Size | None = None,
     write_ramp: Path | None = None,
     format: str = "json",
@@ -204,6 +205,8 @@ def advise(
       max_batch_tokens: largest batch size of the ramp.
       ramp_fraction: the ramp's batch size stays below this fraction of the local B_crit; a smaller fraction needs more
         steps and fewer tokens.
+      late_switch: instead, a ramp of one switch to --max-batch-tokens, as early as this share of tokens above those of
+        the first batch alone allows, such as 0.1.
       reference_batch_tokens: CBS20 is 20 % over linear scaling from this batch size (Zhang et al. 2024 take 256
         sequences); by default the smallest batch size of the runs.
       write_ramp: write the ramp's stages to this file.
@@ -251,6 +254,7 @@ def advise(
         start_batch_tokens=start_batch_tokens,
         max_batch_tokens=max_batch_tokens,
         fraction=ramp_fraction,
+        extra_tokens=late_switch,
         reference_batch_tokens=reference_batch_tokens,
         extrapolate=extrapolate,
     )

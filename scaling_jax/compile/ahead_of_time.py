@@ -283,8 +283,10 @@ def _num_bytes(tree) -> int:
 
 
 def _batches_of(run: Run) -> tuple[int, ...]:
-    doublings = range(int(math.log2(run.live_ramp.max_batch_tokens / run.batch_tokens)) + 1 if run.live_ramp else 1)
-    return *(run.batch_tokens * 2**k for k in doublings), *(stage.batch_tokens for stage in run.ramp)
+    batches = [run.batch_tokens]
+    while run.live_ramp is not None and batches[-1] * run.live_ramp.factor <= run.live_ramp.max_batch_tokens:
+        batches.append(batches[-1] * run.live_ramp.factor)
+    return *batches, *(stage.batch_tokens for stage in run.ramp)
 
 
 def _nearest(run: Run, num_chips: int, least: int) -> tuple[int, ...]:

@@ -75,7 +75,10 @@ def _advice_sentences(advice: Advice) -> list[str]:
         lines.append(_about_time(advice))
     lines += _about_rates(advice)
     if advice.stages:
-        lines.append(f"ramp by {_RAMP_BY[advice.follows or 'law']}: " + ", then ".join(map(_stage, advice.stages)))
+        by = f"by {_RAMP_BY[advice.follows or 'law']}"
+        if advice.extra_tokens is not None:
+            by = f"of one late switch, for at most {advice.extra_tokens:.0%} more tokens than its first batch alone"
+        lines.append(f"ramp {by}: " + ", then ".join(map(_stage, advice.stages)))
         lines += [f"  {name}: {short(r.steps)} steps, {short(r.tokens)} tokens" for name, r in advice.schedules.items()]
     return lines + [f"note: {note}" for note in advice.notes]
 

@@ -8,6 +8,7 @@ from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive
 from scaling_jax.tasks import LlamaConfig, ModelConfig, OtherModel, Task, TaskModel, model_config, record_of, renamed
 from scaling_jax.training import Deadline, Recipe, Run
+from scaling_jax.training.optimizers import weight_decay_growth
 from scaling_jax.training.run import take_task
 
 MOST_CELLS = 2_000  # a hundred times the demo's
@@ -59,6 +60,11 @@ class LearningRates:
         except OverflowError:
             return math.inf  # `Run` refuses it
 
+    def growth(self, batch_tokens: int) -> tuple[float, float]:
+        """(batch, rate by the rule) at a batch size, as factors of those at the reference batch size."""
+        times = batch_tokens / self.reference_batch_tokens
+        return times, math.sqrt(2 / (1 + 1 / times))
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -95,7 +101,9 @@ class Cell(NamedTuple):
 class Experiment(Recipe):
     """A scan: every model at every batch size and seed, each at its best learning rate. A run serves all target losses.
 
-    `Recipe` has the settings that all runs share. Unlike a `Run`, a scan has no warm-up unless it asks for one.
+    `Recipe` has the settings that all runs share. Unlike a `Run`, a scan has no warm-up unless it asks for one. With a
+    `weight_decay_rule`, `optimizer.weight_decay` is that at `reference_batch_tokens` of the learning rates; the rate is
+    that of their rule, so that all rates tried at a batch size have one weight decay, and share a program.
     """
 
     name: str
@@ -204,8 +212,13 @@ class Experiment(Recipe):
     ) -> Run:
         """The run of a cell at one learning rate. It ends at `target_loss`; None takes the lowest target."""
         subject = self.subject(cell.model)
+        recipe = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
+        decay = weight_decay_growth(self.weight_decay_rule, *subject.learning_rates.growth(cell.batch_tokens))
+        if decay != 1.0:
+            weight_decay = self.optimizer.weight_decay * decay
+            recipe["optimizer"] = dataclasses.replace(self.optimizer, weight_decay=weight_decay)
         return Run(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)},
+            **recipe,
             model=subject.model,
             batch_tokens=cell.batch_tokens,
             learning_rate=subject.learning_rates.rate(cell.batch_tokens, rate_index),

@@ -7,9 +7,9 @@ from scaling_jax.training.metrics import SquaredNorms
 from scaling_jax.training.optimizers import OptimizerConfig
 from scaling_jax.training.population import train_many
 from scaling_jax.training.records import RunResult, read_metrics, read_result, run_folder
-from scaling_jax.training.run import Deadline, LiveRamp, Recipe, Run, Skip, next_evaluation
+from scaling_jax.training.run import Deadline, Recipe, Run, Skip, next_evaluation
 from scaling_jax.training.schedules import Schedule
-from scaling_jax.training.stages import Stage
+from scaling_jax.training.stages import LiveRamp, Stage
 
 __all__ = [
     "Deadline",

@@ -86,6 +86,14 @@ def next_call(run: Run, here: Position) -> Call:
     return Call(num_steps, num_steps == evaluation, num_steps == snapshot)
 
 
+def expected(run: Run, here: Position, call: Call) -> Position:
+    """The position after a call, if a live ramp doesn't grow there."""
+    there = here.after(call.num_steps)
+    if not run.ramp:
+        return there
+    return there._replace(now=run.at(stage_at(run.batch_tokens, run.ramp, there.tokens)))
+
+
 def span(here: Position, call: Call) -> Span:
     """The call's steps as a span of training examples."""
     return Span(here.now.text_read(here.tokens) // here.now.model.context, call.num_steps, here.now.batch_sequences)

@@ -18,8 +18,7 @@ from scaling_jax.noise_scale import Moments, adam_norms, curvature, estimate, ge
 from scaling_jax.tasks import Model, Trainable, trainable
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import TrainState
-from scaling_jax.training.run import LiveRamp, Metric
-from scaling_jax.training.stages import Stage, stage_at
+from scaling_jax.training.stages import LiveRamp, Metric, Stage, stage_at
 
 PARTS = 8  # gradients that a measurement compares
 Measured = geometries.NormBounds | Moments
@@ -53,11 +52,11 @@ def next_stage(
     def looks(line: MetricsLine) -> bool:
         return line.step % live.every_steps == 0 and line.step > warmup_steps
 
-    if lines and looks(lines[-1]) and 2 * batch <= live.max_batch_tokens:
+    if lines and looks(lines[-1]) and live.factor * batch <= live.max_batch_tokens:
         since = [line for line in lines if line.batch_tokens == batch]
         confidence = confidence_at(sum(map(looks, since)))
-        if _at_least(live.metric, since, confidence) > live.threshold * 2 * batch:
-            batch *= 2
+        if _at_least(live.metric, since, confidence) > live.threshold * live.factor * batch:
+            batch *= live.factor
     return Stage(tokens, batch, math.sqrt(batch / batch_tokens))
 
 

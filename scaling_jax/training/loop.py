@@ -16,9 +16,10 @@ from scaling_jax.io import UserError
 from scaling_jax.io.stores import working_copy
 from scaling_jax.parallel import Backend, Sharding, agree, from_first, is_first, leave_if_one_is_gone, together
 from scaling_jax.tasks import Model
+from scaling_jax.training.ahead import Ahead, program_to_come
 from scaling_jax.training.attempt import Attempt, Interrupted, find_place
 from scaling_jax.training.examples import Data, data_of, held_out
-from scaling_jax.training.journal import Progress, next_call, rates_of_steps, span
+from scaling_jax.training.journal import Progress, expected, next_call, rates_of_steps, span
 from scaling_jax.training.live_ramp import measure
 from scaling_jax.training.metrics import jsonable
 from scaling_jax.training.program import Program, TrainState, check_memory, noise_scale_so_far, program_for
@@ -36,6 +37,7 @@ def train(
     sharding: Sharding = "replicated",
     keep_checkpoint: bool = True,
     checkpoint_seconds: float = 60.0,
+    compile_ahead: bool = True,
     branch_of: Run | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] = lambda _: None,
@@ -55,9 +57,13 @@ def train(
         run is: a run may be continued with another sharding, and then differs by rounding only.
       keep_checkpoint: keep the last state on disk when the run is done.
       checkpoint_seconds: time between checkpoints.
+      compile_ahead: compile the program of a ramp's next stage, or of a live ramp's larger batch, while the present
+        one trains. Several processes don't. It changes no result. A program of yours that ends meanwhile waits for the
+        compilation; the command line doesn't.
       branch_of: a finished run in `workdir` that is the same up to the first stage of this run's ramp, or its skip.
         Training starts from the state that it kept there (`Run.snapshot_tokens`).
-      should_stop: called after every call of the compiled program. If it returns True in any process, all processes
+      should_stop: called after every call of the compiled program, and while the run waits for a compilation that
+        was begun ahead. If it returns True in any process, all processes
         save the state and raise `Interrupted`.
       on_progress: called after each evaluation, in the first process only.
 
@@ -99,7 +105,9 @@ def train(
     try:
         with leave_if_one_is_gone():
             with Feeder(corpus, run.seed, run.steps_per_call, own_devices, *process) as feeder:
-                state, status = _train_until_done(attempt, corpus, feeder, programs, between_calls)
+                state, status = _train_until_done(
+                    attempt, corpus, feeder, programs, Ahead(compile_ahead), between_calls
+                )
             return attempt.finish(status, keep_checkpoint, state)
     finally:
         attempt.close()
@@ -110,6 +118,7 @@ def _train_until_done(
     corpus: Data,
     feeder: Feeder,
     programs: Callable[[Run], Program],
+    ahead: Ahead,
     between_calls: Callable[[TrainState], None],
 ) -> tuple[TrainState, Status]:
     run, journal, state = attempt.run, attempt.journal, attempt.state
@@ -119,10 +128,12 @@ def _train_until_done(
     while True:
         here, call = journal.here, next_call(run, journal.here)
         program = programs(here.now)
+        ahead.wait(program, functools.partial(between_calls, state))
         rows, order, own_rows = feeder.batches(span(here, call))
-        there = here.after(call.num_steps)
+        there = expected(run, here, call)
         feeder.expect(span(there, next_call(run, there)))
         state, series = program.steps(state, rows, order, rates_of_steps(here, call), run.steps_of_warmup, own_rows)
+        ahead.expect(program_to_come(run, here, programs), state, rows, own_rows)
         status = journal.write(
             call,
             series,

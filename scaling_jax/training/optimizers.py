@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from scaling_jax.training.factories import check_factory, imported, path_of
 
 NAMES = ("adam", "adamw", "sgd", "signum", "muon", "adafactor")
 LIKE_ADAM = ("adam", "adamw", "signum")  # every number moves by about the learning rate; μP's rates are for these
+WeightDecayRule = Literal["run", "sqrt", "timescale"]
+WEIGHT_DECAY_RULES: tuple[WeightDecayRule, ...] = get_args(WeightDecayRule)
 _ALIKE_RMS = 0.2  # of Muon's update, so that it works with Adam's learning rates (Liu et al. 2025, arXiv 2502.16982)
 
 
@@ -80,17 +82,42 @@ class OptimizerConfig:
         """True if the name is an import path."""
         return ":" in self.name
 
-    def at(self, batch_tokens: int, growth: float = 1.0) -> "OptimizerConfig":
+    def at(self, batch_tokens: int, growth: float = 1.0, decay: float = 1.0) -> "OptimizerConfig":
         """The config with β's per step for a batch of `growth · batch_tokens`, without half-lives.
 
-        β's that are given per step belong to `batch_tokens`.
+        β's that are given per step belong to `batch_tokens`. Weight decay is multiplied by `decay`.
         """
         betas = {}
         for name in ("beta1", "beta2"):
             half_life = getattr(self, f"{name}_half_life_tokens")
             beta = getattr(self, name) if half_life is None else 0.5 ** (batch_tokens / half_life)
             betas[name] = beta**growth
-        return dataclasses.replace(self, **betas, beta1_half_life_tokens=None, beta2_half_life_tokens=None)
+        return dataclasses.replace(
+            self,
+            **betas,
+            beta1_half_life_tokens=None,
+            beta2_half_life_tokens=None,
+            weight_decay=self.weight_decay * decay,
+        )
+
+
+def weight_decay_growth(rule: WeightDecayRule, batch_growth: float, rate_growth: float) -> float:
+    """The factor of weight decay λ where the batch B grows by one factor and the learning rate η by another.
+
+    "run": 1. "sqrt": √ of the batch's. "timescale": λ keeps B/(ηλ), the tokens over which AdamW's weights are an
+    average of its updates (Wang and Aitchison 2024, arXiv 2405.13698; Bergsma et al. 2025, arXiv 2505.13738). With η as
+    √B both rules are the same; with η as it is, the timescale needs λ as B.
+    """
+    return {"run": 1.0, "sqrt": batch_growth**0.5, "timescale": batch_growth / rate_growth}[rule]
+
+
+def check_weight_decay_rule(rule: WeightDecayRule, config: OptimizerConfig) -> None:
+    """Raises UserError for a rule that there isn't, or that has no weight decay to change."""
+    if rule not in WEIGHT_DECAY_RULES:
+        raise UserError(f"weight_decay_rule = {rule!r}: choose from {', '.join(WEIGHT_DECAY_RULES)}")
+    if rule != "run" and not config.weight_decay:
+        own = f"{config.name} has settings of its own, which no rule changes" if config.is_imported else "it is 0"
+        raise UserError(f"weight_decay_rule = {rule!r} is for optimizer.weight_decay, and {own}: use run")
 
 
 def make_optimizer(

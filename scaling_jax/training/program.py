@@ -138,7 +138,7 @@ class Program:
         rates_C = np.zeros(self.steps_per_call, np.float32)
         rates_C[:num_steps] = learning_rate
         settings = np.int32(num_steps), rates_C, np.int32(warmup_steps)
-        state, metrics = _compile(self, own_rows)(state, rows, order_DxCxB, settings)
+        state, metrics = compiled_steps(self, own_rows)(state, rows, order_DxCxB, settings)
         return state, jax.tree.map(lambda x: np.asarray(x)[:num_steps], metrics)
 
     def test_loss(self, state: TrainState, held_out: Any) -> float:
@@ -347,4 +347,4 @@ def _evaluator(model: Model | Trainable, num_devices: int, sharding: Sharding):
     return evaluator(model) if num_devices == 1 else shared_evaluator(model, mesh)
 
 
-_compile = functools.cache(many_steps)
+compiled_steps = functools.cache(many_steps)

@@ -1,7 +1,8 @@
 """The configuration of a training run: every value that its results depend on, and batch ramps.
 
 When the batch grows by a factor k, the learning rate grows by √k (Malladi et al. 2022, arXiv 2205.10287). By default,
-Adam's β become β^k, so their half-lives in tokens stay the same (Marek et al. 2025, arXiv 2507.07101); see `Run.betas`.
+Adam's β become β^k, so their half-lives in tokens stay the same (Marek et al. 2025, arXiv 2507.07101), and weight decay
+stays; see `Run.betas` and `Recipe.weight_decay_rule`.
 """
 
 import dataclasses
@@ -24,19 +25,22 @@ from scaling_jax.tasks import (
     trainable,
 )
 from scaling_jax.training.factories import path_of
-from scaling_jax.training.optimizers import LIKE_ADAM, OptimizerConfig
+from scaling_jax.training.optimizers import (
+    LIKE_ADAM,
+    OptimizerConfig,
+    WeightDecayRule,
+    check_weight_decay_rule,
+    weight_decay_growth,
+)
 from scaling_jax.training.schedules import Schedule
-from scaling_jax.training.stages import Stage, check_stages
+from scaling_jax.training.stages import LiveRamp, Stage, check_stages
 
-Metric = Literal["simple", "l1", "spectral", "curvature", "adam_half", "adam_full"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 Betas = Literal["half-life", "run"]
 BETAS: tuple[Betas, ...] = get_args(Betas)
 
 _MOST_BATCH_TOKENS = 2**31  # ten times the largest batches in use; a typing error shouldn't fill the memory
 _MOST_STEPS = 2**31 - 1  # the training program counts steps in an int32
 _MOST_STEPS_PER_CALL = 65_536  # a call holds the order and the metrics of all of its steps
-_MOST_EXTRA_SEQUENCES = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,43 +54,6 @@ class Skip:
         if self.at_tokens < 0 or self.tokens < 1:
             raise UserError(
                 f"skip.at_tokens = {self.at_tokens} must be 0 or more, skip.tokens = {self.tokens} 1 or more"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class LiveRamp:
-    """A ramp that follows the noise scale: the batch doubles once the noise scale exceeds a threshold.
-
-    It doubles when the lower end of the noise scale's interval exceeds `threshold` times the doubled batch. The
-    interval is over the later half of what was measured since the last change. Its confidence rises with the number of
-    looks, from 98 %. So noise alone seldom doubles the batch: at each batch size, in less than 5 % of runs whose noise
-    scale stays exactly at the threshold, if |G|² isn't strongly skewed (docs/noise_scale.md). The batch never shrinks.
-
-    The metric "simple", tr(Σ)/|G|², comes from every training step. The other metrics (`training/live_ramp.py`) are
-    measured at each look; they need at least five looks. For "l1" and "spectral", the lower of their two bounds counts;
-    it has no interval.
-    """
-
-    threshold: float
-    max_batch_tokens: int
-    every_steps: int = 25  # steps between looks at the noise scale; the first look is after warm-up
-    metric: Metric = "simple"
-    sequences: int = 128  # extra sequences per measurement; "simple" needs none
-
-    def __post_init__(self):
-        if self.metric not in METRICS:
-            # Norm layers are a cheap sample of the parameters for tr(Σ)/|G|², not a metric of their own.
-            hint = "; norm layers are a way to measure simple, in your own loop" if self.metric == "norm_layers" else ""
-            raise UserError(f"live_ramp.metric = {self.metric!r}: choose from {', '.join(METRICS)}{hint}")
-        if not self.threshold > 0 or self.every_steps < 1:
-            raise UserError(
-                f"live_ramp.threshold = {self.threshold} and every_steps = {self.every_steps} must be positive"
-            )
-        check_positive("live_ramp.max_batch_tokens", self.max_batch_tokens)
-        if not 16 <= self.sequences <= _MOST_EXTRA_SEQUENCES or self.sequences % 16:
-            raise UserError(
-                f"live_ramp.sequences = {self.sequences} must be a multiple of 16: 16, 32, 48 … "
-                f"{_MOST_EXTRA_SEQUENCES:,}"
             )
 
 
@@ -116,10 +83,12 @@ class Recipe:
     eval_growth: float = 1.07  # ratio of the steps of successive evaluations
     eval_every_tokens: int | None = None  # if given, also evaluate at the first step past each multiple of this
     steps_per_call: int = 64  # largest number of steps in one call of the compiled program
+    weight_decay_rule: WeightDecayRule = "run"  # with the batch; a run's from its first, a scan's from the reference
 
     def __post_init__(self):
         if callable(self.optimizer):  # a function with an import path, such as optax.lion
             object.__setattr__(self, "optimizer", OptimizerConfig(path_of(self.optimizer)))
+        check_weight_decay_rule(self.weight_decay_rule, self.optimizer)
         for field in ("microbatch_tokens", "eval_tokens", "steps_per_call"):
             check_positive(field, getattr(self, field))
         for field in ("average_half_life_tokens", "eval_every_tokens"):
@@ -271,13 +240,14 @@ class Run(Recipe):
         return min(starts, default=0)
 
     def at(self, stage: Stage) -> "Run":
-        """The run with the batch size and learning rate of a stage, and with the β's there."""
-        growth = stage.batch_tokens / self.batch_tokens if self.betas == "half-life" else 1.0
+        """The run with the batch size and learning rate of a stage, and with the β's and weight decay there."""
+        growth, by = stage.batch_tokens / self.batch_tokens, stage.learning_rate_factor
+        decay = weight_decay_growth(self.weight_decay_rule, growth, by)
         return dataclasses.replace(
             self,
             batch_tokens=stage.batch_tokens,
-            learning_rate=self.learning_rate * stage.learning_rate_factor,
-            optimizer=self.optimizer.at(self.batch_tokens, growth),
+            learning_rate=self.learning_rate * by,
+            optimizer=self.optimizer.at(self.batch_tokens, growth if self.betas == "half-life" else 1.0, decay),
             ramp=(),
             live_ramp=None,
         )

@@ -154,9 +154,10 @@ def test_every_batch_that_a_ramp_may_take_is_planned():
     runs = {
         "constant": base,
         "live": dataclasses.replace(base, live_ramp=LiveRamp(2.0, max_batch_tokens=1_000)),
+        "late": dataclasses.replace(base, live_ramp=LiveRamp(2.0, max_batch_tokens=1_024, factor=8)),
         "scheduled": dataclasses.replace(base, ramp=(Stage(1_024, 512), Stage(8_192, 2_048))),
     }
-    assert [run.batch_tokens for run in planned_runs(runs)] == [128, 256, 512, 2_048]
+    assert [run.batch_tokens for run in planned_runs(runs)] == [128, 256, 512, 1_024, 2_048]
     assert all(run.live_ramp is None and run.ramp == () for run in planned_runs(runs))
 
 

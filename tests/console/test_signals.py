@@ -115,3 +115,30 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(deep):
         gc.callbacks.remove(callback)
     assert sent
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_command_does_not_wait_for_the_compilation_of_a_stage_to_come(number, status, tmp_path):
+    """Nor is it aborted: Python's end would be, with another exit code, once XLA returns to the thread."""
+    code = """
+        import threading
+        from scaling_jax.cli import main
+        from scaling_jax.training import ahead
+        def command(**_):
+            thread = threading.Thread(target=deaf, args=(50,), daemon=True)
+            ahead._threads.append(thread)
+            thread.start()
+            try:
+                say("ready")
+                while True:
+                    time.sleep(0.1)
+            finally:
+                sys.stdout.write("saved")
+        main.app.cli = command
+        sys.argv = ["scaling-jax", "train"]
+        main.main()
+    """
+    found, output, seconds = ends(code, number, tmp_path)
+    assert found == status
+    assert seconds < 20
+    assert "saved" in output

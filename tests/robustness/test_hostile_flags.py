@@ -25,7 +25,7 @@ VALUES = (
 TRAIN = ("learning-rate", "batch-tokens", "context", "max-tokens", "max-steps", "target-loss", "seed", "model", "text")
 ADVISE = (
     *("target-loss", "budget-tokens", "start-batch-tokens", "max-batch-tokens", "ramp-fraction", "model"),
-    *("reference-batch-tokens", "devices", "tokens-per-second", "device-batch-tokens"),
+    *("reference-batch-tokens", "devices", "tokens-per-second", "device-batch-tokens", "late-switch"),
 )
 BRANCH = ("batch-tokens", "points", "replicates", "tolerance", "betas", "model")
 KEYS = (
@@ -42,6 +42,7 @@ RUN_KEYS = (
     "live_ramp.threshold",
     "live_ramp.sequences",
     "live_ramp.max_batch_tokens",
+    "live_ramp.factor",
     "snapshot_tokens",
     "skip",
 )

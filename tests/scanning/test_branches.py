@@ -74,6 +74,15 @@ def test_betas_are_those_of_the_run_unless_half_lives_are_asked_for():
     assert branch.at(branch.ramp[0]).optimizer.beta1 == pytest.approx(0.5**0.1)
 
 
+def test_branches_change_weight_decay_by_the_rule_of_their_run():
+    adamw = dataclasses.replace(RUN, optimizer=OptimizerConfig("adamw", weight_decay=0.1))
+    for rule, weight_decay in (("run", 0.1), ("sqrt", 0.1 * 8**0.5), ("timescale", 0.1 * 8**0.5)):
+        plan = dataclasses.replace(PLAN, run=dataclasses.replace(adamw, weight_decay_rule=rule))
+        branch = plan.branch(plan.points[0], 8, 0)
+        assert branch.at(branch.ramp[0]).optimizer.weight_decay == pytest.approx(weight_decay)
+        assert plan.trunk.optimizer.weight_decay == 0.1
+
+
 def test_ids_of_version_0_1_are_those_of_the_first_replicate_with_half_lives():
     plan = BranchPlan(RUN, (5_000,), (2, 4, 8), 8, betas="half-life")
     assert plan.trunk.run_id == "1x16-b64-lr1.00e-2-s0-6e8ab1980374"

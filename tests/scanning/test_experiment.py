@@ -9,7 +9,7 @@ from scaling_jax.scanning import Experiment, LearningRates, Subject, log_spaced,
 from scaling_jax.scanning.experiment import DEMO, QUICK
 from scaling_jax.scanning.records import load_experiment
 from scaling_jax.tasks import model_config
-from scaling_jax.training import Run
+from scaling_jax.training import OptimizerConfig, Run
 
 
 @pytest.mark.parametrize("experiment", [DEMO, QUICK])
@@ -62,6 +62,31 @@ def test_learning_rates_follow_the_rule_in_steps_of_the_factor():
     assert rates.rate(1_000, 0) == pytest.approx(1e-2 / 2**0.5, rel=1e-2)
     assert rates.rate(1_000, 1) == pytest.approx(3 * rates.rate(1_000, 0), rel=1e-2)
     assert rates.rate(10, 0) == pytest.approx(rates.rate(40, 0) / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("rule", ["run", "sqrt", "timescale"])
+def test_a_scan_has_its_weight_decay_at_the_reference_batch_and_changes_it_by_the_rule(rule):
+    rates = LearningRates(peak=1e-2, reference_batch_tokens=1_024, factor=2.0)
+    scan = Experiment(
+        name="decay",
+        subjects=(Subject(model_config("1x16"), (3.0, 2.9), rates),),
+        batch_tokens=(128, 1_024, 8_192),
+        max_tokens=100_000,
+        optimizer=OptimizerConfig("adamw", weight_decay=0.1),
+        weight_decay_rule=rule,
+    )
+    found = [scan.run(cell, 0) for cell in scan.cells]
+    decays = [run.optimizer.weight_decay for run in found]
+    assert decays[1] == pytest.approx(0.1)
+    if rule == "run":
+        assert {run.optimizer for run in found} == {scan.optimizer}
+    elif rule == "sqrt":
+        assert decays == pytest.approx([0.1 / 8**0.5, 0.1, 0.1 * 8**0.5])
+    else:  # B/(ηλ) in tokens; rates have three digits
+        assert decays == pytest.approx([0.1 / 8 * 4.5**0.5, 0.1, 0.1 * 8 * (9 / 16) ** 0.5])
+        timescales = [run.batch_tokens / (run.learning_rate * run.optimizer.weight_decay) for run in found]
+        assert timescales == pytest.approx([timescales[1]] * 3, rel=2e-3)
+    assert len({scan.run(scan.cells[0], k).optimizer for k in range(-2, 3)}) == 1  # of all rates: they share a program
 
 
 def test_spacings():

@@ -159,7 +159,7 @@ def test_a_run_with_a_ramp_that_is_interrupted_compiles_once_for_each_batch(tmp_
         return compiled[-1]
 
     monkeypatch.setattr(programs, "over_mesh", counted)
-    programs._compile.cache_clear()
+    programs.compiled_steps.cache_clear()
     programs._evaluator.cache_clear()
     for after in (2, 2):
         interrupted(run, tmp_path, corpus, after, sharding="fsdp")

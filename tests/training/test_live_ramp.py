@@ -14,7 +14,7 @@ from scaling_jax.training import Interrupted, LiveRamp, OptimizerConfig, Run, re
 from scaling_jax.training.live_ramp import _MEASURES, confidence_at, measure, next_stage
 from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import Program
-from scaling_jax.training.run import METRICS
+from scaling_jax.training.stages import METRICS
 
 MODEL = ModelConfig(1, 16, 1, context=16)
 RUN = Run(MODEL, batch_tokens=64, learning_rate=1e-2, max_tokens=10_000, eval_tokens=512, steps_per_call=8)
@@ -57,6 +57,22 @@ def test_a_live_ramp_doubles_when_the_noise_scale_passes_its_threshold(noise_sca
     stage = next_stage(64, (), live, made_up_lines(noise_scale, 200))
     assert stage.batch_tokens == (128 if grows else 64)
     assert stage.learning_rate_factor == pytest.approx(math.sqrt(stage.batch_tokens / 64))
+
+
+@pytest.mark.parametrize(("noise_scale", "batch"), [(600, 64), (1_400, 512)])
+def test_a_live_ramp_with_a_large_factor_waits_for_the_large_batch_and_switches_once(noise_scale, batch):
+    """At 600 tokens a ramp that doubles goes on to 128."""
+    live = LiveRamp(threshold=2.0, max_batch_tokens=512, every_steps=50, factor=8)
+    lines = made_up_lines(noise_scale, 200)
+    stage = next_stage(64, (), live, lines)
+    assert (stage.batch_tokens, stage.learning_rate_factor) == (batch, pytest.approx(math.sqrt(batch / 64)))
+    assert next_stage(64, (), dataclasses.replace(live, factor=2), lines).batch_tokens == 128
+    assert next_stage(64, (), live, made_up_lines(10_000, 200, batch_tokens=512)).batch_tokens == 512
+
+
+def test_a_factor_that_does_not_grow_is_refused():
+    with pytest.raises(UserError, match=r"live_ramp.factor = 1 .*from 2 on"):
+        LiveRamp(threshold=2.0, max_batch_tokens=512, factor=1)
 
 
 def test_a_live_ramp_follows_the_loss_rather_than_the_start():

@@ -155,6 +155,12 @@ def test_evaluations_lie_in_the_given_ratio_and_calls_are_no_longer_than_asked(t
         ({"learning_rate": 0.0}, "learning_rate = 0.0 .*positive"),
         ({"eval_growth": 1.0}, "eval_growth = 1.0"),
         ({"betas": "fixed"}, "betas = 'fixed'.*half-life, run"),
+        ({"weight_decay_rule": "linear"}, "weight_decay_rule = 'linear'.*run, sqrt, timescale"),
+        ({"weight_decay_rule": "sqrt"}, "weight_decay_rule = 'sqrt'.*optimizer.weight_decay, and it is 0"),
+        (
+            {"weight_decay_rule": "sqrt", "optimizer": OptimizerConfig("optax:lion")},
+            "optax:lion has settings of its own",
+        ),
         ({"skip": Skip(0, 20)}, "skip.tokens = 20 .*sequences of 16 tokens"),
     ],
 )

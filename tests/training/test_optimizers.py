@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from scaling_jax.io import UserError
 from scaling_jax.tasks import ModelConfig, evaluator
 from scaling_jax.training import OptimizerConfig, Run, read_metrics, run_folder, train
 from scaling_jax.training.optimizers import make_optimizer
-from scaling_jax.training.program import _compile, _evaluator, _init, program_for
+from scaling_jax.training.program import _evaluator, _init, compiled_steps, program_for
 from scaling_jax.training.stages import Stage
 from tests.compiling import AS_USERS
 
@@ -95,6 +96,34 @@ def test_half_lives_in_tokens_are_the_same_at_every_batch_size_and_in_every_stag
             assert betas.beta2 ** (50_000 / now.batch_tokens) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("rule", "batch", "rate", "growth"),
+    [
+        ("run", 4, 2.0, 1.0),
+        ("sqrt", 4, 2.0, 2.0),
+        ("sqrt", 4, 1.0, 2.0),
+        ("timescale", 4, 2.0, 2.0),  # the learning rate as √B
+        ("timescale", 4, 1.0, 4.0),  # as it is
+        ("timescale", 1, 0.5, 2.0),  # a stage that changes only the rate
+    ],
+)
+def test_a_stage_decays_weights_by_its_rule(rule, batch, rate, growth):
+    """One step without a gradient takes ηλ of a matrix; "timescale" keeps what is left after as many tokens."""
+    adamw = OptimizerConfig("adamw", weight_decay=0.1)
+    run = dataclasses.replace(RUN, optimizer=adamw, weight_decay_rule=rule, learning_rate=1e-3)
+    params, _ = some_gradients()
+    nothing = jax.tree.map(jnp.zeros_like, params)
+
+    def left_after_a_step(now):
+        taken = direction(program_for(now).optimizer, params, nothing)["embedding"] / params["embedding"]
+        return 1 - now.learning_rate * float(taken[0, 0])
+
+    now = run.at(Stage(1_000, batch * run.batch_tokens, rate))
+    assert left_after_a_step(now) == pytest.approx(1 - 1e-3 * rate * 0.1 * growth, rel=1e-9)
+    per_token = [math.log(left_after_a_step(at)) / at.batch_tokens for at in (run, now)]
+    assert (per_token[0] == pytest.approx(per_token[1], rel=1e-3)) == (rule == "timescale" or growth * rate == batch)
+
+
 def test_the_evaluated_average_is_that_of_the_weights_after_each_step(corpus):
     run = dataclasses.replace(RUN, average_half_life_tokens=128.0)
     program, decay = program_for(run), 0.5 ** (64 / 128)
@@ -111,7 +140,7 @@ def test_the_evaluated_average_is_that_of_the_weights_after_each_step(corpus):
 @pytest.fixture
 def compiled_as_users_programs_are(monkeypatch):
     """Here alone: what tests compile elsewhere is made with other emitters, which round differently."""
-    caches = (_init, _compile, _evaluator, evaluator)
+    caches = (_init, compiled_steps, _evaluator, evaluator)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=AS_USERS))
