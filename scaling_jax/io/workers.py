@@ -52,6 +52,7 @@ def run_jobs(
     on_done: Callable[[Any], None],
     on_message: Callable[[Message], None] = lambda _: None,
     on_interrupt: Callable[[], None] = lambda: None,
+    further: Callable[[Any], Sequence[Any]] = lambda job: (),
 ) -> None:
     """Gives the jobs, in order, to the next free worker. Returns when all jobs are done.
 
@@ -59,6 +60,7 @@ def run_jobs(
       on_done: called with each job that is done.
       on_message: called with each message that a worker sends during a job.
       on_interrupt: called at once on Ctrl-C, before waiting for the workers.
+      further: called with each job that is done, after `on_done`; returns the jobs that can be done only now.
 
     Raises:
       UserError: if a worker raised it, failed or died. Names the error, or the signal, and the worker's log.
@@ -67,12 +69,19 @@ def run_jobs(
     """
     waiting = list(jobs)
     messages: queue.Queue[tuple[_Worker, Message | None]] = queue.Queue()
-    workers = [_Worker(command, messages) for command in commands[: len(waiting)]]
+    workers: list[_Worker] = []
+    free: list[_Worker] = []
+
+    def hand_out() -> None:
+        while waiting and (free or len(workers) < len(commands)):
+            if not free:
+                workers.append(_Worker(commands[len(workers)], messages))
+                free.append(workers[-1])
+            free.pop().give(waiting.pop(0))
+
     try:
-        for worker in workers:
-            worker.give(waiting.pop(0))
-        busy = len(workers)
-        while busy:
+        hand_out()
+        while len(free) < len(workers):
             worker, message = messages.get()
             if message is None:
                 raise UserError(worker.last_words())
@@ -86,10 +95,9 @@ def run_jobs(
                 on_message(message)
                 continue
             on_done(worker.job)
-            if waiting:
-                worker.give(waiting.pop(0))
-            else:
-                busy -= 1
+            free.append(worker)
+            waiting += further(worker.job)
+            hand_out()
     except KeyboardInterrupt:
         on_interrupt()
         raise
