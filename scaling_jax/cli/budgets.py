@@ -68,11 +68,11 @@ def table_of(results: Path) -> Path:
 
 
 def refuse_budget_scan(results: Path, command: str) -> None:
-    """Raises UserError if a folder holds a budget scan, for a command that has nothing to say of it."""
+    """Raises UserError if a folder holds a budget scan, for a command that takes scans of steps to a loss alone."""
     from scaling_jax.scanning.budget_records import is_budget_scan
 
     if is_budget_scan(results):
         raise UserError(
-            f"{results} holds a budget scan, of which there is no {command}: scaling-jax fit {results} shows its best "
-            "batches and draws figures"
+            f"{results} holds a budget scan, which {command} doesn't take: scaling-jax fit {results} draws its "
+            "figures; with --to-steps it writes a table of steps to losses, which compare takes"
         )

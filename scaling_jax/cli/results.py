@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -170,11 +170,13 @@ def advise(
     """Show steps, tokens, compute, wall time and learning rate to one loss for each batch size; B_crit; a batch ramp.
 
     Or, for a number of tokens in place of a loss: the best batch, its steps, learning rate, weight decay and wall time.
+    Then the folder may also be that of one run, which may still train: its noise scale is carried to the horizon.
 
     Example: scaling-jax advise results/demo --target-loss 2.2 --write-ramp ramp.json
 
     Args:
-      results: the folder of a scan after `fit`, or of a budget scan, or a CSV table as `fit` takes.
+      results: the folder of a scan after `fit`, or of a budget scan, or a CSV table as `fit` takes; with --tokens also
+        that of a single run.
       target_loss: loss to reach, in nats per token.
       tokens: tokens of the whole run, in place of a loss; 1e13 are ten trillion.
       flops: its compute, in place of tokens, with --params.
@@ -200,6 +202,7 @@ def advise(
     """
     from scaling_jax.advice import advise as advice_on
     from scaling_jax.advice.horizon import advise_tokens, tokens_of
+    from scaling_jax.advice.live_run import advise_run, run_folder_of
     from scaling_jax.console.advice import advice_table
     from scaling_jax.console.horizon import horizon_table
     from scaling_jax.console.terminal import Terminal
@@ -213,13 +216,17 @@ def advise(
             if value is not None:
                 raise UserError(f"{flag} goes with --target-loss, not with --tokens or --flops")
         wanted = tokens if tokens is not None else tokens_of(flops or 0.0, params)
-        found = advise_tokens(
-            table_of(working_copy(results)),
-            wanted,
-            model=model,
-            hardware=_hardware(devices, tokens_per_second, device_batch_tokens),
-            weight_decay=weight_decay,
-        )
+        folder = working_copy(results)
+        options: dict[str, Any] = {
+            "model": model,
+            "hardware": _hardware(devices, tokens_per_second, device_batch_tokens),
+            "weight_decay": weight_decay,
+        }
+        single_run = run_folder_of(folder)
+        if single_run is None:
+            found = advise_tokens(table_of(folder), wanted, **options)
+        else:
+            found = advise_run(single_run, wanted, **options)
         if json:
             print(as_json(found))
         else:

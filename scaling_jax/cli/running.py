@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from scaling_jax.cli import Folder, Overrides, Size, app
-from scaling_jax.cli.budgets import scan_at_budgets
+from scaling_jax.cli.budgets import refuse_budget_scan, scan_at_budgets
 from scaling_jax.cli.results import show
 from scaling_jax.io import UserError
 
@@ -264,6 +264,7 @@ def branch(
     from scaling_jax.results import read_results
     from scaling_jax.scanning.records import load_experiment
 
+    refuse_budget_scan(results, "branch")
     found = read_results(results)
     models = [model] if model else [subject.model.name for subject in found.scan.subjects]
     commands.branch_on_console(
