@@ -1,6 +1,7 @@
 """A budget scan from its experiment to its table, with made-up losses, and once with real runs that are killed."""
 
 import dataclasses
+import io
 import math
 import signal
 import subprocess
@@ -9,15 +10,27 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from scaling_jax.console.budget_scan import budget_plan_table, budget_scan_on_console
 from scaling_jax.fitting import fit_budget
 from scaling_jax.io import UserError
 from scaling_jax.io.config import with_overrides
 from scaling_jax.results.budget_table import read_budget_table
 from scaling_jax.results.status import read_status
-from scaling_jax.scanning import BudgetScan, BudgetSubject, LearningRates, budget_runs, powers_of_two, scan_budgets
+from scaling_jax.scanning import (
+    BudgetScan,
+    BudgetSubject,
+    LearningRates,
+    budget_plan,
+    budget_runs,
+    powers_of_two,
+    scan_budgets,
+)
 from scaling_jax.scanning.annealing import finished_losses, log_horizons
+from scaling_jax.scanning.budget_plan import plan_budget_scan
 from scaling_jax.scanning.budget_records import read_budget_scan
+from scaling_jax.scanning.plan import CellPlan, ScanPlan
 from scaling_jax.scanning.records import load_plan, load_scan
 from scaling_jax.tasks import ModelConfig
 from scaling_jax.training import Interrupted
@@ -179,6 +192,47 @@ def test_an_experiment_file_may_define_a_budget_scan():
     assert load_scan(path).subjects[0].horizons == log_horizons(2**17, 2**20, 1, largest_batch=16_384)
     trunks = load_plan(path)
     assert [run.batch_tokens for run in trunks.values()] == list(powers_of_two(256, 16_384))
+
+
+def test_a_plan_counts_trunks_decays_and_what_is_done(trained, tmp_path, monkeypatch):
+    """With a step that takes 1 ms for each token, on two workers."""
+    cells = SCAN.to_a_loss().cells
+    parts = [CellPlan(cell, 3, 8, 1_000, 1e6, 2**20, most_seconds=1.0) for cell in cells]
+    steps = ScanPlan(tuple(parts), 0, 2, 2**30, 1e9, timed=("1x16",))
+    monkeypatch.setattr(budget_plan, "plan_scan", lambda *_: steps)
+    monkeypatch.setattr(budget_plan, "available_cores", lambda: [0, 1])
+    plan = plan_budget_scan(SCAN, tmp_path)
+    first, last = plan.cells[0], plan.cells[-1]
+    assert (first.runs, last.runs) == (5, 4)
+    whole = SCAN.plan(SCAN.cells[0], 0)
+    assert first.tokens == whole.num_tokens
+    assert first.trunk_tokens == pytest.approx(0.9 * 163_840, rel=0.01)
+    assert first.decay_tokens == pytest.approx(0.1 * sum(SUBJECT.horizons), rel=0.03)
+    assert plan.usual_tokens == sum(4 * cell.tokens for cell in plan.cells)
+    trained_for = [cell.tokens * 1e-3 for cell in plan.cells]
+    assert plan.usual_seconds > 4 * sum(trained_for) / 2
+    assert plan.usual_seconds < 4 * (sum(trained_for) + sum(c.eval_tokens for c in plan.cells) * 1e-3 + 5 * 5) / 2
+    assert plan.most_seconds == pytest.approx(2 * plan.usual_seconds)
+    shown = Console(width=100, record=True, file=io.StringIO())
+    shown.print(budget_plan_table(plan))
+    text = shown.export_text()
+    assert "5 batch sizes to train, 0 done; 15 to 40 learning rates, usually about 20; 2 at a time" in text
+    with pytest.raises(Interrupted):
+        trained(SCAN, tmp_path, runs=13)
+    assert sum(cell.tried for cell in plan_budget_scan(SCAN, tmp_path).cells) == 2
+    trained(SCAN, tmp_path)
+    done = plan_budget_scan(SCAN, tmp_path)
+    assert (done.cells_done, done.usual_tokens, done.usual_seconds) == (5, 0, 0.0)
+
+
+def test_the_console_says_a_line_for_each_learning_rate(trained, tmp_path, capsys):
+    trainer = trained(SMALL, tmp_path / "other")
+    budget_scan_on_console(SMALL, tmp_path / "scan")
+    lines = capsys.readouterr().out.splitlines()
+    trunks = {run.run_id for run in trainer.trained if run.schedule is None}
+    assert len(lines) == 1 + len(trunks)
+    assert "1x16 · 512 tokens, lr 0.00816: " in lines[1]
+    assert "4 of 4 batch sizes done, about 0:00 left" in lines[-1]
 
 
 FILE = """
