@@ -39,7 +39,14 @@ from scaling_jax.training.records import read_course
 MODEL = model_config("1x32")
 RATES = LearningRates(8e-3, 512, places=2, most=5)
 FIRST = 2**17
-HORIZONS = {512: (1, 2, 4), 1_024: (1, 2, 4), 2_048: (2, 4, 8), 4_096: (2, 4, 8)}  # times FIRST
+HORIZONS = {
+    256: (1, 2, 4),  # times FIRST
+    512: (1, 2, 4),
+    1_024: (1, 2, 4),
+    2_048: (2, 4, 8),
+    4_096: (2, 4, 8),
+    8_192: (4, 8, 16),
+}
 LOSSES = 4  # at which B_crit is compared
 
 
@@ -95,10 +102,12 @@ class Compared(NamedTuple):
 
     way: str
     loss: float
+    steps_256: float
     steps_512: float
     steps_1024: float
     steps_2048: float
     steps_4096: float
+    steps_8192: float
     s_min: float
     e_min: float
     b_crit: float

@@ -113,7 +113,7 @@ class _ToDo:
         self.searches = search_all(scan, self._find)
 
     def next(self) -> list[tuple[Cell, int]]:
-        """(cell, rate index) of each learning rate that is wanted, and wasn't given out before; large batches last."""
+        """(cell, rate index) of each learning rate that is wanted, and wasn't given out before."""
         wanted = [(cell, index) for cell, found in self.searches.items() for index in found.wanted]
         new = [key for key in wanted if key not in self._given]
         self._given.update(new)
