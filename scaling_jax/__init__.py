@@ -11,7 +11,19 @@ if TYPE_CHECKING:
     from scaling_jax.io import UserError
     from scaling_jax.report import draw_figure, write_figures, write_report
     from scaling_jax.results import analyse, read_results
-    from scaling_jax.scanning import Experiment, LearningRates, Study, Subject, log_spaced, powers_of_two, scan
+    from scaling_jax.scanning import (
+        BudgetScan,
+        BudgetSubject,
+        Experiment,
+        LearningRates,
+        Study,
+        Subject,
+        log_horizons,
+        log_spaced,
+        powers_of_two,
+        scan,
+        scan_budgets,
+    )
     from scaling_jax.tasks import MODELS, LanguageModel, LlamaConfig, ModelConfig, OtherModel, Task, model_config
     from scaling_jax.training import LiveRamp, OptimizerConfig, Run, Schedule, SquaredNorms, Stage, train
 
@@ -31,13 +43,17 @@ _HOMES = {
     "SquaredNorms": "training",
     "Stage": "training",
     "train": "training",
+    "BudgetScan": "scanning",
+    "BudgetSubject": "scanning",
     "Experiment": "scanning",
     "LearningRates": "scanning",
     "Study": "scanning",
     "Subject": "scanning",
+    "log_horizons": "scanning",
     "log_spaced": "scanning",
     "powers_of_two": "scanning",
     "scan": "scanning",
+    "scan_budgets": "scanning",
     "analyse": "results",
     "read_results": "results",
     "draw_figure": "report",
@@ -48,6 +64,8 @@ _HOMES = {
 
 __all__ = [
     "MODELS",
+    "BudgetScan",
+    "BudgetSubject",
     "Experiment",
     "LanguageModel",
     "LearningRates",
@@ -69,12 +87,14 @@ __all__ = [
     "data",
     "draw_figure",
     "fitting",
+    "log_horizons",
     "log_spaced",
     "model_config",
     "noise_scale",
     "powers_of_two",
     "read_results",
     "scan",
+    "scan_budgets",
     "tasks",
     "train",
     "write_figures",

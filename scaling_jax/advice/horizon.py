@@ -8,6 +8,7 @@ far is told.
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from scipy import optimize
 
 from scaling_jax.advice.choices import Hardware
 from scaling_jax.advice.rates import best_rates
-from scaling_jax.fitting import BudgetFit, BudgetLaw, FormFit
+from scaling_jax.fitting import BudgetFit, BudgetLaw
 from scaling_jax.fitting.published_laws import of_kind
 from scaling_jax.io import UserError
 from scaling_jax.results.budget_table import fit_budget_table, is_budget_table
@@ -90,10 +91,7 @@ def advise_tokens(
     Raises:
       UserError: if there is no law to answer with. Says what is missing.
     """
-    if not 0 < tokens < math.inf:
-        raise UserError(f"--tokens {tokens:g} must be positive and finite")
-    if weight_decay is not None and not 0 < weight_decay < math.inf:
-        raise UserError(f"--weight-decay {weight_decay:g} must be positive and finite")
+    check_horizon(tokens, weight_decay)
     path = results / "measurements.csv" if results.is_dir() else results
     if not path.exists():
         raise UserError(f"there is no {path}: give a results folder after `scaling-jax fit`, or a CSV table")
@@ -103,6 +101,14 @@ def advise_tokens(
         check_runs(results)
         check_measurements(results)
     return _from_scan(path, tokens, model, hardware, weight_decay)
+
+
+def check_horizon(tokens: float, weight_decay: float | None) -> None:
+    """Raises UserError unless both are positive and finite; there may be no weight decay."""
+    if not 0 < tokens < math.inf:
+        raise UserError(f"--tokens {tokens:g} must be positive and finite")
+    if weight_decay is not None and not 0 < weight_decay < math.inf:
+        raise UserError(f"--weight-decay {weight_decay:g} must be positive and finite")
 
 
 def tokens_of(flops: float, num_params: float | None) -> float:
@@ -118,7 +124,7 @@ def tokens_of(flops: float, num_params: float | None) -> float:
     return flops / (FLOPS_PER_PARAMETER * num_params)
 
 
-class _Reference(NamedTuple):
+class Reference(NamedTuple):
     """A run whose weight decay is known, for AdamW's timescale."""
 
     batch_tokens: float
@@ -135,10 +141,10 @@ def _from_budgets(path: Path, tokens, model, hardware, weight_decay) -> HorizonA
     budgets = [b for b in fit.budgets if b.kind == "U-shaped" and model in (None, b.model)]
     nearest = min(budgets, key=lambda b: (abs(math.log(b.tokens / tokens)), b.model))
     rate = _rate_law(fit, model)
-    reference = _Reference(nearest.b_opt, nearest.tokens, rate(nearest.b_opt, nearest.tokens))
+    reference = Reference(nearest.b_opt, nearest.tokens, rate(nearest.b_opt, nearest.tokens))
     rows = []
-    for size in _around(batch):
-        row = _choice(size, tokens, rate(size, tokens), hardware, weight_decay, reference)
+    for size in around(batch):
+        row = choice(size, tokens, rate(size, tokens), hardware, weight_decay, reference)
         rows.append(row._replace(cost=nearest.penalty_at(size * nearest.b_opt / batch)[0]))
     notes.append(f"the loss of other batches is that of {nearest.tokens:.3g} tokens, at the same share of B_opt")
     exponents = law.exponent_interval
@@ -152,8 +158,8 @@ def _from_budgets(path: Path, tokens, model, hardware, weight_decay) -> HorizonA
         measured=law.valid_range,
         rows=tuple(rows),
         hardware=hardware,
-        published=_published("B_opt", "training data D", tokens),
-        notes=tuple(notes + _rate_notes(rows, weight_decay)),
+        published=published_answers("B_opt", "training data D", tokens),
+        notes=tuple(notes + rate_notes(rows, weight_decay)),
     )
 
 
@@ -194,7 +200,7 @@ def _from_scan(path: Path, tokens, model, hardware, weight_decay) -> HorizonAdvi
             "batch sizes and losses, or give a table with columns model, batch_tokens, tokens, loss"
         )
     middle = math.sqrt(math.prod(law.valid_range))
-    least = _least_data(law, tokens)
+    least = least_data(law, tokens)
     batch = float(law(least))
     exponents = law.exponent_interval or (law.exponent, law.exponent)
     ends = [batch * (least / middle) ** (e - law.exponent) for e in exponents]
@@ -204,13 +210,13 @@ def _from_scan(path: Path, tokens, model, hardware, weight_decay) -> HorizonAdvi
     reference = None
     if rates is not None:
         e_min = lowest.s_min * lowest.b_crit
-        reference = _Reference(lowest.b_crit, 2 * e_min, rates.at(lowest.b_crit).learning_rate)
+        reference = Reference(lowest.b_crit, 2 * e_min, rates.at(lowest.b_crit).learning_rate)
     rows = []
-    for size in _around(batch):
+    for size in around(batch):
         rate = math.nan if rates is None else rates.at(size).learning_rate
-        row = _choice(size, tokens, rate, hardware, weight_decay, reference)
-        rows.append(row._replace(cost=1 - _least_data(law, tokens, size) / tokens))
-    notes = [*found.notes, *_rate_notes(rows, weight_decay)]
+        row = choice(size, tokens, rate, hardware, weight_decay, reference)
+        rows.append(row._replace(cost=1 - least_data(law, tokens, size) / tokens))
+    notes = [*found.notes, *rate_notes(rows, weight_decay)]
     if rates is not None:
         notes.append(f"learning rates are those of {lowest.model} at loss {lowest.loss:.4g}, beyond its batches as √B")
     return HorizonAdvice(
@@ -223,12 +229,12 @@ def _from_scan(path: Path, tokens, model, hardware, weight_decay) -> HorizonAdvi
         measured=(2 * law.valid_range[0], 2 * law.valid_range[1]),  # tokens of runs at B_crit
         rows=tuple(rows),
         hardware=hardware,
-        published=_published("B_crit", "least data D_min", least),
+        published=published_answers("B_crit", "least data D_min", least),
         notes=tuple(notes),
     )
 
 
-def _least_data(law: FormFit, tokens: float, batch: float | None = None) -> float:
+def least_data(law: Callable[[float], float], tokens: float, batch: float | None = None) -> float:
     """D_min of a run of `tokens` at a batch, from D = D_min·(1 + B/B_crit(D_min)); at B_crit itself, D/2."""
     if batch is None:
         return tokens / 2
@@ -241,7 +247,8 @@ def _least_data(law: FormFit, tokens: float, batch: float | None = None) -> floa
     return math.exp(optimize.brentq(excess, low, math.log(tokens))) if excess(low) < 0 else math.nan
 
 
-def _choice(batch, tokens, rate, hardware, weight_decay, reference: _Reference | None) -> HorizonChoice:
+def choice(batch, tokens, rate, hardware, weight_decay, reference: Reference | None) -> HorizonChoice:
+    """What a batch size means, without its cost."""
     steps = tokens / batch
     decay = math.nan
     if weight_decay is not None and reference is not None and math.isfinite(rate):
@@ -251,13 +258,13 @@ def _choice(batch, tokens, rate, hardware, weight_decay, reference: _Reference |
     return HorizonChoice(batch, steps, math.nan, rate, decay, seconds)
 
 
-def _around(batch: float) -> tuple[int, ...]:
+def around(batch: float) -> tuple[int, ...]:
     """Powers of two from a quarter of a batch to four times it."""
     middle = max(round(math.log2(batch)), 2)
     return tuple(2**k for k in range(middle - 2, middle + 3))
 
 
-def _published(quantity: str, variable: str, value: float) -> tuple[Published, ...]:
+def published_answers(quantity: str, variable: str, value: float) -> tuple[Published, ...]:
     """The published laws of the quantity that take the same variable."""
     found = []
     for law in of_kind(quantity):
@@ -268,7 +275,8 @@ def _published(quantity: str, variable: str, value: float) -> tuple[Published, .
     return tuple(found)
 
 
-def _rate_notes(rows: list[HorizonChoice], weight_decay: float | None) -> list[str]:
+def rate_notes(rows: list[HorizonChoice], weight_decay: float | None) -> list[str]:
+    """What the reader must know of learning rates and weight decay."""
     known = any(math.isfinite(row.learning_rate) for row in rows)
     if not known:
         return ["the table knows no learning rates: search the rate at the batch that you take"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import tyro
 
 from scaling_jax.cli import app
+from scaling_jax.cli.budgets import refuse_budget_scan
 
 
 @app.command
@@ -33,8 +34,11 @@ def compare(
     from scaling_jax.report import write_comparison
     from scaling_jax.results.compare import compare_scans
 
+    folders = [working_copy(path) for path in results]
+    for folder in folders:
+        refuse_budget_scan(folder, "compare")
     with Working("fitting") as working:
-        compared = compare_scans([working_copy(path) for path in results], bytes_per_token=bytes_per_token)
+        compared = compare_scans(folders, bytes_per_token=bytes_per_token)
         working.say("drawing the figure")
         figure = write_comparison(compared, out)
     if json:

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from scaling_jax.cli import Size, app
+from scaling_jax.cli.budgets import fit_budgets, refuse_budget_scan, table_of
 from scaling_jax.io import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def fit(
     Example: scaling-jax fit mine.csv
 
     Args:
-      results: the folder of a finished scan, or a CSV with columns model, batch_tokens, target_loss, steps.
+      results: the folder of a finished scan or budget scan, or a CSV with columns model, batch_tokens, target_loss,
+        steps.
       above_minimum: where a table's tokens are U-shaped over batch sizes, fit the batches above the minimum.
       to_steps: turn losses at several budgets into steps to a loss, by interpolation, and fit those.
       penalty: tell the largest batch whose loss is this far above that of the best one, in nats per token or as a share
@@ -71,7 +73,7 @@ def fit(
     from scaling_jax.results.budget_table import is_budget_table
     from scaling_jax.results.table import fit_table, write_fit
 
-    results = working_copy(results)
+    results = table_of(working_copy(results))
     if results.suffix == ".csv" and not results.exists():
         raise UserError(f"there is no table {results}: give the path of a CSV file")
     budgets = results.is_file() and is_budget_table(results)
@@ -79,7 +81,7 @@ def fit(
         for given, flag in ((above_minimum, "--above-minimum"), (latex, "--latex")):
             if given:
                 raise UserError(f"{flag} is for steps to a loss: give --to-steps too, or leave it out")
-        _fit_budgets(results, penalty or "0.01", json)
+        fit_budgets(results, penalty or "0.01", json)
         return
     if (to_steps or penalty) and not (budgets and to_steps and not penalty):
         raise UserError(
@@ -119,24 +121,6 @@ def fit(
         Terminal(said).print(table)
 
 
-def _fit_budgets(table: Path, penalty: str, json: bool) -> None:
-    """Fits a table of losses at fixed tokens, and writes its fit and figures."""
-    from scaling_jax.console.budgets import budget_tables
-    from scaling_jax.console.terminal import Terminal, Working
-    from scaling_jax.report import write_budget_figures
-    from scaling_jax.results.budget_table import fit_budget_table, write_budget_fit
-
-    with Working("fitting the table") as working:
-        found = fit_budget_table(table, penalty)
-        written = write_budget_fit(found)
-        working.say("drawing figures")
-        figures = write_budget_figures(found)
-    if json:
-        print(written.read_text(), end="")
-    else:
-        Terminal().print(budget_tables(found, written, figures))
-
-
 @app.command
 def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb: str | None = None) -> None:
     """Write report.html and figures. For a finished scan, fit it first; single runs get a report without a fit.
@@ -152,6 +136,7 @@ def report(results: tyro.conf.Positional[Path], tensorboard: bool = False, wandb
     from scaling_jax.io.stores import working_copy
 
     results = working_copy(results)
+    refuse_budget_scan(results, "report")
     for writer in asked_for(tensorboard, wandb):
         with Follower(results, writer):
             pass
@@ -186,11 +171,13 @@ def advise(
     """Show steps, tokens, compute, wall time and learning rate to one loss for each batch size; B_crit; a batch ramp.
 
     Or, for a number of tokens in place of a loss: the best batch, its steps, learning rate, weight decay and wall time.
+    Then the folder may also be that of one run, which may still train: its noise scale is carried to the horizon.
 
     Example: scaling-jax advise results/demo --target-loss 2.2 --write-ramp ramp.json
 
     Args:
-      results: a results folder with measurements.csv, or a CSV table as `fit` takes.
+      results: the folder of a scan after `fit`, or of a budget scan, or a CSV table as `fit` takes; with --tokens also
+        that of a single run.
       target_loss: loss to reach, in nats per token.
       tokens: tokens of the whole run, in place of a loss; 1e13 are ten trillion.
       flops: its compute, in place of tokens, with --params.
@@ -218,6 +205,7 @@ def advise(
     """
     from scaling_jax.advice import advise as advice_on
     from scaling_jax.advice.horizon import advise_tokens, tokens_of
+    from scaling_jax.advice.live_run import advise_run, run_folder_of
     from scaling_jax.console.advice import advice_table
     from scaling_jax.console.horizon import horizon_table
     from scaling_jax.console.terminal import Terminal
@@ -231,13 +219,17 @@ def advise(
             if value is not None:
                 raise UserError(f"{flag} goes with --target-loss, not with --tokens or --flops")
         wanted = tokens if tokens is not None else tokens_of(flops or 0.0, params)
-        found = advise_tokens(
-            working_copy(results),
-            wanted,
-            model=model,
-            hardware=_hardware(devices, tokens_per_second, device_batch_tokens),
-            weight_decay=weight_decay,
-        )
+        folder = working_copy(results)
+        options: dict[str, Any] = {
+            "model": model,
+            "hardware": _hardware(devices, tokens_per_second, device_batch_tokens),
+            "weight_decay": weight_decay,
+        }
+        single_run = run_folder_of(folder)
+        if single_run is None:
+            found = advise_tokens(table_of(folder), wanted, **options)
+        else:
+            found = advise_run(single_run, wanted, **options)
         if json:
             print(as_json(found))
         else:
@@ -315,8 +307,12 @@ def _in_unit_of(results: Path) -> Callable[[str], str]:
     """How to say a text on results: with the unit that their models count."""
     from scaling_jax.io.stores import working_copy
     from scaling_jax.report.units import in_unit
+    from scaling_jax.scanning.budget_records import is_budget_scan, read_budget_scan
     from scaling_jax.scanning.records import read_experiment
 
-    folder = working_copy(results)
-    unit = read_experiment(folder).unit if (folder / "experiment.json").exists() else "tokens"
+    folder, unit = working_copy(results), "tokens"
+    if (folder / "experiment.json").exists():
+        unit = read_experiment(folder).unit
+    elif is_budget_scan(folder):
+        unit = read_budget_scan(folder).unit
     return functools.partial(in_unit, unit=unit)

@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from scaling_jax.cli import Folder, Overrides, Size, app
+from scaling_jax.cli.budgets import refuse_budget_scan, scan_at_budgets
 from scaling_jax.cli.results import show
 from scaling_jax.io import UserError
 
@@ -67,6 +68,9 @@ def scan(
 ) -> None:
     """Train all runs of an experiment, fit them, and write figures and a report. Continues an interrupted scan.
 
+    An EXPERIMENT that is a BudgetScan, as in experiments/horizon.py, gives losses of decayed runs at several horizons,
+    the table annealed.csv, and its fit.
+
     Example: scaling-jax scan experiments/demo.py --set max_tokens=2e6 --results results/short
 
     Args:
@@ -98,10 +102,17 @@ def scan(
 
     from scaling_jax.cli.planned_run import with_other_halves
     from scaling_jax.io.config import with_overrides
-    from scaling_jax.scanning.records import load_experiment
+    from scaling_jax.scanning.budget_scan import BudgetScan
+    from scaling_jax.scanning.records import load_scan
 
-    given = load_experiment(experiment)
-    loaded = with_overrides(given, with_other_halves(given, overrides)).with_tasks_of(given)
+    given = load_scan(experiment)
+    changed = with_other_halves(given, overrides)
+    if isinstance(given, BudgetScan):
+        if command is not None or executor != "local":
+            raise UserError("a budget scan trains on this machine: leave out --command and --executor")
+        scan_at_budgets(with_overrides(given, changed).with_tasks_of(given), results, dry_run, tensorboard, wandb)
+        return
+    loaded = with_overrides(given, changed).with_tasks_of(given)
     if command is None:
         _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
         return
@@ -253,6 +264,7 @@ def branch(
     from scaling_jax.results import read_results
     from scaling_jax.scanning.records import load_experiment
 
+    refuse_budget_scan(results, "branch")
     found = read_results(results)
     models = [model] if model else [subject.model.name for subject in found.scan.subjects]
     commands.branch_on_console(

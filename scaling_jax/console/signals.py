@@ -5,7 +5,6 @@ thread that reads the signal's number from a pipe doesn't.
 """
 
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -37,8 +36,8 @@ def leave(by_hand: bool, say: Callable[[str], None] = print) -> NoReturn:
 def before_training() -> Iterator[None]:
     """SIGTERM ends a command with code 0 while it starts: nothing is trained, so everything is saved.
 
-    Ctrl-C interrupts it, even in a callback of the garbage collector (JAX has one), where Python ignores what is
-    raised. What trains later sets its own handlers. Does nothing outside of the main thread.
+    Both act even where Python ignores what is raised, as in a callback of the garbage collector (JAX has
+    one): then it is sent again. What trains later sets its own handlers. Does nothing outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -47,18 +46,20 @@ def before_training() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         leave(by_hand=False)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if _collects_garbage(frame):
-            threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
-            return
-        raise KeyboardInterrupt
+    def ignored(what: "sys.UnraisableHookArgs") -> None:
+        if issubclass(what.exc_type, (KeyboardInterrupt, SystemExit)):
+            again = signal.SIGINT if issubclass(what.exc_type, KeyboardInterrupt) else signal.SIGTERM
+            threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), again)).start()
+        else:
+            hook_before(what)
 
-    before = signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, interrupt)
+    before, hook_before = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
+    sys.unraisablehook = ignored
     try:
         yield
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
-            signal.signal(number, handler)
+        sys.unraisablehook = hook_before
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -119,16 +120,6 @@ def sigterm_interrupts() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _collects_garbage(frame: FrameType | None) -> bool:
-    """True in a callback of the garbage collector, or in what one called."""
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _end_now(say: Callable[[str], None], name: str, by_hand: bool) -> NoReturn:

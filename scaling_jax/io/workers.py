@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +52,37 @@ def run_jobs(
     on_done: Callable[[Any], None],
     on_message: Callable[[Message], None] = lambda _: None,
     on_interrupt: Callable[[], None] = lambda: None,
-    first: Callable[[Any], Collection[Any]] = lambda _: (),
+    further: Callable[[Any], Sequence[Any]] = lambda job: (),
 ) -> None:
     """Gives the jobs, in order, to the next free worker. Returns when all jobs are done.
 
     Args:
-      first: the jobs that must be done before a job; those that aren't among `jobs` count as done.
       on_done: called with each job that is done.
       on_message: called with each message that a worker sends during a job.
       on_interrupt: called at once on Ctrl-C, before waiting for the workers.
+      further: called with each job that is done, after `on_done`; returns the jobs that can be done only now. They come
+        first.
 
     Raises:
       UserError: if a worker raised it, failed or died. Names the error, or the signal, and the worker's log.
       OSError: if a worker couldn't write.
       KeyboardInterrupt: after the workers have ended.
     """
-    waiting, undone = list(jobs), list(jobs)
+    waiting = list(jobs)
     messages: queue.Queue[tuple[_Worker, Message | None]] = queue.Queue()
-    workers = [_Worker(command, messages) for command in commands[: len(waiting)]]
+    workers: list[_Worker] = []
+    free: list[_Worker] = []
+
+    def hand_out() -> None:
+        while waiting and (free or len(workers) < len(commands)):
+            if not free:
+                workers.append(_Worker(commands[len(workers)], messages))
+                free.append(workers[-1])
+            free.pop().give(waiting.pop(0))
+
     try:
-        idle = list(workers)
-        while undone:
-            for job in [job for job in waiting if not any(other in undone for other in first(job))][: len(idle)]:
-                waiting.remove(job)
-                idle.pop(0).give(job)
+        hand_out()
+        while len(free) < len(workers):
             worker, message = messages.get()
             if message is None:
                 raise UserError(worker.last_words())
@@ -89,8 +96,9 @@ def run_jobs(
                 on_message(message)
                 continue
             on_done(worker.job)
-            undone.remove(worker.job)
-            idle.append(worker)
+            free.append(worker)
+            waiting[:0] = further(worker.job)
+            hand_out()
     except KeyboardInterrupt:
         on_interrupt()
         raise

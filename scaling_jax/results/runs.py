@@ -134,8 +134,14 @@ def read_runs(workdir: Path, on_run: Callable[[int, int], object] = lambda done,
     records: list[RunRecord] = []
     for folder in folders:
         on_run(len(records), len(folders))
-        records.append(_read_run(folder))
+        records.append(read_run(folder))
     return tuple(records)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """A run and its records; it may still train. Raises UserError if they are damaged."""
+    config, result = read_run_config(folder), read_result(folder)
+    return RunRecord(folder, config.run, config.corpus, result, read_course(folder, result, config.sha256))
 
 
 def check_runs(workdir: Path) -> None:
@@ -258,11 +264,6 @@ def ratio_of_means(
     cov = (weights[:, None] * residuals_Lx2).T @ residuals_Lx2 / dof
     low, high, bounded = fieller(trace, sq_norm, cov, float(stdtrit(dof, 0.5 + confidence / 2)))
     return (trace / sq_norm, max(low, 0.0), high) if bounded and sq_norm > 0 else None
-
-
-def _read_run(folder: Path) -> RunRecord:
-    config, result = read_run_config(folder), read_result(folder)
-    return RunRecord(folder, config.run, config.corpus, result, read_course(folder, result, config.sha256))
 
 
 def _curve(run: Run) -> Run:

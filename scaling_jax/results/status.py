@@ -9,9 +9,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from scaling_jax.io.locks import lock_state
+from scaling_jax.io.stores import working_copy
 from scaling_jax.results.results import Results, missing_cells, read_results
-from scaling_jax.results.runs import RunRecord, deal_by_cell
+from scaling_jax.results.runs import RunRecord, deal_by_cell, read_runs
 from scaling_jax.scanning import relative_cost
+from scaling_jax.scanning.budget_plan import USUAL_RATES as BUDGET_RATES
+from scaling_jax.scanning.budget_records import finder, is_budget_scan, read_budget_scan
+from scaling_jax.scanning.budget_search import search_all
 from scaling_jax.training.records import read_clock
 
 USUAL_RATES = 3  # learning rates that a cell usually tries
@@ -45,7 +49,7 @@ class Status(NamedTuple):
 
 
 def read_status(folder: str | Path, on_run: Callable[[int, int], object] = lambda done, total: None) -> Status:
-    """The state of a scan or of single runs, from what they have written so far.
+    """The state of a scan, a budget scan or single runs, from what they have written so far.
 
     Args:
       on_run: see `read_results`.
@@ -53,7 +57,10 @@ def read_status(folder: str | Path, on_run: Callable[[int, int], object] = lambd
     Raises:
       UserError: if the folder holds no results.
     """
-    results = read_results(folder, on_run=on_run)
+    workdir = working_copy(folder)
+    if is_budget_scan(workdir):
+        return _of_budgets(workdir, [_see(record) for record in read_runs(workdir, on_run)])
+    results = read_results(workdir, on_run=on_run)
     seen = [_see(record) for record in results.runs]
     return _of_runs(results, seen) if results.experiment is None else _of_scan(results, seen)
 
@@ -92,6 +99,26 @@ def _of_scan(results: Results, seen: list[_Seen]) -> Status:
     if running and spent - spent_before > 0.02 * cost:
         left = (now - since) * (cost - spent) / (spent - spent_before)
     return Status(experiment.name, "batch sizes", running, parts, spent / cost, left)
+
+
+def _of_budgets(workdir: Path, seen: list[_Seen]) -> Status:
+    scan, now = read_budget_scan(workdir), time.time()
+    running, since = lock_state(workdir / ".lock")
+    searches = search_all(scan, finder(scan, workdir))
+    of_cell = {cell: [r for r in seen if cell == (r.record.run.model.name, *_batch_and_seed(r))] for cell in scan.cells}
+    parts, cost, spent = [], 0, 0
+    for cell in scan.cells:
+        search, tokens = searches.get(cell), scan.plan(cell, 0).num_tokens
+        tried = 0 if search is None else len(search.tried)
+        complete = search is not None and not search.wanted
+        parts.append(_part_status(cell.name, of_cell[cell], complete, running, since, now))
+        spent += tokens * tried
+        cost += tokens * (tried if complete else max(BUDGET_RATES, tried + 1))
+    return Status(scan.name, "batch sizes", running, parts, spent / cost, None)
+
+
+def _batch_and_seed(run: _Seen) -> tuple[int, int]:
+    return run.record.run.batch_tokens, run.record.run.seed
 
 
 def _of_runs(results: Results, seen: list[_Seen]) -> Status:

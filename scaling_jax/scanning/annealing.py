@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scaling_jax.io import UserError
-from scaling_jax.training import Progress, Run, RunResult, Schedule, train
+from scaling_jax.training import Progress, Run, RunResult, Schedule, run_folder, train
 from scaling_jax.training.examples import Data
+from scaling_jax.training.records import DamagedRecords, whole_result
 from scaling_jax.training.schedules import DecayForm
 
 
@@ -129,9 +130,29 @@ def train_annealed(
 
     if train_one(plan.trunk, None).status == "diverged":
         return []
-    results = [(run, train_one(run, plan.trunk)) for run in plan.annealed]
+    return _annealed(plan, [train_one(run, plan.trunk) for run in plan.annealed])
+
+
+def finished_losses(plan: AnnealingPlan, workdir: Path) -> list[AnnealedLoss] | None:
+    """What `train_annealed` would return without training; None if some of its runs aren't done, or are damaged."""
+    trunk = _finished(run_folder(workdir, plan.trunk))
+    if trunk is None or trunk.status == "diverged":
+        return None if trunk is None else []
+    results = [_finished(run_folder(workdir, run)) for run in plan.annealed]
+    done = [result for result in results if result is not None]
+    return _annealed(plan, done) if len(done) == len(results) else None
+
+
+def _finished(folder: Path) -> RunResult | None:
+    try:
+        return whole_result(folder)
+    except DamagedRecords:  # `train` says so and trains it again
+        return None
+
+
+def _annealed(plan: AnnealingPlan, results: list[RunResult]) -> list[AnnealedLoss]:
     return [
         AnnealedLoss(run.model.name, run.batch_tokens, result.tokens, result.test_loss, run.learning_rate, run.seed)
-        for run, result in results
+        for run, result in zip(plan.annealed, results, strict=True)
         if result.test_loss is not None and result.status == "exhausted"
     ]

@@ -21,6 +21,9 @@ from typing import Any
 from scaling_jax.io import UserError
 from scaling_jax.io.config import from_dict, read_config, sealed, to_dict, unsealed
 from scaling_jax.io.files import read_whole, write_json
+from scaling_jax.scanning.budget_records import SCAN as BUDGET_SCAN
+from scaling_jax.scanning.budget_records import parse_budget_scan
+from scaling_jax.scanning.budget_scan import BudgetScan
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
 from scaling_jax.tasks import TaskModel
 from scaling_jax.training import Recipe, Run
@@ -177,26 +180,38 @@ def load_experiment(path: Path) -> Experiment:
     Raises:
       UserError: if there is no such file, it can't be run, or it defines no experiment.
     """
-    experiment = _definitions(path).get("EXPERIMENT")
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"{path} defines no EXPERIMENT: write EXPERIMENT = Experiment(…)")
+    experiment = load_scan(path)
+    if isinstance(experiment, BudgetScan):
+        raise UserError(f"{path} defines a budget scan, and this needs a scan of steps to a loss: Experiment(…)")
     return experiment
 
 
-def source_of(experiment: Experiment) -> tuple[Path | None, bool]:
+def load_scan(path: Path) -> Experiment | BudgetScan:
+    """Like `load_experiment`, or the budget scan in a Python file or in a budget_scan.json."""
+    experiment = _definitions(path).get("EXPERIMENT")
+    if not isinstance(experiment, (Experiment, BudgetScan)):
+        raise UserError(
+            f"{path} defines no EXPERIMENT: write EXPERIMENT = Experiment(…), or BudgetScan(…) for losses at budgets"
+        )
+    return experiment
+
+
+def source_of(experiment: Experiment | BudgetScan) -> tuple[Path | None, bool]:
     """(the Python file that defines the experiment's tasks, or None; True if other processes can get the tasks)."""
     files = {s.model.trainable.source for s in experiment.subjects if isinstance(s.model, TaskModel)}
     return next(iter(files), None), None not in files and len(files) < 2
 
 
 def load_plan(path: Path) -> Experiment | dict[str, Run]:
-    """Like `load_experiment`; if a Python file has no `EXPERIMENT`, its `RUNS` by name.
+    """Like `load_experiment`; if a Python file has no `EXPERIMENT`, its `RUNS` by name. Of a budget scan its trunks.
 
     Raises:
       UserError: if there is no such file, it can't be run, or it defines neither.
     """
     defined = _definitions(path)
     plan = defined.get("EXPERIMENT", defined.get("RUNS"))
+    if isinstance(plan, BudgetScan):
+        return {cell.name: plan.plan(cell, 0).trunk for cell in plan.cells}
     if isinstance(plan, Experiment) or (isinstance(plan, dict) and all(isinstance(r, Run) for r in plan.values())):
         return plan
     raise UserError(
@@ -239,13 +254,14 @@ def _definitions(path: Path) -> dict[str, Any]:
         except (Exception, SystemExit) as error:
             what = traceback.format_exception_only(error)[-1].strip()
             raise UserError(f"{path}{_line(path, error)} can't be run: {what}") from error
-    return {"EXPERIMENT": parse_experiment(path, "give a scan's experiment.json, without sha256 if you changed it")}
+    parse = parse_budget_scan if path.name == BUDGET_SCAN else parse_experiment
+    return {"EXPERIMENT": parse(path, f"give a scan's {path.name}, without sha256 if you changed it")}
 
 
 def _note_source(defined: dict[str, Any], path: Path) -> None:
     """Lets tasks know the file that defines them, so that other processes can run it too."""
     experiment, runs = defined.get("EXPERIMENT"), defined.get("RUNS")
-    models = [s.model for s in experiment.subjects] if isinstance(experiment, Experiment) else []
+    models = [s.model for s in experiment.subjects] if isinstance(experiment, (Experiment, BudgetScan)) else []
     models += [
         run.model
         for run in (defined.get("RUN"), *(runs if isinstance(runs, dict) else {}).values())

@@ -34,7 +34,7 @@ from scaling_jax.scanning.records import check_same_recipe, read_search, source_
 from scaling_jax.scanning.search import in_order
 from scaling_jax.scanning.worker import Event, train_in_workers
 from scaling_jax.tasks import Model
-from scaling_jax.training import Interrupted, Progress, Run
+from scaling_jax.training import Interrupted, Progress, Recipe, Run
 from scaling_jax.training.optimizers import check_optimizer
 from scaling_jax.training.program import program_for
 
@@ -105,7 +105,7 @@ def scan(
                 corpus = corpus_of(experiment, cell)
                 checksums[cell.model] = corpus.manifest["sha256"]
                 if is_first():
-                    _check_same_text(workdir, experiment, checksums[cell.model])
+                    check_same_text(workdir, experiment, checksums[cell.model])
             if len(set(checksums.values())) > 1:
                 raise UserError(f"{' and '.join(checksums)} have different data: scan them in two folders")
             if is_first():
@@ -153,7 +153,8 @@ def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:
     return in_order(experiment, sorted(missing, key=lambda cell: -relative_cost(experiment, cell)))
 
 
-def _check_same_text(workdir: Path, experiment: Experiment, sha256: str) -> None:
+def check_same_text(workdir: Path, experiment: Recipe, sha256: str) -> None:
+    """Raises UserError if a folder holds runs on other data than those with this checksum."""
     for path in (workdir / "runs").glob("*/result.json"):
         found = None
         with contextlib.suppress(OSError, ValueError, AttributeError):  # `read_result` reports a damaged file later

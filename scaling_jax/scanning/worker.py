@@ -45,7 +45,7 @@ def train_in_workers(
     """Trains the cells in order, with one worker on each of `cores`.
 
     Args:
-      first: the cells that must be done before a cell.
+      first: the cells that must be done before a cell; those that aren't among `cells` are done.
       lock: descriptor of the lock file, so that the workers hold the lock until they end.
       platform: JAX's platform; None lets JAX choose, which prefers accelerators.
       source: the Python file that defines the experiment's tasks, if it has any. Workers run it.
@@ -54,9 +54,20 @@ def train_in_workers(
       UserError, OSError: if a worker raised it, or a worker died.
       KeyboardInterrupt: after the workers have saved their runs and ended.
     """
+    left, given = set(cells), set()
+
+    def ready() -> list[Cell]:
+        found = [cell for cell in cells if cell not in given and not left.intersection(first(cell))]
+        given.update(found)
+        return found
+
+    def done(cell: Cell) -> None:
+        left.remove(cell)
+        on_event(Event(cell))
+
     log = f"worker-{socket.gethostname()}-{os.getpid()}"
     run_jobs(
-        cells,
+        ready(),
         [
             Command(
                 ("-c", _START, str(workdir), *([str(source)] if source else [])),
@@ -67,10 +78,10 @@ def train_in_workers(
             )
             for core in cores
         ],
-        on_done=lambda cell: on_event(Event(cell)),
+        on_done=done,
+        further=lambda _: ready(),
         on_message=lambda message: on_event(read_event(message)),
         on_interrupt=lambda: on_event(STOPPING),
-        first=first,
     )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 
 import pytest
 
@@ -89,30 +90,37 @@ def test_a_signal_that_has_to_wait_is_said_at_once(tmp_path):
     assert "saving" in output.splitlines()[0]
 
 
-@pytest.mark.parametrize("deep", [False, True])
-def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(deep):
+@pytest.mark.parametrize("where", ["collector", "weak reference", "destructor"])
+def test_ctrl_c_where_python_ignores_what_is_raised_is_not_lost(where):
     """Python would print that it ignores the exception, and go on."""
     sent = []
 
-    def press():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0)  # the handler runs here at the latest
-
-    def callback(phase, info):
+    def press(*_):
         if not sent:
-            sent.append(phase)
-            press() if deep else os.kill(os.getpid(), signal.SIGINT)
+            sent.append(where)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)  # the handler runs here at the latest
+
+    class Thing:
+        if where == "destructor":
+            __del__ = press
 
     def collect():
+        thing = Thing()
+        reference = weakref.ref(thing, press if where == "weak reference" else None)
+        del thing
         gc.collect()
         time.sleep(5)
+        del reference
 
-    gc.callbacks.append(callback)
+    if where == "collector":
+        gc.callbacks.append(press)
     try:
         with before_training(), pytest.raises(KeyboardInterrupt):
             collect()
     finally:
-        gc.callbacks.remove(callback)
+        if where == "collector":
+            gc.callbacks.remove(press)
     assert sent
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -80,6 +80,24 @@ def test_a_slow_job_holds_up_its_own_worker_alone(tmp_path, commands):
     assert done == [1, 2, 3, 4, 5, "wait"]
 
 
+def test_jobs_that_come_up_later_go_to_workers_that_are_free_and_to_new_ones(tmp_path, commands):
+    done: list = []
+
+    def further(job):
+        return [10, 11, "wait"] if job == 1 else [12] if job == 10 else []
+
+    def on_done(job):
+        done.append(job)
+        if len(done) == 4:
+            (tmp_path / "asked").touch()
+
+    run_jobs([1], commands(3), on_done=on_done, further=further)
+    assert sorted(done, key=str) == [1, 10, 11, 12, "wait"]
+    assert done[0] == 1
+    assert done[-1] == "wait"  # held up nobody else
+    assert 2 <= len({process for _, process in given(tmp_path)}) <= 3
+
+
 @pytest.mark.parametrize("how", ["die", "fail"])
 def test_a_worker_that_dies_is_named_with_the_last_line_of_its_log(tmp_path, commands, how):
     log = tmp_path / "logs" / "0.log"
