@@ -15,12 +15,12 @@ EXPERIMENT = Experiment(
         Subject(
             model_config("llama-1x32"),
             log_spaced(2.1, 1.85, 8),
-            LearningRates(8e-3, 512, places=4, most=10, catch_up=0.15),
+            LearningRates(8e-3, 512, places=4, most=10),
         ),
         Subject(
             model_config("llama-2x64"),
             log_spaced(1.95, 1.6, 12),
-            LearningRates(3e-3, 512, places=4, most=10, catch_up=0.15),
+            LearningRates(3e-3, 512, places=4, most=10),
         ),
     ),
     batch_tokens=powers_of_two(256, 16_384),
