@@ -14,7 +14,7 @@ Takes 6 to 12 minutes on two CPU cores by its dry run (`--dry-run`): a trunk and
 of the longest run. What came out of an earlier form, with four fixed rates at each batch size, is in
 experiments/results/horizon. At every horizon the smallest batches are the best, as far as can be told; 4,096 tokens
 cost 0.41 nats at 131k tokens, 0.21 at 1.05M. B_crit is 1.6k tokens [1.3k, 2.0k] at 2.39 nats and 2.1k [1.8k, 2.5k] at
-2.19; further down too few batches reach the loss. The demo, at constant rates, has 2.9k at 2.22 nats for this model:
+2.19; further down too few batches reach the loss. The demo, at constant rates, has 2.6k at 2.22 nats for this model:
 small batches gain more from a decay than large ones do, so B_crit of decayed runs is lower.
 """
 

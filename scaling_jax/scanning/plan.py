@@ -29,7 +29,7 @@ MOST_WORKERS = 8  # memory is the limit, because each worker loads its own JAX
 PROCESS_BYTES = 600 << 20  # memory of a worker before it holds a model
 EFFICIENCY = 0.3  # speed of training steps against a large matrix product, where no steps can be timed
 TYPICAL_B_CRIT = 2_000  # tokens, for small models at the losses that they reach
-DEMO_SHARE = 0.0175  # `ScanPlan.share` of the demo: its runs took 1/17 of the tokens that they might have taken
+DEMO_SHARE = 0.0118  # `ScanPlan.share` of the demo: its runs took 1/26 of the tokens that they might have taken
 
 
 class CellPlan(NamedTuple):
