@@ -12,8 +12,8 @@ ways to judge a loss after D tokens, each at its own best learning rate, by the 
 - constant: the plain weights of a run with a constant rate.
 
 Takes 14 minutes with one worker on a free core. Decays and averages need the same steps to a loss within 3 %. Cosine
-runs need 1.2 to 1.6 times as many, and their B_crit is 0.73 [0.59, 0.89] times that of decays. Plain weights need up to
-40 % more steps at small batches, and their B_crit is 1.36 [1.12, 1.65] times that of decays: experiments/results/decays.
+runs need 1.2 to 1.6 times as many, and their B_crit is 0.73 [0.59, 0.89] times that of decays. Plain weights need up
+to 40 % more steps at small batches; theirs is 1.36 [1.12, 1.65] times that of decays: experiments/results/decays.
 
 Writes losses.csv (which `scaling-jax fit losses.csv --to-steps` reads, with the ways as models) and compared.csv.
 """
