@@ -2,7 +2,7 @@
 
     python experiments/decays.py [RESULTS] [WORKERS]      # results/decays and 1 unless given
 
-The demo's smaller model (1×32) on Python source, at four batch sizes and three horizons each. At each batch size four
+The demo's smaller model (1×32) on Python source, at six batch sizes and three horizons each. At each batch size four
 ways to judge a loss after D tokens, each at its own best learning rate, by the search of budget scans:
 
 - annealed: a decay to zero over the last tenth of D, branched off one run with a constant rate. One whole WSD run at
@@ -10,6 +10,10 @@ ways to judge a loss after D tokens, each at its own best learning rate, by the 
 - cosine: a whole run to D whose rate falls along a cosine to zero;
 - average: a run to D with a constant rate, judged by an average of its weights with a half-life of D/16;
 - constant: the plain weights of a run with a constant rate.
+
+Takes 14 minutes with one worker on a free core. Decays and averages need the same steps to a loss within 3 %. Cosine
+runs need 1.2 to 1.6 times as many, and their B_crit is 0.73 [0.59, 0.89] times that of decays. Plain weights need up
+to 40 % more steps at small batches; theirs is 1.36 [1.12, 1.65] times that of decays: experiments/results/decays.
 
 Writes losses.csv (which `scaling-jax fit losses.csv --to-steps` reads, with the ways as models) and compared.csv.
 """
