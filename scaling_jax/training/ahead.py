@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from scaling_jax.training.integrity import state_checksum
 from scaling_jax.training.journal import Position, steps_left
 from scaling_jax.training.program import Program, TrainState, compiled_steps
 from scaling_jax.training.run import Run
@@ -38,12 +39,17 @@ class Ahead:
     def expect(self, program: Program | None, state: TrainState, rows: Any, own_rows: bool) -> None:
         """Starts to compile a program that will be needed. Takes shapes and places of `Program.steps`'s arguments.
 
+        Call it once the run has evaluated, so that no compilation of the training thread waits behind this one.
+
         Args:
           program: of the next stage; None if there is none.
           state, rows, own_rows: of the call before; only the batch size may differ.
         """
         if not self._on or program is None or program == self._program:
             return
+        if self._program is None:
+            # Saving compiles this. On a CPU that would wait for the thread, and an interrupt with it.
+            state_checksum(state)
         self._program = program
         compile_steps = _compilation(program, state, rows, own_rows)
         self._thread = threading.Thread(target=_quietly, args=(compile_steps,), daemon=True, name="compiles ahead")

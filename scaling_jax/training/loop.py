@@ -124,7 +124,7 @@ def _train_until_done(
     run, journal, state = attempt.run, attempt.journal, attempt.state
     if attempt.ended is not None:
         return state, attempt.ended
-    examples = held_out(run, corpus)
+    examples, evaluated = held_out(run, corpus), False
     while True:
         here, call = journal.here, next_call(run, journal.here)
         program = programs(here.now)
@@ -133,7 +133,6 @@ def _train_until_done(
         there = expected(run, here, call)
         feeder.expect(span(there, next_call(run, there)))
         state, series = program.steps(state, rows, order, rates_of_steps(here, call), run.steps_of_warmup, own_rows)
-        ahead.expect(program_to_come(run, here, programs), state, rows, own_rows)
         status = journal.write(
             call,
             series,
@@ -142,6 +141,9 @@ def _train_until_done(
             noise_scale=functools.partial(noise_scale_so_far, state.noise),
             **from_first(_live_measurement(run, state, corpus.train, there.step)),
         )
+        evaluated = evaluated or call.evaluate
+        if evaluated and status is None:
+            ahead.expect(program_to_come(run, here, programs), state, rows, own_rows)
         if call.snapshot:
             attempt.keep_snapshot(state)
         if status is not None:

@@ -1,5 +1,6 @@
 """The next stage's program is compiled while the present one trains; that changes nothing else."""
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -8,9 +9,10 @@ import jax
 import pytest
 
 from scaling_jax.data import feeding
-from scaling_jax.training import Interrupted, LiveRamp, Stage, ahead, read_metrics, run_folder, train
+from scaling_jax.training import Interrupted, LiveRamp, Stage, ahead, integrity, read_metrics, run_folder, train
 from scaling_jax.training import program as programs
 from scaling_jax.training.ahead import Ahead, compiling, program_to_come
+from scaling_jax.training.attempt import Attempt
 from scaling_jax.training.journal import position
 from scaling_jax.training.program import Program, program_for
 from tests.training.counting import CORPUS, RUN
@@ -19,33 +21,42 @@ RAMP = dataclasses.replace(RUN, batch_tokens=64, max_steps=None, max_tokens=4_09
 LIVE = dataclasses.replace(RAMP, ramp=(), live_ramp=LiveRamp(threshold=1e-3, max_batch_tokens=128, every_steps=30))
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """(batch size, compilations that the training thread waited for, all compilations) of each call of the program."""
-    programs.compiled_steps.cache_clear()
-    events, calls = [], []
+@contextlib.contextmanager
+def monitored():
+    """A list to which each compilation adds whether the training thread waits for it."""
+    events = []
 
     def listen(name, seconds, **_):
         if name.endswith("backend_compile_duration"):
             events.append(threading.current_thread() is threading.main_thread())
 
-    steps = Program.steps
-
-    def counted(self, *args, **options):
-        before = len(events)
-        found = steps(self, *args, **options)
-        calls.append((self.batch_sequences, sum(events[before:]), len(events) - before))
-        return found
-
-    monkeypatch.setattr(Program, "steps", counted)
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield calls
-    jax.monitoring.unregister_event_duration_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """(batch in sequences, compilations that the training thread waited for) of each call of the program."""
+    programs.compiled_steps.cache_clear()
+    calls, steps = [], Program.steps
+    with monitored() as events:
+
+        def counted(self, *args, **options):
+            before = len(events)
+            found = steps(self, *args, **options)
+            calls.append((self.batch_sequences, sum(events[before:])))
+            return found
+
+        monkeypatch.setattr(Program, "steps", counted)
+        yield calls
 
 
 def waited_for(calls):
     """{batch in sequences: compilations inside of calls with it}."""
-    return {batch: sum(own for b, own, _ in calls if b == batch) for batch, *_ in calls}
+    return {batch: sum(own for b, own in calls if b == batch) for batch, _ in calls}
 
 
 @pytest.mark.slow
@@ -91,8 +102,19 @@ def endless(monkeypatch):
     end.set()
 
 
-def test_an_interrupt_does_not_wait_for_the_compilation_and_the_run_goes_on_later(tmp_path, endless):
+def test_an_interrupt_does_not_wait_for_the_compilation_and_the_run_goes_on_later(tmp_path, endless, monkeypatch):
+    """Nor does saving compile anything meanwhile, which on a CPU would wait behind the thread."""
     train(RAMP, tmp_path / "whole", corpus=CORPUS, num_devices=1, compile_ahead=False)
+    sums = integrity._weighted_sums.__wrapped__
+    monkeypatch.setattr(integrity, "_weighted_sums", jax.jit(lambda *leaf: sums(*leaf)))  # as in a new process
+    behind, save = [], Attempt.save
+
+    def saves(self, state):
+        with monitored() as events:
+            save(self, state)
+        behind.append(sum(events))
+
+    monkeypatch.setattr(Attempt, "save", saves)
     boundary = RAMP.ramp[0].tokens
 
     def waits_at_the_boundary():
@@ -101,6 +123,7 @@ def test_an_interrupt_does_not_wait_for_the_compilation_and_the_run_goes_on_late
     with pytest.raises(Interrupted):
         train(RAMP, tmp_path / "cut", corpus=CORPUS, num_devices=1, should_stop=waits_at_the_boundary)
     assert compiling()
+    assert behind == [0]
     endless.set()
     train(RAMP, tmp_path / "cut", corpus=CORPUS, num_devices=1)
     whole, cut = ((run_folder(tmp_path / w, RAMP) / "metrics.jsonl").read_bytes() for w in ("whole", "cut"))
