@@ -51,10 +51,10 @@ def test_an_experiment_that_cannot_work_is_refused_before_it_trains(changes, mes
         dataclasses.replace(DEMO, **changes)
 
 
-def test_the_demo_has_two_sizes_and_seven_batches():
+def test_the_demo_has_two_sizes_seven_batches_and_two_seeds():
     assert len(DEMO.subjects) == 2
     assert len(DEMO.batch_tokens) == 7
-    assert len(DEMO.cells) == 14
+    assert len(DEMO.cells) == 28
 
 
 def test_learning_rates_follow_the_rule_in_steps_of_the_factor():
