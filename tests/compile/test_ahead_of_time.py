@@ -167,7 +167,7 @@ def test_a_file_without_a_plan_is_refused(tmp_path):
         load_plan(tmp_path / "mine.py")
 
 
-@pytest.mark.parametrize("name", ["kaplan_3m_85m", "kaplan_small", "gpt_85m_ramp"])
+@pytest.mark.parametrize("name", ["kaplan_3m_85m", "kaplan_budgets", "kaplan_small", "gpt_85m_ramp"])
 def test_the_large_experiments_plan_batches_of_the_papers_tokens(name):
     runs = planned_runs(load_plan(EXPERIMENTS / f"{name}.py"))
     assert {run.model.context for run in runs} == {1_024}
