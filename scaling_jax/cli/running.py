@@ -12,6 +12,7 @@ from scaling_jax.cli import Folder, Overrides, Size, app
 from scaling_jax.cli.budgets import refuse_budget_scan, scan_at_budgets
 from scaling_jax.cli.results import show
 from scaling_jax.io import UserError
+from scaling_jax.io.config import check_positive
 
 
 @app.command
@@ -54,6 +55,7 @@ def scan(
     overrides: Overrides = (),
     results: Folder = None,
     dry_run: bool = False,
+    minutes: float | None = None,
     executor: Literal["local", "ray", "slurm"] = "local",
     executor_options: tuple[str, ...] = (),
     command: str | None = None,
@@ -78,6 +80,7 @@ def scan(
       overrides: values to change, such as max_tokens=2e6 seeds=[0,1] optimizer.beta2=0.95.
       results: folder for runs, tables and figures, or gs://bucket/folder; by default results/<name of the experiment>.
       dry_run: time some steps, show what the scan needs, probably and at most, and train nothing.
+      minutes: stop after so many minutes, and fit what is there. The middle batch sizes come first.
       executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder;
         also for --command.
       executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
@@ -95,6 +98,10 @@ def scan(
     """
     from scaling_jax.parallel import connect
 
+    if minutes is not None:
+        check_positive("--minutes", minutes)
+        if coordinator is not None or command is not None:
+            raise UserError("--minutes works in one process that trains models of this package: leave it out")
     if executor != "local" and coordinator is not None:
         raise UserError(f"--coordinator works only with --executor local, not with --executor {executor}")
     if executor == "local" and not dry_run:
@@ -108,13 +115,13 @@ def scan(
     given = load_scan(experiment)
     changed = with_other_halves(given, overrides)
     if isinstance(given, BudgetScan):
-        if command is not None or executor != "local":
-            raise UserError("a budget scan trains on this machine: leave out --command and --executor")
+        if command is not None or executor != "local" or minutes is not None:
+            raise UserError("a budget scan trains on this machine: leave out --command, --executor and --minutes")
         scan_at_budgets(with_overrides(given, changed).with_tasks_of(given), results, dry_run, tensorboard, wandb)
         return
     loaded = with_overrides(given, changed).with_tasks_of(given)
     if command is None:
-        _scan(loaded, results, dry_run, tensorboard, wandb, executor, executor_options)
+        _scan(loaded, results, dry_run, tensorboard, wandb, minutes, executor, executor_options)
         return
     if coordinator is not None or tensorboard or wandb:
         raise UserError(
@@ -280,7 +287,9 @@ def branch(
     show(found.folder)
 
 
-def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", executor_options=()) -> None:
+def _scan(
+    experiment, results, dry_run, tensorboard, wandb, minutes=None, executor="local", executor_options=()
+) -> None:
     from scaling_jax.console import commands
     from scaling_jax.console.dashboards import asked_for
     from scaling_jax.io.stores import working_copy
@@ -297,7 +306,7 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, executor="local", ex
         Terminal(functools.partial(in_unit, unit=experiment.unit)).print(plan_table(plan_scan(experiment, results)))
         return
     engine = {"executor": executor, "executor_options": executor_options}
-    commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **engine)
+    commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), minutes, **engine)
     with together():
         if is_first():
             show(results)

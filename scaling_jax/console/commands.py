@@ -18,7 +18,7 @@ from rich.text import Text
 
 from scaling_jax.console.dashboards import Follower, Writer
 from scaling_jax.console.grid import Grid
-from scaling_jax.console.signals import heard_at_once, leave, sigterm_interrupts
+from scaling_jax.console.signals import heard_at_once, leave, sigterm_interrupts, stopped_after
 from scaling_jax.console.terminal import Terminal
 from scaling_jax.io import UserError
 from scaling_jax.parallel import Sharding, is_first, together
@@ -41,12 +41,17 @@ LOG_SECONDS = 60.0  # between lines if the output is no terminal
 
 
 def scan_on_console(
-    experiment: Experiment, results: Path, writers: Iterable[Callable[[Path], Writer]] = (), **options: Any
+    experiment: Experiment,
+    results: Path,
+    writers: Iterable[Callable[[Path], Writer]] = (),
+    minutes: float | None = None,
+    **options: Any,
 ) -> None:
     """Runs a scan, and shows its progress on the console and in dashboards.
 
     Args:
       writers: open a run in a dashboard; see `dashboards.asked_for`.
+      minutes: the scan stops then, with all runs saved; None: at its end.
       options: see `scan`.
 
     Raises:
@@ -70,9 +75,18 @@ def scan_on_console(
                 follower.look()
 
         terminated = stack.enter_context(sigterm_interrupts())
+        over = stack.enter_context(stopped_after(minutes))
         try:
             scan(experiment, results, on_event=on_event, **options)
         except (KeyboardInterrupt, Interrupted) as stopped:
+            if over():
+                ended = sum(finished_runs(experiment, cell, results) is not None for cell in experiment.cells)
+                console.print(
+                    f"{minutes:g} minutes are over: {ended} of {len(experiment.cells)} searches have ended, the "
+                    "others' runs are saved; run the same command again to continue",
+                    soft_wrap=True,
+                )
+                return
             leave(isinstance(stopped, KeyboardInterrupt) and not terminated(), console.print)
 
 

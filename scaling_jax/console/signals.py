@@ -122,6 +122,27 @@ def sigterm_interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def stopped_after(minutes: float | None) -> Iterator[Callable[[], bool]]:
+    """Sends the process SIGTERM after some minutes. Yields a function that returns True once it has."""
+    over = threading.Event()
+    if minutes is None:
+        yield over.is_set
+        return
+
+    def stop() -> None:
+        over.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield over.is_set
+    finally:
+        timer.cancel()
+
+
 def _end_now(say: Callable[[str], None], name: str, by_hand: bool) -> NoReturn:
     """Ends the process from a thread, while its main thread is in a compilation, which nothing else can stop."""
     if not by_hand:

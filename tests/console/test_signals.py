@@ -11,7 +11,9 @@ import weakref
 
 import pytest
 
+from scaling_jax.console import commands
 from scaling_jax.console.signals import before_training
+from scaling_jax.scanning.experiment import QUICK
 
 PREAMBLE = """
 import signal, sys, time
@@ -150,3 +152,21 @@ def test_a_command_does_not_wait_for_the_compilation_of_a_stage_to_come(number, 
     assert found == status
     assert seconds < 20
     assert "saved" in output
+
+
+def test_a_scan_with_a_limit_stops_then_and_says_how_far_it_is(monkeypatch, tmp_path, capsys):
+    def waits(*args, **options):
+        time.sleep(30)
+
+    monkeypatch.setattr(commands, "scan", waits)
+    began = time.monotonic()
+    commands.scan_on_console(QUICK, tmp_path, minutes=0.02)
+    assert 1 < time.monotonic() - began < 10
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.02 minutes are over: 0 of 14 searches have ended, the others' runs are saved; run the same" in said
+
+
+def test_a_scan_that_ends_before_its_limit_is_not_stopped(monkeypatch, tmp_path):
+    monkeypatch.setattr(commands, "scan", lambda *args, **options: time.sleep(0.1))
+    commands.scan_on_console(QUICK, tmp_path, minutes=0.01)
+    time.sleep(1)  # SIGTERM would end the process
