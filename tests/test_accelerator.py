@@ -70,7 +70,7 @@ def check_all(out, statuses):
     assert (out / "kaplan.tar.xz").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_of_the_rehearsal(tmp_path):
     (tmp_path / "luggage").mkdir()
     out, statuses = rehearse(tmp_path, sys.executable, "--stages", "many")

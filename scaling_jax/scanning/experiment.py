@@ -262,8 +262,16 @@ DEMO = Experiment(
 QUICK = Experiment(
     name="quick-demo",
     subjects=(
-        Subject(model_config("1x16"), log_spaced(2.8, 2.5, 6), LearningRates(1.6e-2, 2_048, most=3)),
-        Subject(model_config("1x32"), log_spaced(2.7, 2.4, 7), LearningRates(8e-3, 2_048, most=3)),
+        Subject(
+            model_config("1x16"),
+            log_spaced(2.8, 2.5, 6),
+            LearningRates(1.6e-2, 2_048, most=3, catch_up=0.15, search="grid"),
+        ),
+        Subject(
+            model_config("1x32"),
+            log_spaced(2.7, 2.4, 7),
+            LearningRates(8e-3, 2_048, most=3, catch_up=0.15, search="grid"),
+        ),
     ),
     batch_tokens=powers_of_two(128, 8_192),
     max_tokens=1_500_000,

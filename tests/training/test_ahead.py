@@ -59,13 +59,12 @@ def waited_for(calls):
     return {batch: sum(own for b, own in calls if b == batch) for batch, _ in calls}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_devices": 2, "own_rows": True},
-        {"num_devices": 2, "sharding": "fsdp"},
-        {"num_devices": 2, "backend": "shard_map"},
+        pytest.param({"num_devices": 2, "backend": "shard_map"}, marks=pytest.mark.slow),
+        pytest.param({"num_devices": 2, "own_rows": True}, marks=pytest.mark.long),
+        pytest.param({"num_devices": 2, "sharding": "fsdp"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
