@@ -8,7 +8,7 @@ The middle batch of a model is searched first, then the others outwards. What th
   at √2 on either side says where the minimum is, to a few per cent of steps, and no run between need be trained.
 - A run that is late makes up for little of that: the less, the nearer its rate is to the best (`_CATCH_UP`).
 
-Noisy quadratics and the demo need 2.5 and 2 times as many tokens as their best runs alone, against 23 and 4 with the
+Noisy quadratics and the demo need 2.5 times as many tokens as their best runs alone, against 24 and 4 times with the
 search of each cell on its own (experiments/quadratic_scan.py, docs/measuring.md).
 """
 
