@@ -12,7 +12,7 @@ import pytest
 
 from scaling_jax.io import UserError
 from scaling_jax.scanning import Cell, Event, Experiment, LearningRates, Subject, executors
-from scaling_jax.scanning.records import write_experiment
+from scaling_jax.scanning.records import write_experiment, write_search
 from scaling_jax.scanning.worker import event_message, read_event, train_in_workers
 from scaling_jax.tasks import model_config
 from scaling_jax.training import Progress
@@ -241,3 +241,23 @@ def test_a_submitit_job_that_is_preempted_is_queued_again_and_continues(undistur
     lines = (results / "logs" / f"{OTHER.file_name}.jsonl").read_text().splitlines()
     steps = [json.loads(line)["progress"]["step"] for line in lines]
     assert steps == sorted(set(steps))  # the state was saved: nothing was trained twice
+
+
+def test_a_job_first_trains_the_cells_that_guide_its_own_unless_others_have(tmp_path, monkeypatch):
+    subject = Subject(model_config("1x16"), (3.0,), LearningRates(1e-2, 1_000))
+    experiment = Experiment("guided", (subject,), (128, 256, 512, 1_024, 2_048), 1_000)
+    write_experiment(tmp_path, experiment)
+    monkeypatch.setenv("SCALING_JAX_CACHE", str(tmp_path))  # the job sets it
+    trained = []
+
+    def train(workdir, cells, *args, **options):
+        for cell in cells:
+            trained.append(cell.batch_tokens)
+            write_search(workdir, experiment, cell, [])
+
+    monkeypatch.setattr(executors, "train_in_workers", train)
+    cells = {cell.batch_tokens: cell for cell in experiment.cells}
+    assert executors.CellJob(tmp_path, tmp_path, cells[2_048])() is None
+    assert trained == [512, 1_024, 2_048]
+    assert executors.CellJob(tmp_path, tmp_path, cells[256])() is None
+    assert trained == [512, 1_024, 2_048, 256]
