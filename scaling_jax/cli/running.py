@@ -80,7 +80,7 @@ def scan(
       overrides: values to change, such as max_tokens=2e6 seeds=[0,1] optimizer.beta2=0.95.
       results: folder for runs, tables and figures, or gs://bucket/folder; by default results/<name of the experiment>.
       dry_run: time some steps, show what the scan needs, probably and at most, and train nothing.
-      minutes: stop after so many minutes, and fit what is there. The middle batch sizes come first.
+      minutes: stop after so many minutes, and fit the models and batch sizes that are done; the middle ones come first.
       executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder;
         also for --command.
       executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
@@ -306,9 +306,9 @@ def _scan(
         Terminal(functools.partial(in_unit, unit=experiment.unit)).print(plan_table(plan_scan(experiment, results)))
         return
     engine = {"executor": executor, "executor_options": executor_options}
-    commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), minutes, **engine)
+    complete = commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), minutes, **engine)
     with together():
-        if is_first():
+        if complete and is_first():
             show(results)
 
 

@@ -32,7 +32,8 @@ from scaling_jax.results.runs import last_noise_scale
 from scaling_jax.results.status import part_done
 from scaling_jax.scanning import Cell, Event, Experiment, relative_cost, scan
 from scaling_jax.scanning.branches import BranchPlan, plan_branches, train_branches
-from scaling_jax.scanning.cells import finished_runs
+from scaling_jax.scanning.cells import done_part, finished_runs
+from scaling_jax.scanning.experiment import FEWEST_BATCHES
 from scaling_jax.training import Interrupted, Progress, Run, run_folder, train
 from scaling_jax.training.examples import Data
 from scaling_jax.training.records import read_course
@@ -46,12 +47,13 @@ def scan_on_console(
     writers: Iterable[Callable[[Path], Writer]] = (),
     minutes: float | None = None,
     **options: Any,
-) -> None:
-    """Runs a scan, and shows its progress on the console and in dashboards.
+) -> bool:
+    """Runs a scan, and shows its progress on the console and in dashboards. Returns False if it is too early for a fit.
 
     Args:
       writers: open a run in a dashboard; see `dashboards.asked_for`.
-      minutes: the scan stops then, with all runs saved; None: at its end.
+      minutes: the scan stops then, with all runs saved, and `results` becomes that of what is done, which the same
+        call lets grow again. None: it goes on to its end.
       options: see `scan`.
 
     Raises:
@@ -80,14 +82,21 @@ def scan_on_console(
             scan(experiment, results, on_event=on_event, **options)
         except (KeyboardInterrupt, Interrupted) as stopped:
             if over():
-                ended = sum(finished_runs(experiment, cell, results) is not None for cell in experiment.cells)
-                console.print(
-                    f"{minutes:g} minutes are over: {ended} of {len(experiment.cells)} searches have ended, the "
-                    "others' runs are saved; run the same command again to continue",
-                    soft_wrap=True,
-                )
-                return
+                return _keep_what_is_done(experiment, results, f"{minutes:g} minutes are over", console.print)
             leave(isinstance(stopped, KeyboardInterrupt) and not terminated(), console.print)
+    return True
+
+
+def _keep_what_is_done(experiment: Experiment, results: Path, why: str, say: Callable[[str], None]) -> bool:
+    """Makes a stopped scan one of the models and batch sizes that are done; False if they are too few."""
+    again, done = "run the same command again to continue", done_part(experiment, results)
+    if done is None:
+        say(f"{why}, and no model has {FEWEST_BATCHES} batch sizes, the least for a fit; {again}")
+        return False
+    scan(done, results)
+    names = ", ".join(subject.model.name for subject in done.subjects)
+    say(f"{why}: {names} at {len(done.batch_tokens)} of {len(experiment.batch_tokens)} batch sizes; {again}")
+    return True
 
 
 def train_on_console(

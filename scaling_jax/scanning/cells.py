@@ -1,7 +1,9 @@
 """Trains cells: runs their learning-rate searches, one run at a time or many at once, and reuses finished runs."""
 
 import contextlib
+import dataclasses
 import glob
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from scaling_jax.io import UserError, note
 from scaling_jax.io.config import from_dict, to_dict
 from scaling_jax.io.stores import publish
 from scaling_jax.parallel import from_first, is_first, together
-from scaling_jax.scanning.experiment import Cell, Experiment
+from scaling_jax.scanning.experiment import FEWEST_BATCHES, Cell, Experiment
 from scaling_jax.scanning.guided_search import MOST_GUIDES, Inner
 from scaling_jax.scanning.records import is_without_searches, read_search, write_search
 from scaling_jax.scanning.search import next_wave, search
@@ -180,6 +182,21 @@ def finished_runs(
         return tuple(t.result.run_id for t in search(experiment, cell, read))
     except Missing:
         return None
+
+
+def done_part(experiment: Experiment, workdir: Path) -> Experiment | None:
+    """As many models, and then batch sizes, of an experiment as are done for a fit; None if none has enough."""
+    left = {cell[:2] for cell in experiment.cells if finished_runs(experiment, cell, workdir) is None}
+    for count in range(len(experiment.subjects), 0, -1):
+        parts = []
+        for subjects in itertools.combinations(experiment.subjects, count):
+            names = [subject.model.name for subject in subjects]
+            batches = tuple(b for b in experiment.batch_tokens if not any((name, b) in left for name in names))
+            parts.append((len(batches), subjects, batches))
+        number, subjects, batches = max(parts, key=lambda part: part[0])
+        if number >= FEWEST_BATCHES:
+            return dataclasses.replace(experiment, subjects=subjects, batch_tokens=batches)
+    return None
 
 
 def searched(experiment: Experiment, cell: Cell, workdir: Path) -> list[Tried]:

@@ -15,6 +15,7 @@ MOST_CELLS = 2_000  # a hundred times the demo's
 _MOST_RATES = 1_000
 _LARGEST_FACTOR = 10**9
 SearchName = Literal["guided", "grid"]
+FEWEST_BATCHES = 3  # of a fit of the trade-off
 FEWEST_STEPS = 100  # to a target with very large batches; below, warm-up, first evaluations and rounding weigh
 
 
@@ -117,8 +118,10 @@ class Experiment(Recipe):
     def __post_init__(self):
         self._take_tasks()
         super().__post_init__()
-        if len(set(self.batch_tokens)) < 3:
-            raise UserError(f"batch_tokens = {self.batch_tokens} must have at least 3 batch sizes; 7 are better")
+        if len(set(self.batch_tokens)) < FEWEST_BATCHES:
+            raise UserError(
+                f"batch_tokens = {self.batch_tokens} must have at least {FEWEST_BATCHES} batch sizes; 7 are better"
+            )
         if min(self.batch_tokens) < 1:
             raise UserError(f"batch_tokens = {self.batch_tokens} must be positive")
         for field in ("batch_tokens", "seeds"):

@@ -13,6 +13,7 @@ import pytest
 
 from scaling_jax.console import commands
 from scaling_jax.console.signals import before_training
+from scaling_jax.scanning import cells
 from scaling_jax.scanning.experiment import QUICK
 
 PREAMBLE = """
@@ -154,19 +155,43 @@ def test_a_command_does_not_wait_for_the_compilation_of_a_stage_to_come(number, 
     assert "saved" in output
 
 
-def test_a_scan_with_a_limit_stops_then_and_says_how_far_it_is(monkeypatch, tmp_path, capsys):
+def test_a_scan_with_a_limit_stops_then_and_says_that_it_is_too_early(monkeypatch, tmp_path, capsys):
     def waits(*args, **options):
         time.sleep(30)
 
     monkeypatch.setattr(commands, "scan", waits)
     began = time.monotonic()
-    commands.scan_on_console(QUICK, tmp_path, minutes=0.02)
+    assert not commands.scan_on_console(QUICK, tmp_path, minutes=0.02)
     assert 1 < time.monotonic() - began < 10
     said = " ".join(capsys.readouterr().out.split())
-    assert "0.02 minutes are over: 0 of 14 searches have ended, the others' runs are saved; run the same" in said
+    assert "0.02 minutes are over, and no model has 3 batch sizes, the least for a fit; run the same command" in said
+
+
+@pytest.mark.parametrize(
+    ("done", "models", "batches"),
+    [
+        ({"1x16": (512, 1_024, 2_048), "1x32": (512, 1_024, 2_048, 4_096)}, 2, (512, 1_024, 2_048)),
+        ({"1x16": (512, 1_024), "1x32": (512, 1_024, 2_048, 4_096)}, 1, (512, 1_024, 2_048, 4_096)),
+    ],
+)
+def test_what_is_done_at_its_limit_becomes_the_scan(done, models, batches, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def scan(experiment, *args, **options):
+        asked.append(experiment)
+        if len(asked) == 1:
+            time.sleep(30)
+
+    monkeypatch.setattr(commands, "scan", scan)
+    monkeypatch.setattr(
+        cells, "finished_runs", lambda _, cell, __: () if cell.batch_tokens in done[cell.model] else None
+    )
+    assert commands.scan_on_console(QUICK, tmp_path, minutes=0.02)
+    assert (len(asked[1].subjects), asked[1].batch_tokens) == (models, batches)
+    assert f"at {len(batches)} of 7 batch sizes; run the same command" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_scan_that_ends_before_its_limit_is_not_stopped(monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "scan", lambda *args, **options: time.sleep(0.1))
-    commands.scan_on_console(QUICK, tmp_path, minutes=0.01)
+    assert commands.scan_on_console(QUICK, tmp_path, minutes=0.01)
     time.sleep(1)  # SIGTERM would end the process
