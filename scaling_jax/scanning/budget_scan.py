@@ -9,12 +9,10 @@ from typing import Any
 
 from scaling_jax.fitting.budget import FEWEST_BATCHES
 from scaling_jax.io import UserError
-from scaling_jax.io.config import check_at_most, check_positive
 from scaling_jax.scanning.annealing import AnnealingPlan
-from scaling_jax.scanning.experiment import MOST_CELLS, Cell, Experiment, LearningRates, Subject
-from scaling_jax.tasks import LlamaConfig, ModelConfig, Task, TaskModel, record_of, renamed
+from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates, ScanBase, Subject
+from scaling_jax.tasks import LlamaConfig, ModelConfig, TaskModel, renamed
 from scaling_jax.training import Recipe, Run
-from scaling_jax.training.run import take_task
 from scaling_jax.training.schedules import DECAY_FORMS, DecayForm
 
 FEWEST_DECAY_STEPS = 2  # a batch has only those horizons whose decay has as many steps
@@ -34,7 +32,7 @@ class BudgetSubject:
 
 
 @dataclasses.dataclass(frozen=True)
-class BudgetScan(Recipe):
+class BudgetScan(ScanBase, Recipe):
     """Every model at every batch size, horizon and seed, each at its best learning rate, with a decay to zero.
 
     `Recipe` has the settings that all runs share. Unlike a `Run`, a scan has no warm-up unless it asks for one, and it
@@ -53,12 +51,7 @@ class BudgetScan(Recipe):
     def __post_init__(self):
         self._take_tasks()
         super().__post_init__()
-        for field in ("batch_tokens", "seeds"):
-            values = getattr(self, field)
-            if len(set(values)) < len(values) or not values:
-                raise UserError(f"{field} = {values} must be one or more different values")
-        for batch_tokens in self.batch_tokens:
-            check_positive("batch_tokens", batch_tokens)
+        self._check_cells()
         if len(self.batch_tokens) < FEWEST_BATCHES:
             raise UserError(
                 f"batch_tokens = {self.batch_tokens} must have at least {FEWEST_BATCHES} batch sizes, so that the loss "
@@ -68,18 +61,6 @@ class BudgetScan(Recipe):
             raise UserError(f"decay_share = {self.decay_share} must be above 0, at most 1")
         if self.decay_form not in DECAY_FORMS:
             raise UserError(f"decay_form = {self.decay_form!r}: choose from {', '.join(DECAY_FORMS)}")
-        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
-            raise UserError(f"name = {self.name!r} must be a valid name of a folder")
-        names = [subject.model.name for subject in self.subjects]
-        if len(set(names)) < len(names) or not names:
-            raise UserError(f"subjects {names} must be one or more models with different names")
-        if len(units := sorted({subject.model.unit for subject in self.subjects})) > 1:
-            raise UserError(f"the models count {' and '.join(units)}: scan those of one unit at a time")
-        check_at_most(
-            "the number of models × batch sizes × seeds",
-            len(self.subjects) * len(self.batch_tokens) * len(self.seeds),
-            MOST_CELLS,
-        )
         for subject in self.subjects:
             self._check_rates(subject)
             for batch_tokens in self.batch_tokens:
@@ -111,43 +92,6 @@ class BudgetScan(Recipe):
                 f"horizons of {name}: {uneven[0]:,} tokens aren't a whole number of batches of {batch_tokens:,} "
                 f"tokens: use {near:,}, or log_horizons(…, largest_batch=…)"
             )
-
-    def _take_tasks(self) -> None:
-        """Sets the text to the data of the tasks among the models, and puts their records in their place."""
-        tasks = [subject.model for subject in self.subjects if isinstance(subject.model, Task)]
-        for task in tasks:
-            before = self.text, self.tokenizer
-            take_task(self, task)
-            if task is not tasks[0] and before != (self.text, self.tokenizer):
-                raise UserError(f"the tasks have different data, {before[0]} and {self.text}: scan them in two folders")
-        if tasks:
-            subjects = (dataclasses.replace(subject, model=record_of(subject.model)) for subject in self.subjects)
-            object.__setattr__(self, "subjects", tuple(subjects))
-
-    def with_tasks_of(self, other: "BudgetScan") -> "BudgetScan":
-        """The scan with the code of another's tasks; it may have been read from a file, which holds none."""
-        known = {s.model.name: s.model for s in other.subjects if isinstance(s.model, TaskModel)}
-        found = (known.get(subject.model.name) for subject in self.subjects)
-        subjects = (
-            dataclasses.replace(subject, model=model) if model == subject.model else subject
-            for subject, model in zip(self.subjects, found, strict=True)
-        )
-        return dataclasses.replace(self, subjects=tuple(subjects))
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        """All cells, in the order of subjects, batch sizes, seeds. A cell has one search for all of its horizons."""
-        return tuple(
-            Cell(subject.model.name, batch, seed)
-            for subject in self.subjects
-            for batch in self.batch_tokens
-            for seed in self.seeds
-        )
-
-    @property
-    def unit(self) -> str:
-        """What batches and horizons count: tokens, unless a task counts something else."""
-        return self.subjects[0].model.unit
 
     def subject(self, model: str) -> BudgetSubject:
         """The subject with this model name. Raises KeyError if there is none."""

@@ -275,12 +275,10 @@ def _shared(find: Callable[[], Outcome | None]) -> Outcome | None:
 
 def _shared_guides(experiment: Experiment, cell: Cell, workdir: Path) -> Inner:
     """The first process's `guides`, in all processes."""
-    targets, found = experiment.subject(cell.model).target_losses, []
-    for inner in experiment.inner(cell)[:MOST_GUIDES]:
-        tried = searched(experiment, inner, workdir) if is_first() else []
-        outcomes = _from_first([Outcome(t.run, t.result, t.steps.tolist(), t.losses.tolist()) for t in tried])
-        found.append([look_at(targets, outcome) for outcome in outcomes])
-    return found
+    targets = experiment.subject(cell.model).target_losses
+    found = guides(experiment, cell, workdir) if is_first() else [[]] * len(experiment.inner(cell)[:MOST_GUIDES])
+    outcomes = ([Outcome(t.run, t.result, t.steps.tolist(), t.losses.tolist()) for t in tried] for tried in found)
+    return [[look_at(targets, outcome) for outcome in _from_first(inner)] for inner in outcomes]
 
 
 def _from_first(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args
 
 from scaling_jax.io import UserError
 from scaling_jax.io.config import check_at_most, check_positive
@@ -98,8 +98,77 @@ class Cell(NamedTuple):
         return f"{self.model}-b{self.batch_tokens}-s{self.seed}"
 
 
+class ScanBase:
+    """Models × batch sizes × seeds: what every kind of scan is made of. The base of their dataclasses."""
+
+    if TYPE_CHECKING:  # fields of the dataclasses
+        name: str
+        subjects: tuple[Any, ...]
+        batch_tokens: tuple[int, ...]
+        seeds: tuple[int, ...]
+        text: str
+        tokenizer: str
+
+    def _check_cells(self) -> None:
+        for field in ("batch_tokens", "seeds"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values) or not values:
+                raise UserError(f"{field} = {values} must be one or more different values")
+        for batch_tokens in self.batch_tokens:
+            check_positive("batch_tokens", batch_tokens)
+        check_at_most(
+            "the number of models × batch sizes × seeds",
+            len(self.subjects) * len(self.batch_tokens) * len(self.seeds),
+            MOST_CELLS,
+        )
+        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
+            raise UserError(f"name = {self.name!r} must be a valid name of a folder")
+        names = [subject.model.name for subject in self.subjects]
+        if len(set(names)) < len(names) or not names:
+            raise UserError(f"subjects {names} must be one or more models with different names")
+        if len(units := sorted({subject.model.unit for subject in self.subjects})) > 1:
+            raise UserError(f"the models count {' and '.join(units)}: scan those of one unit at a time")
+
+    def _take_tasks(self) -> None:
+        """Sets the text to the data of the tasks among the models, and puts their records in their place."""
+        tasks = [subject.model for subject in self.subjects if isinstance(subject.model, Task)]
+        for task in tasks:
+            before = self.text, self.tokenizer
+            take_task(cast(Any, self), task)
+            if task is not tasks[0] and before != (self.text, self.tokenizer):
+                raise UserError(f"the tasks have different data, {before[0]} and {self.text}: scan them in two folders")
+        if tasks:
+            subjects = (dataclasses.replace(subject, model=record_of(subject.model)) for subject in self.subjects)
+            object.__setattr__(self, "subjects", tuple(subjects))
+
+    def with_tasks_of(self, other: Self) -> Self:
+        """The scan with the code of another's tasks; it may have been read from a file, which holds none."""
+        known = {s.model.name: s.model for s in other.subjects if isinstance(s.model, TaskModel)}
+
+        def of(subject: Any) -> Any:
+            found = known.get(subject.model.name)
+            return dataclasses.replace(subject, model=found) if found == subject.model else subject
+
+        return dataclasses.replace(cast(Any, self), subjects=tuple(map(of, self.subjects)))
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells, in the order of subjects, batch sizes, seeds."""
+        return tuple(
+            Cell(subject.model.name, batch, seed)
+            for subject in self.subjects
+            for batch in self.batch_tokens
+            for seed in self.seeds
+        )
+
+    @property
+    def unit(self) -> str:
+        """What batches and budgets count: tokens, unless a task or another trainer's models count something else."""
+        return self.subjects[0].model.unit
+
+
 @dataclasses.dataclass(frozen=True)
-class Experiment(Recipe):
+class Experiment(ScanBase, Recipe):
     """A scan: every model at every batch size and seed, each at its best learning rate. A run serves all target losses.
 
     `Recipe` has the settings that all runs share. Unlike a `Run`, a scan has no warm-up unless it asks for one. With a
@@ -124,24 +193,7 @@ class Experiment(Recipe):
             )
         if min(self.batch_tokens) < 1:
             raise UserError(f"batch_tokens = {self.batch_tokens} must be positive")
-        for field in ("batch_tokens", "seeds"):
-            values = getattr(self, field)
-            if len(set(values)) < len(values) or not values:
-                raise UserError(f"{field} = {values} must be one or more different values")
-        for batch_tokens in self.batch_tokens:
-            check_positive("batch_tokens", batch_tokens)
-        check_at_most(
-            "the number of models × batch sizes × seeds",
-            len(self.subjects) * len(self.batch_tokens) * len(self.seeds),
-            MOST_CELLS,
-        )
-        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
-            raise UserError(f"name = {self.name!r} must be a valid name of a folder")
-        names = [subject.model.name for subject in self.subjects]
-        if len(set(names)) < len(names) or not names:
-            raise UserError(f"subjects {names} must be one or more models with different names")
-        if len(units := sorted({subject.model.unit for subject in self.subjects})) > 1:
-            raise UserError(f"the models count {' and '.join(units)}: scan those of one unit at a time")
+        self._check_cells()
         for subject in self.subjects:
             losses = subject.target_losses
             if (
@@ -155,38 +207,6 @@ class Experiment(Recipe):
         for cell in self.cells:
             self.run(cell, 0)  # refuses an impossible batch size before anything is trained
 
-    def _take_tasks(self) -> None:
-        """Sets the text to the data of the tasks among the models, and puts their records in their place."""
-        tasks = [subject.model for subject in self.subjects if isinstance(subject.model, Task)]
-        for task in tasks:
-            before = self.text, self.tokenizer
-            take_task(self, task)
-            if task is not tasks[0] and before != (self.text, self.tokenizer):
-                raise UserError(f"the tasks have different data, {before[0]} and {self.text}: scan them in two folders")
-        if tasks:
-            subjects = (dataclasses.replace(subject, model=record_of(subject.model)) for subject in self.subjects)
-            object.__setattr__(self, "subjects", tuple(subjects))
-
-    def with_tasks_of(self, other: "Experiment") -> "Experiment":
-        """The experiment with the code of another's tasks; it may have been read from a file, which holds none."""
-        known = {s.model.name: s.model for s in other.subjects if isinstance(s.model, TaskModel)}
-
-        def of(subject: Subject) -> Subject:
-            found = known.get(subject.model.name)
-            return dataclasses.replace(subject, model=found) if found == subject.model else subject
-
-        return dataclasses.replace(self, subjects=tuple(map(of, self.subjects)))
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        """All cells, in the order of subjects, batch sizes, seeds."""
-        return tuple(
-            Cell(subject.model.name, batch, seed)
-            for subject in self.subjects
-            for batch in self.batch_tokens
-            for seed in self.seeds
-        )
-
     def inner(self, cell: Cell) -> tuple[Cell, ...]:
         """The cells whose searches guide that of a cell: from the next batch size up to the middle one."""
         if self.subject(cell.model).learning_rates.search == "grid":
@@ -195,11 +215,6 @@ class Experiment(Recipe):
         middle, here = len(batches) // 2, batches.index(cell.batch_tokens)
         between = batches[middle:here][::-1] if here > middle else batches[here + 1 : middle + 1]
         return tuple(cell._replace(batch_tokens=batch_tokens) for batch_tokens in between)
-
-    @property
-    def unit(self) -> str:
-        """What batches and budgets count: tokens, unless another trainer's models count something else."""
-        return self.subjects[0].model.unit
 
     def subject(self, model: str) -> Subject:
         """The subject with this model name. Raises KeyError if there is none."""
