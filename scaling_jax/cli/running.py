@@ -56,6 +56,7 @@ def scan(
     results: Folder = None,
     dry_run: bool = False,
     minutes: float | None = None,
+    tokens: Size | None = None,
     executor: Literal["local", "ray", "slurm"] = "local",
     executor_options: tuple[str, ...] = (),
     command: str | None = None,
@@ -81,6 +82,7 @@ def scan(
       results: folder for runs, tables and figures, or gs://bucket/folder; by default results/<name of the experiment>.
       dry_run: time some steps, show what the scan needs, probably and at most, and train nothing.
       minutes: stop after so many minutes, and fit the models and batch sizes that are done; the middle ones come first.
+      tokens: the same after so many tokens of training, such as 1e9.
       executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder;
         also for --command.
       executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
@@ -100,8 +102,9 @@ def scan(
 
     if minutes is not None:
         check_positive("--minutes", minutes)
-        if coordinator is not None or command is not None:
-            raise UserError("--minutes works in one process that trains models of this package: leave it out")
+    limited = minutes is not None or tokens is not None
+    if limited and (coordinator is not None or command is not None):
+        raise UserError("--minutes and --tokens work in one process that trains models of this package: leave them out")
     if executor != "local" and coordinator is not None:
         raise UserError(f"--coordinator works only with --executor local, not with --executor {executor}")
     if executor == "local" and not dry_run:
@@ -115,13 +118,17 @@ def scan(
     given = load_scan(experiment)
     changed = with_other_halves(given, overrides)
     if isinstance(given, BudgetScan):
-        if command is not None or executor != "local" or minutes is not None:
-            raise UserError("a budget scan trains on this machine: leave out --command, --executor and --minutes")
+        if command is not None or executor != "local" or limited:
+            raise UserError(
+                "a budget scan trains all of its runs, on this machine: leave out --command, --executor, --minutes and "
+                "--tokens"
+            )
         scan_at_budgets(with_overrides(given, changed).with_tasks_of(given), results, dry_run, tensorboard, wandb)
         return
     loaded = with_overrides(given, changed).with_tasks_of(given)
     if command is None:
-        _scan(loaded, results, dry_run, tensorboard, wandb, minutes, executor, executor_options)
+        engine = {"executor": executor, "executor_options": executor_options}
+        _scan(loaded, results, dry_run, tensorboard, wandb, minutes=minutes, tokens=tokens, **engine)
         return
     if coordinator is not None or tensorboard or wandb:
         raise UserError(
@@ -287,9 +294,7 @@ def branch(
     show(found.folder)
 
 
-def _scan(
-    experiment, results, dry_run, tensorboard, wandb, minutes=None, executor="local", executor_options=()
-) -> None:
+def _scan(experiment, results, dry_run, tensorboard, wandb, **options) -> None:
     from scaling_jax.console import commands
     from scaling_jax.console.dashboards import asked_for
     from scaling_jax.io.stores import working_copy
@@ -305,8 +310,7 @@ def _scan(
 
         Terminal(functools.partial(in_unit, unit=experiment.unit)).print(plan_table(plan_scan(experiment, results)))
         return
-    engine = {"executor": executor, "executor_options": executor_options}
-    complete = commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), minutes, **engine)
+    complete = commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **options)
     with together():
         if complete and is_first():
             show(results)

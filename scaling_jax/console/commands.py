@@ -18,7 +18,7 @@ from rich.text import Text
 
 from scaling_jax.console.dashboards import Follower, Writer
 from scaling_jax.console.grid import Grid
-from scaling_jax.console.signals import heard_at_once, leave, sigterm_interrupts, stopped_after
+from scaling_jax.console.signals import Limits, heard_at_once, leave, sigterm_interrupts
 from scaling_jax.console.terminal import Terminal
 from scaling_jax.io import UserError
 from scaling_jax.parallel import Sharding, is_first, together
@@ -46,14 +46,15 @@ def scan_on_console(
     results: Path,
     writers: Iterable[Callable[[Path], Writer]] = (),
     minutes: float | None = None,
+    tokens: float | None = None,
     **options: Any,
 ) -> bool:
     """Runs a scan, and shows its progress on the console and in dashboards. Returns False if it is too early for a fit.
 
     Args:
       writers: open a run in a dashboard; see `dashboards.asked_for`.
-      minutes: the scan stops then, with all runs saved, and `results` becomes that of what is done, which the same
-        call lets grow again. None: it goes on to its end.
+      minutes, tokens: the scan stops then, with all runs saved, and `results` becomes that of what is done, which the
+        same call lets grow again. Tokens are those of the runs that this call trains. None: it goes on to its end.
       options: see `scan`.
 
     Raises:
@@ -75,14 +76,17 @@ def scan_on_console(
             display.on_event(event)
             for follower in followers:
                 follower.look()
+            if event.progress is not None:
+                limits.count(event.progress.run_id, event.progress.tokens)
 
         terminated = stack.enter_context(sigterm_interrupts())
-        over = stack.enter_context(stopped_after(minutes))
+        limits = stack.enter_context(Limits(minutes, tokens))
+        outwards = minutes is not None or tokens is not None
         try:
-            scan(experiment, results, on_event=on_event, **options)
+            scan(experiment, results, on_event=on_event, outwards=outwards, **options)
         except (KeyboardInterrupt, Interrupted) as stopped:
-            if over():
-                return _keep_what_is_done(experiment, results, f"{minutes:g} minutes are over", console.print)
+            if limits.reached is not None:
+                return _keep_what_is_done(experiment, results, limits.reached, console.print)
             leave(isinstance(stopped, KeyboardInterrupt) and not terminated(), console.print)
     return True
 

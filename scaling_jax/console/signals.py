@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -122,25 +122,37 @@ def sigterm_interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextlib.contextmanager
-def stopped_after(minutes: float | None) -> Iterator[Callable[[], bool]]:
-    """Sends the process SIGTERM after some minutes. Yields a function that returns True once it has."""
-    over = threading.Event()
-    if minutes is None:
-        yield over.is_set
-        return
+class Limits:
+    """Minutes and tokens, or None, after which the process gets one SIGTERM. Minutes count from `with` on."""
 
-    def stop() -> None:
-        over.set()
-        os.kill(os.getpid(), signal.SIGTERM)
+    def __init__(self, minutes: float | None, tokens: float | None):
+        self.minutes, self.tokens = minutes, tokens
+        self.reached: str | None = None  # which limit, in words
+        self._tokens_of: dict[str, int] = {}  # {run id: tokens}
+        self._timer: threading.Timer | None = None
 
-    timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), stop)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield over.is_set
-    finally:
-        timer.cancel()
+    def count(self, run_id: str, tokens: int) -> None:
+        """Takes down how many tokens a run has trained."""
+        self._tokens_of[run_id] = tokens
+        if self.tokens is not None and sum(self._tokens_of.values()) >= self.tokens:
+            self._stop(f"{self.tokens:,.0f} tokens are trained")
+
+    def _stop(self, why: str) -> None:
+        if self.reached is None:
+            self.reached = why
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def __enter__(self) -> Self:
+        if self.minutes is not None:
+            seconds = min(60 * self.minutes, threading.TIMEOUT_MAX)
+            self._timer = threading.Timer(seconds, self._stop, (f"{self.minutes:g} minutes are over",))
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def _end_now(say: Callable[[str], None], name: str, by_hand: bool) -> NoReturn:

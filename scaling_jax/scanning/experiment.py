@@ -38,12 +38,14 @@ class LearningRates:
     # `tried.too_late`. Of the guided search, for half or twice the best rate; None: 0.08 there, all of it on the grid.
     catch_up: float | None = None
     search: SearchName = "guided"  # by what batches nearer to the middle one have shown; "grid": each batch on its own
+    rate_tolerance: float = 0.02  # in log steps; no rate is tried that promises less, or a run kept that is later
 
     def __post_init__(self):
         for field in ("peak", "reference_batch_tokens", "places", "most", "together"):
             check_positive(f"learning_rates.{field}", getattr(self, field))
         for field in ("places", "most", "together"):
             check_at_most(f"learning_rates.{field}", getattr(self, field), _MOST_RATES)
+        check_positive("learning_rates.rate_tolerance", self.rate_tolerance)
         for field in ("factor", "give_up_factor"):
             value = getattr(self, field)
             if value is not None and not 1 < value <= _LARGEST_FACTOR:

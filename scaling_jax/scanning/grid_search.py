@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
-from scaling_jax.scanning.tried import FIRST_STEP, GAIN, Tried, contender, index_of, too_late
+from scaling_jax.scanning.tried import FIRST_STEP, Tried, contender, index_of, too_late
 from scaling_jax.training import Deadline, Run
 
 
@@ -37,7 +37,7 @@ def wanted(rates: LearningRates, tried: Mapping[int, Tried], best: Tried, target
     if beyond or places == 1 or not math.isfinite(best.steps_to_target[target]):
         return beyond
     known = {index: x for index, t in tried.items() if (x := _log_steps(t, best, target)) is not None}
-    between = _next_between(here, known, set(tried), math.log(rates.factor) / places)
+    between = _next_between(here, known, set(tried), math.log(rates.factor) / places, rates.rate_tolerance)
     return [] if between is None else [between]
 
 
@@ -47,9 +47,9 @@ def challenger(experiment: Experiment, cell: Cell, index: int, best: Tried, targ
     In the demo's searches, a run that was the best in the end had made up at most 0.15 of the way that was left.
     """
     late: tuple[Deadline, ...] = ()
-    catch_up = experiment.subject(cell.model).learning_rates.catch_up
-    if catch_up is not None and math.isfinite(steps := best.steps_to_target[target]):
-        late = too_late(best, steps, catch_up, FIRST_STEP, GAIN)
+    rates = experiment.subject(cell.model).learning_rates
+    if rates.catch_up is not None and math.isfinite(steps := best.steps_to_target[target]):
+        late = too_late(best, steps, rates.catch_up, rates.rate_tolerance, FIRST_STEP, rates.rate_tolerance)
     return contender(experiment, cell, index, best, target, late)
 
 
@@ -68,7 +68,9 @@ def _log_steps(t: Tried, best: Tried, target: int) -> float | None:
     return max(least + max(float(behind[-1]), 0.0), math.log(t.result.steps))
 
 
-def _next_between(best: int, log_steps: Mapping[int, float], tried: set[int], log_place: float) -> int | None:
+def _next_between(
+    best: int, log_steps: Mapping[int, float], tried: set[int], log_place: float, tolerance: float
+) -> int | None:
     """The next grid place to try between the best place and its tried neighbours; None if none promises to be better.
 
     Args:
@@ -76,28 +78,31 @@ def _next_between(best: int, log_steps: Mapping[int, float], tried: set[int], lo
       log_steps: {place: natural log of steps to the target}, where known.
       tried: all tried places; at least one on each side of the best.
       log_place: natural log of the ratio of rates at neighbouring places.
+      tolerance: in log steps; a place that promises less is none.
     """
     below, above = max(i for i in tried if i < best), min(i for i in tried if i > best)
     if below in log_steps and above in log_steps:
-        return vertex(log_steps, tried, below, best, above)
+        return vertex(log_steps, tried, below, best, above, tolerance)
     failed = above if above not in log_steps else below
     if abs(failed - best) > 1:
         return (best + failed) // 2
     if below in log_steps and best - below > 1:
         # Steps can't fall faster than the rate rises, so this is the most that a rate below the best can gain.
         hope = log_steps[best] - log_steps[below] + (best - below) * log_place
-        if hope > 2 * GAIN:
+        if hope > 2 * tolerance:
             return (best + below) // 2
     return None
 
 
-def vertex(log_steps: Mapping[int, float], tried: set[int], below: int, best: int, above: int) -> int | None:
+def vertex(
+    log_steps: Mapping[int, float], tried: set[int], below: int, best: int, above: int, tolerance: float
+) -> int | None:
     """The place nearest to the minimum of the parabola through three; None if tried, or if it gains too little."""
     rise_above = (log_steps[above] - log_steps[best]) / (above - best)
     rise_below = (log_steps[below] - log_steps[best]) / (best - below)
     curvature = 2 * (rise_above + rise_below) / (above - below)
     slope = (rise_above * (best - below) - rise_below * (above - best)) / (above - below)
-    if curvature <= 0 or slope**2 / (2 * curvature) < GAIN:
+    if curvature <= 0 or slope**2 / (2 * curvature) < tolerance:
         return None
     place = round(best - slope / curvature)
     return None if place in tried else place

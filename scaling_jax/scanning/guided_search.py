@@ -19,7 +19,7 @@ import numpy as np
 
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
 from scaling_jax.scanning.grid_search import vertex
-from scaling_jax.scanning.tried import GAIN, Tried, best_of, contender, index_of, too_late, two_evaluations_on
+from scaling_jax.scanning.tried import Tried, best_of, contender, index_of, too_late, two_evaluations_on
 from scaling_jax.training import Run
 
 _CATCH_UP = 0.08  # part of the way left, in log steps, that half or twice the best rate may make up
@@ -69,12 +69,12 @@ def wanted(rates: LearningRates, tried: Mapping[int, Tried], best: Tried, target
     if below not in known:
         return []
     if above in known:
-        between = vertex(known, set(tried), below, here, above)
+        between = vertex(known, set(tried), below, here, above, rates.rate_tolerance)
     else:  # a cliff: a run nearer to it pays if the minimum isn't below the best rate
         distance = (here - below) * math.log(rates.factor) / rates.places
         minimum = (known[below] - known[here]) / (_CURVATURE * distance) - distance / 2  # above the best, in log rate
         gain = _CURVATURE * max(minimum, 0.0) ** 2 / 2
-        between = (here + above) // 2 if gain > GAIN and above - here > 1 else None
+        between = (here + above) // 2 if gain > rates.rate_tolerance and above - here > 1 else None
     return [] if between is None else [between]
 
 
@@ -87,7 +87,8 @@ def challenger(
         return _limited(experiment, cell, index, inner, num_tried)
     octaves = abs(math.log2(rates.rate(cell.batch_tokens, index) / best.run.learning_rate))
     catch_up = min(1.0, (_CATCH_UP if rates.catch_up is None else rates.catch_up) * octaves)
-    late = too_late(best, steps, catch_up, max(_EARLY_STEP, _EARLY_PART * steps), _EARLY_GAIN)
+    early = max(_EARLY_STEP, _EARLY_PART * steps)
+    late = too_late(best, steps, catch_up, rates.rate_tolerance, early, _EARLY_GAIN)
     return contender(experiment, cell, index, best, target, late)
 
 

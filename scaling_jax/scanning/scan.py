@@ -48,6 +48,7 @@ def scan(
     on_event: Callable[[Event], None] = lambda _: None,
     executor: Literal["local", "ray", "slurm"] = "local",
     executor_options: Sequence[str] = (),
+    outwards: bool = False,
 ) -> Path:
     """Trains every run of an experiment that `workdir` doesn't hold yet. Returns `workdir`, or its working copy.
 
@@ -67,6 +68,8 @@ def scan(
       on_event: called with each `Event`, in the first process only.
       executor: "local" trains on this machine; "ray" and "slurm" on machines that share `workdir`, see `executors`.
       executor_options: options for Ray or SLURM, as "key=value".
+      outwards: train the middle batch sizes of all models first, for a scan that may be stopped. Otherwise the most
+        expensive cells come first, so that all cores stay busy to the end. The results are the same.
 
     Raises:
       UserError: if the folder holds another experiment or text, or is in use; if a cell can't be trained; if the
@@ -97,7 +100,7 @@ def scan(
                 refuse_links(*(workdir / name for name in ("cells", "logs", "logs/slurm", "runs")))
                 lock = stack.enter_context(locked(workdir / ".lock", str(workdir)))
                 check_same_recipe(workdir, experiment)
-                missing = _missing(experiment, workdir)
+                missing = _missing(experiment, workdir, outwards)
         missing = [Cell(*values) for values in from_first(missing)]
         with together():
             # Before the workers start, so that only one packs, and before experiment.json: the text may be wrong.
@@ -141,8 +144,8 @@ def relative_cost(experiment: Experiment, cell: Cell) -> float:
     return per_token * tokens_by_batch(cell.batch_tokens)
 
 
-def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:
-    """The cells to train, each after its guides; the most expensive first, so that all cores stay busy to the end."""
+def _missing(experiment: Experiment, workdir: Path, outwards: bool) -> list[Cell]:
+    """The cells to train, each after its guides; see `scan` for `outwards`."""
     missing = []
     for cell in experiment.cells:
         runs = finished_runs(experiment, cell, workdir)
@@ -150,7 +153,13 @@ def _missing(experiment: Experiment, workdir: Path) -> list[Cell]:
             missing.append(cell)
         elif read_search(workdir, cell) is None:  # schema 1 has no search records
             write_search(workdir, experiment, cell, runs)
-    return in_order(experiment, sorted(missing, key=lambda cell: -relative_cost(experiment, cell)))
+    batches = sorted(experiment.batch_tokens)
+
+    def rank(cell: Cell) -> tuple[int, float]:
+        from_middle = abs(batches.index(cell.batch_tokens) - len(batches) // 2)
+        return from_middle if outwards else 0, -relative_cost(experiment, cell)
+
+    return in_order(experiment, sorted(missing, key=rank))
 
 
 def check_same_text(workdir: Path, experiment: Recipe, sha256: str) -> None:

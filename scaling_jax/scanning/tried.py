@@ -11,8 +11,6 @@ from scaling_jax.fitting import steps_to_loss
 from scaling_jax.scanning.experiment import Cell, Experiment
 from scaling_jax.training import Deadline, Run, RunResult, next_evaluation
 
-GAIN = 0.02  # in log steps; a search ignores a rate that promises less
-
 
 class Outcome(NamedTuple):
     """A finished run and its evaluations."""
@@ -97,23 +95,26 @@ def two_evaluations_on(steps: float, run: Run) -> int:
     return next_evaluation(next_evaluation(math.ceil(steps), run.eval_growth), run.eval_growth)
 
 
-def too_late(best: Tried, steps: float, catch_up: float, first_step: float, first_gain: float) -> tuple[Deadline, ...]:
+def too_late(
+    best: Tried, steps: float, catch_up: float, tolerance: float, first_step: float, first_gain: float
+) -> tuple[Deadline, ...]:
     """The deadlines after which a run can't overtake the best run any more on its way to a target.
 
     A run that is late at some loss may still make up for a part of the way that is left, in logs of steps. So where the
-    best run took s of its `steps` to a loss, another run is given up after s·(steps/s)^catch_up, and `GAIN` more.
+    best run took s of its `steps` to a loss, another run is given up after s·(steps/s)^catch_up, and `tolerance` more.
 
     Args:
       catch_up: part of the way left that a run may make up.
+      tolerance: in log steps.
       first_step: no deadlines for losses that the best run reached before it.
-      first_gain: instead of `GAIN` before `FIRST_STEP`, where losses say little of a run.
+      first_gain: instead of `tolerance` before `FIRST_STEP`, where losses say little of a run.
     """
     smooth = optimize.isotonic_regression(best.losses, increasing=False).x
     way = [(s, loss) for s, loss in zip(best.steps.tolist(), smooth.tolist(), strict=True) if first_step <= s < steps]
     return tuple(
         Deadline(
             round(loss, 6),
-            math.ceil(s * (steps / s) ** catch_up * math.exp(GAIN if s >= FIRST_STEP else first_gain)),
+            math.ceil(s * (steps / s) ** catch_up * math.exp(tolerance if s >= FIRST_STEP else first_gain)),
         )
         for s, loss in way[::2]
     )

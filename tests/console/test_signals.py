@@ -1,6 +1,7 @@
 """Signals while a command starts, compiles and trains: said at once, and ended with the promised code."""
 
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 
 from scaling_jax.console import commands
 from scaling_jax.console.signals import before_training
-from scaling_jax.scanning import cells
+from scaling_jax.scanning import Event, cells
 from scaling_jax.scanning.experiment import QUICK
+from scaling_jax.training import Progress
 
 PREAMBLE = """
 import signal, sys, time
@@ -155,6 +157,10 @@ def test_a_command_does_not_wait_for_the_compilation_of_a_stage_to_come(number, 
     assert "saved" in output
 
 
+def progress_of(run_id, tokens):
+    return Progress("1x16", 512, 1e-3, 0, run_id, tokens // 512, 100, tokens, 3.0, 1e5, math.nan)
+
+
 def test_a_scan_with_a_limit_stops_then_and_says_that_it_is_too_early(monkeypatch, tmp_path, capsys):
     def waits(*args, **options):
         time.sleep(30)
@@ -165,6 +171,22 @@ def test_a_scan_with_a_limit_stops_then_and_says_that_it_is_too_early(monkeypatc
     assert 1 < time.monotonic() - began < 10
     said = " ".join(capsys.readouterr().out.split())
     assert "0.02 minutes are over, and no model has 3 batch sizes, the least for a fit; run the same command" in said
+
+
+def test_a_scan_with_a_limit_of_tokens_stops_at_the_evaluation_that_reaches_it(monkeypatch, tmp_path, capsys):
+    told = []
+
+    def trains(*args, on_event, outwards, **options):
+        assert outwards
+        for run, tokens in (("a", 300), ("a", 600), ("b", 300), ("b", 500), ("b", 900)):
+            told.append((run, tokens))
+            on_event(Event(QUICK.cells[0], progress_of(run, tokens)))
+        time.sleep(30)
+
+    monkeypatch.setattr(commands, "scan", trains)
+    assert not commands.scan_on_console(QUICK, tmp_path, tokens=1_000)
+    assert told[-1] == ("b", 500)
+    assert "1,000 tokens are trained, and no model has" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,23 @@ def scanned(experiment, folder, corpus=CORPUS):
     return trained
 
 
+def test_the_order_of_cells_ends_with_the_cheapest_or_begins_in_the_middle(monkeypatch, tmp_path):
+    orders = []
+
+    def in_this_process(workdir, missing, *_, **__):
+        orders.append([(cell.batch_tokens, cell.seed) for cell in missing])
+
+    guided = dataclasses.replace(EXPERIMENT.subjects[0], learning_rates=dataclasses.replace(RATES, search="guided"))
+    monkeypatch.setattr(cells, "data_of", lambda *_: CORPUS)
+    monkeypatch.setattr(sys.modules[scan.__module__], "train_in_workers", in_this_process)
+    for outwards in (False, True):
+        scan(dataclasses.replace(EXPERIMENT, subjects=(guided,), seeds=(0, 1)), tmp_path, outwards=outwards)
+    costly, middle = ([batch for batch, _ in order] for order in orders)
+    assert costly == [128, 192, 256, 128, 192, 256, 96, 96, 64, 64]
+    assert middle == [128, 128, 192, 192, 96, 96, 256, 256, 64, 64]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
     """Gives the folder of an experiment that was scanned at once, in an empty folder."""

@@ -147,6 +147,21 @@ def test_a_scan_stopped_again_and_again_makes_the_same_runs(runs_before_a_stop):
     assert [run.run_id for run in disturbed.runs] == [run.run_id for run in undisturbed.runs]
 
 
+@pytest.mark.parametrize("search", ["guided", "grid"])
+def test_a_tighter_tolerance_finds_a_better_rate_in_more_runs(search):
+    def steps_and_runs(tolerance):
+        rates = dataclasses.replace(RATES, places=16, rate_tolerance=tolerance, search=search)
+        subject = dataclasses.replace(EXPERIMENT.subjects[0], learning_rates=rates)
+        training = Planted(rule(0.7, 0.6))
+        found = search_all(dataclasses.replace(EXPERIMENT, subjects=(subject,)), training)
+        steps = [best_at(tried, -1).steps_to_target[-1] for tried in found.values()]
+        return float(np.log(steps).mean()), len(training.runs)
+
+    (loose, few), (tight, many) = steps_and_runs(0.1), steps_and_runs(0.001)
+    assert few < many
+    assert 0.002 < loose - tight < 0.1
+
+
 def test_on_the_grid_no_batch_knows_of_another():
     rates = dataclasses.replace(RATES, search="grid")
     subject = dataclasses.replace(EXPERIMENT.subjects[0], learning_rates=rates)

@@ -188,7 +188,7 @@ def refined(log_steps_at, start=(-16, 0, 16)):
     log_steps = {place: log_steps_at(place) for place in start}
     while True:
         reached = {place: x for place, x in log_steps.items() if math.isfinite(x)}
-        place = _next_between(min(reached, key=lambda p: reached[p]), reached, set(log_steps), LOG_PLACE)
+        place = _next_between(min(reached, key=lambda p: reached[p]), reached, set(log_steps), LOG_PLACE, 0.02)
         if place is None:
             return min(reached, key=lambda p: reached[p]), len(log_steps) - 3
         assert place not in log_steps
