@@ -57,6 +57,8 @@ def scan(
     dry_run: bool = False,
     minutes: float | None = None,
     tokens: Size | None = None,
+    min_batch_tokens: Size | None = None,
+    max_batch_tokens: Size | None = None,
     executor: Literal["local", "ray", "slurm"] = "local",
     executor_options: tuple[str, ...] = (),
     command: str | None = None,
@@ -83,6 +85,8 @@ def scan(
       dry_run: time some steps, show what the scan needs, probably and at most, and train nothing.
       minutes: stop after so many minutes, and fit the models and batch sizes that are done; the middle ones come first.
       tokens: the same after so many tokens of training, such as 1e9.
+      min_batch_tokens: go on with half the smallest batch, down to this, until steps are in proportion to 1/B there.
+      max_batch_tokens: go on with twice the largest batch, up to this, until steps hardly fall any more there.
       executor: train on this machine (local), or on a Ray cluster or SLURM queue that shares the results folder;
         also for --command.
       executor_options: options for Ray or SLURM, such as num_gpus=1 (Ray) or slurm_partition=gpu (SLURM).
@@ -105,6 +109,12 @@ def scan(
     limited = minutes is not None or tokens is not None
     if limited and (coordinator is not None or command is not None):
         raise UserError("--minutes and --tokens work in one process that trains models of this package: leave them out")
+    ends = min_batch_tokens, max_batch_tokens
+    if ends != (None, None) and (limited or command is not None):
+        raise UserError(
+            "--min-batch-tokens and --max-batch-tokens go with none of --minutes, --tokens and --command: run the scan "
+            "without these first"
+        )
     if executor != "local" and coordinator is not None:
         raise UserError(f"--coordinator works only with --executor local, not with --executor {executor}")
     if executor == "local" and not dry_run:
@@ -118,17 +128,17 @@ def scan(
     given = load_scan(experiment)
     changed = with_other_halves(given, overrides)
     if isinstance(given, BudgetScan):
-        if command is not None or executor != "local" or limited:
+        if command is not None or executor != "local" or limited or ends != (None, None):
             raise UserError(
-                "a budget scan trains all of its runs, on this machine: leave out --command, --executor, --minutes and "
-                "--tokens"
+                "a budget scan trains all of its runs, on this machine: leave out --command, --executor, --minutes, "
+                "--tokens, --min-batch-tokens and --max-batch-tokens"
             )
         scan_at_budgets(with_overrides(given, changed).with_tasks_of(given), results, dry_run, tensorboard, wandb)
         return
     loaded = with_overrides(given, changed).with_tasks_of(given)
     if command is None:
         engine = {"executor": executor, "executor_options": executor_options}
-        _scan(loaded, results, dry_run, tensorboard, wandb, minutes=minutes, tokens=tokens, **engine)
+        _scan(loaded, results, dry_run, tensorboard, wandb, ends, minutes=minutes, tokens=tokens, **engine)
         return
     if coordinator is not None or tensorboard or wandb:
         raise UserError(
@@ -294,12 +304,14 @@ def branch(
     show(found.folder)
 
 
-def _scan(experiment, results, dry_run, tensorboard, wandb, **options) -> None:
-    from scaling_jax.console import commands
+def _scan(experiment, results, dry_run, tensorboard, wandb, ends=(None, None), **options) -> None:
     from scaling_jax.console.dashboards import asked_for
+    from scaling_jax.console.widening import scan_and_widen
     from scaling_jax.io.stores import working_copy
     from scaling_jax.parallel import is_first, together
+    from scaling_jax.scanning.widening import widest
 
+    at_most = widest(experiment, *ends)
     with together():
         results = working_copy(results or Path("results") / experiment.name, is_first())
     if dry_run:
@@ -308,9 +320,16 @@ def _scan(experiment, results, dry_run, tensorboard, wandb, **options) -> None:
         from scaling_jax.report.units import in_unit
         from scaling_jax.scanning.plan import plan_scan
 
-        Terminal(functools.partial(in_unit, unit=experiment.unit)).print(plan_table(plan_scan(experiment, results)))
+        console = Terminal(functools.partial(in_unit, unit=experiment.unit))
+        console.print(plan_table(plan_scan(experiment, results)))
+        if at_most is not experiment:
+            console.print(
+                f"\nwith all batch sizes up to {max(at_most.batch_tokens):,} and down to "
+                f"{min(at_most.batch_tokens):,} tokens, if both limits of the trade-off don't show before:"
+            )
+            console.print(plan_table(plan_scan(at_most, results)))
         return
-    complete = commands.scan_on_console(experiment, results, asked_for(tensorboard, wandb), **options)
+    complete = scan_and_widen(experiment, results, *ends, writers=asked_for(tensorboard, wandb), **options)
     with together():
         if complete and is_first():
             show(results)

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from scaling_jax.scanning.experiment import FEWEST_STEPS, Cell, Experiment
 from scaling_jax.scanning.records import check_same_recipe
 from scaling_jax.scanning.speed import StepTime, time_steps
 from scaling_jax.tasks import Model
+from scaling_jax.training import next_evaluation
 from scaling_jax.training.examples import Data, check_data
 from scaling_jax.training.gradients import gradients_of
 from scaling_jax.training.program import Program, program_for
@@ -28,7 +29,9 @@ LEAST_RATES = 3  # the best learning rate between two others
 MOST_WORKERS = 8  # memory is the limit, because each worker loads its own JAX
 PROCESS_BYTES = 600 << 20  # memory of a worker before it holds a model
 EFFICIENCY = 0.3  # speed of training steps against a large matrix product, where no steps can be timed
+TYPICAL_RUNS = 4  # of a cell; the demo's 28 cells have 114
 TYPICAL_B_CRIT = 2_000  # tokens, for small models at the losses that they reach
+_FORWARD = 1 / 3  # of a step's operations
 DEMO_SHARE = 0.0118  # `ScanPlan.share` of the demo: its runs took 1/26 of the tokens that they might have taken
 
 
@@ -41,7 +44,9 @@ class CellPlan(NamedTuple):
     most_tokens: int
     most_flops: float
     bytes_needed: int  # on one device during training; on CPUs, of the whole process
-    most_seconds: float = math.nan  # of one worker; NaN where its steps weren't timed
+    most_seconds: float = math.nan  # of one worker, for its steps; NaN where these weren't timed
+    evaluation_seconds: float = 0.0  # of one evaluation
+    compile_seconds: float = 0.0  # of its program; 0 if another cell, of another seed, compiles it
 
 
 class EasyTargets(NamedTuple):
@@ -65,6 +70,7 @@ class ScanPlan(NamedTuple):
     timed: tuple[str, ...] = ()  # models of which steps were timed
     share: float = DEMO_SHARE  # see `expected_share`
     share_cells: int = 0  # finished cells that `share` is of; 0: it is the demo's
+    eval_growth: float = 1.07
 
     @property
     def most_tokens(self) -> int:
@@ -96,9 +102,16 @@ class ScanPlan(NamedTuple):
             per_flop = largest.most_seconds / largest.most_flops
         seconds = [
             part * (p.most_seconds if p in timed else p.most_flops * per_flop)
+            + self._evaluations(p, part) * p.evaluation_seconds
+            + p.compile_seconds
             for p, part in zip(self.cells, parts, strict=True)
         ]
         return max(sum(seconds) / self.workers, max(seconds, default=0.0))
+
+    def _evaluations(self, plan: CellPlan, part: float) -> int:
+        """Number of evaluations of a cell's runs, if they take a part of its tokens at most."""
+        runs = plan.most_runs if part == 1 else min(TYPICAL_RUNS, plan.most_runs)
+        return runs * evaluations(part * plan.most_tokens / runs / plan.cell.batch_tokens, self.eval_growth)
 
 
 def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
@@ -134,7 +147,7 @@ def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
         step_times = time_steps(experiment, waiting, available_cores()[:workers] if on_cpu else None)
     done = [cell for cell in experiment.cells if cell not in waiting]
     return ScanPlan(
-        tuple(p._replace(most_seconds=_most_seconds(p, step_times.get(p.cell.model))) for p in plans),
+        tuple(_timed(plans, step_times, experiment.eval_tokens)),
         len(done),
         workers,
         available,
@@ -143,6 +156,7 @@ def plan_scan(experiment: Experiment, workdir: Path) -> ScanPlan:
         tuple(step_times),
         _share(experiment, workdir, done) or DEMO_SHARE,
         len(done),
+        experiment.eval_growth,
     )
 
 
@@ -193,10 +207,28 @@ def plan_cell(
     )
 
 
-def _most_seconds(plan: CellPlan, step_time: StepTime | None) -> float:
-    if step_time is None:
-        return math.nan
-    return plan.most_tokens / plan.cell.batch_tokens * step_time.seconds(plan.cell.batch_tokens)
+def _timed(plans: Iterable[CellPlan], step_times: Mapping[str, StepTime], eval_tokens: int) -> Iterator[CellPlan]:
+    """The plans with their times, where steps were timed."""
+    programs = set()
+    for plan in plans:
+        if (step := step_times.get(plan.cell.model)) is None:
+            yield plan
+            continue
+        steps = plan.most_tokens / plan.cell.batch_tokens
+        yield plan._replace(
+            most_seconds=steps * step.seconds(plan.cell.batch_tokens),
+            evaluation_seconds=step.per_token * eval_tokens * _FORWARD,
+            compile_seconds=0.0 if plan.cell[:2] in programs else step.compiling,
+        )
+        programs.add(plan.cell[:2])
+
+
+def evaluations(steps: float, growth: float) -> int:
+    """Number of evaluations of a run."""
+    count, step = 0, 0
+    while (step := next_evaluation(step, growth)) <= steps:
+        count += 1
+    return count + 1  # at its end
 
 
 def _share(experiment: Experiment, workdir: Path, done: Sequence[Cell]) -> float | None:

@@ -35,6 +35,7 @@ class StepTime(NamedTuple):
 
     at_zero: float
     per_token: float
+    compiling: float  # seconds until the first step of a program; little if it was compiled before
 
     def seconds(self, batch_tokens: int) -> float:
         return self.at_zero + self.per_token * batch_tokens
@@ -50,6 +51,7 @@ def time_steps(
       cores: one worker process for each; None times in this process.
     """
     seconds: dict[tuple[str, int], float] = {}
+    compiling: dict[str, float] = {}
     until = time.time() + START_SECONDS
     source, importable = source_of(experiment)
     if not importable:
@@ -60,7 +62,9 @@ def time_steps(
     ]
 
     def take(message: Message) -> None:
-        seconds[message["model"], message["batch_tokens"]] = message["seconds"]
+        model = message["model"]
+        seconds[model, message["batch_tokens"]] = message["seconds"]
+        compiling[model] = max(message["compiling"], compiling.get(model, 0.0))
 
     with contextlib.suppress(UserError, OSError):  # an estimate isn't worth an error
         if cores is None:
@@ -75,7 +79,7 @@ def time_steps(
         points = sorted((batch, t) for (name, batch), t in seconds.items() if name == model)
         (low, least), (high, most) = points[0], points[-1]
         per_token = max((most - least) / (high - low), 0.0) if high > low else least / low
-        found[model] = StepTime(max(least - per_token * low, 0.0), per_token)
+        found[model] = StepTime(max(least - per_token * low, 0.0), per_token, compiling[model])
     return found
 
 
@@ -121,7 +125,9 @@ def _time(job: dict[str, Any], send: Callable[[Message], None]) -> None:
     program, rows = program_for(run, num_devices), resident_rows(corpus, num_devices)
     state = program.first_state(0)
     none = np.empty((0, program.batch_sequences), np.int32)
+    start = time.perf_counter()
     state, _ = program.steps(state, rows, none, 0.0, 1)  # compiles
+    compiling = time.perf_counter() - start
 
     def seconds_of(num_steps: int) -> float:
         nonlocal state
@@ -135,4 +141,6 @@ def _time(job: dict[str, Any], send: Callable[[Message], None]) -> None:
     while passed < TIMED_SECONDS and num_steps < program.steps_per_call:
         num_steps = min(program.steps_per_call, 2 + math.ceil(num_steps * TIMED_SECONDS / max(passed, 1e-6)))
         passed = seconds_of(num_steps)
-    send({"model": cell.model, "batch_tokens": cell.batch_tokens, "seconds": passed / num_steps})
+    send(
+        {"model": cell.model, "batch_tokens": cell.batch_tokens, "seconds": passed / num_steps, "compiling": compiling}
+    )

@@ -3,9 +3,11 @@ import io
 import math
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import kaplan_small
 from scaling_jax.console.tables import plan_table
 from scaling_jax.io import UserError
 from scaling_jax.results import read_results
@@ -16,11 +18,17 @@ from scaling_jax.scanning.plan import (
     EasyTargets,
     ScanPlan,
     easy_targets,
+    evaluations,
     plan_cell,
     plan_scan,
     refuse_what_cannot_fit,
 )
+from scaling_jax.scanning.search import search_all
+from scaling_jax.scanning.tried import Outcome
 from scaling_jax.tasks import batch_loss, model_config
+from scaling_jax.training import RunResult, next_evaluation
+from scaling_jax.training.journal import ending
+from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import program_for
 from tests.made_up_scan import b_crit, s_min
 
@@ -79,6 +87,45 @@ def test_the_demos_share_is_what_the_demo_took():
     """131.6 million tokens in 114 runs, of 280 runs of 12 million tokens."""
     cells = [plan_cell(DEMO, cell, 0, 1) for cell in DEMO.cells]
     assert ScanPlan(tuple(cells), 0, 2, 1 << 32, 1e9).expected_tokens == pytest.approx(131.6e6, rel=0.02)
+
+
+@pytest.mark.parametrize("b_crit", [1e4, 5e4, 3e5])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_expected_tokens_of_kaplan_small_are_those_of_a_simulated_scan(b_crit, shift):
+    """Planted: B_crit at the lowest loss, and best rates that lie `shift` doublings above the rule.
+
+    The H100's one run to 2.5 nats took 45.7 million tokens.
+    """
+    experiment = kaplan_small.EXPERIMENT
+    rates, e_min = experiment.subjects[0].learning_rates, 45.7e6 / (1 + 2**16 / b_crit)
+    losses = np.geomspace(11.0, 1.5, 400)
+
+    def train(run):
+        tokens = e_min * (2.5 / losses) ** 6 * (1 + run.batch_tokens / b_crit / (2.5 / losses) ** 4.8)
+        late = math.log(run.learning_rate / rates.rate(run.batch_tokens, 0)) - shift * math.log(2)
+        slower = math.exp(0.3 * late**2)
+        lines, status, step = [], None, 0
+        while status is None:
+            before, step = step, min(next_evaluation(step, run.eval_growth), run.steps_left(0, 0, run.batch_tokens))
+            loss = max(float(np.interp(step * run.batch_tokens / slower, tokens, losses)), 6.0 if late > 0.9 else 0.0)
+            lines.append(MetricsLine.told(before, step, run.batch_tokens, loss))
+            status = ending(run, lines[-2:])
+        found, last = course(lines), lines[-1]
+        result = RunResult(run.run_id, status, last.step, last.tokens, last.test_loss, "")
+        return Outcome(run, result, found.eval_steps.tolist(), found.eval_losses.tolist())
+
+    taken = sum(t.result.tokens for tried in search_all(experiment, train).values() for t in tried)
+    cells = [plan_cell(experiment, cell, 0, 1) for cell in experiment.cells]
+    expected = ScanPlan(tuple(cells), 0, 1, 1 << 40, 1e15).expected_tokens
+    assert 1 / 1.5 < expected / taken < 1.5
+
+
+def test_evaluations_are_counted_as_a_run_makes_them():
+    """At 10, 12, 14, 17, 20 and so on, and at its end."""
+    assert evaluations(9, 1.2) == 1
+    assert evaluations(14, 1.2) == 4
+    plan = CellPlan(EXPERIMENT.cells[0], 3, 5, 5 * 14 * 128, 1e9, 1, 10.0, evaluation_seconds=2.0, compile_seconds=7.0)
+    assert ScanPlan((plan,), 0, 1, 1 << 32, 1e9, eval_growth=1.2).most_seconds == 10 + 5 * 4 * 2 + 7
 
 
 def test_a_plan_times_steps_and_takes_the_share_of_the_cells_that_are_done(tmp_path, monkeypatch):
