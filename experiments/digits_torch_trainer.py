@@ -46,8 +46,8 @@ def evaluations(batch: int, learning_rate: float, seed: int, max_steps: int) -> 
             variance, mean = torch.var_mean(hidden_BxW.detach(), 0, correction=0)
             mean_W.lerp_(mean, 1 - MOMENTUM)
             variance_W.lerp_(variance, 1 - MOMENTUM)
-        running = (None, None) if training else (mean_W, variance_W)
-        normed_BxW = F.batch_norm(hidden_BxW, *running, scale_W, shift_W, training)
+        running = [None if training else x for x in (mean_W, variance_W)]
+        normed_BxW = F.batch_norm(hidden_BxW, running[0], running[1], scale_W, shift_W, training)
         return F.cross_entropy(F.linear(F.relu(normed_BxW), out_DxW, bias_D), digits_N[rows])
 
     held_out, next_evaluation = np.arange(TRAIN_IMAGES, len(images)), 10
