@@ -7,6 +7,7 @@ version searches differently. All older schemas of experiment.json stay readable
 2: the default warm-up of an experiment is that of a `Run`, 10 steps.
 3: an experiment has no warm-up by default.
 4: learning rates have `search`; up to schema 3, all searches were on the grid.
+5: learning rates have 4 `places` by default, and 1 before.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ from scaling_jax.tasks import TaskModel
 from scaling_jax.training import Recipe, Run
 from scaling_jax.training.records import read_run_config
 
-SCHEMA = 4
+SCHEMA = 5
+_PLACES_BEFORE = 1  # the default up to schema 4
 _WARMUP_BEFORE = 10  # steps; the default up to schema 2
 _REMEDY = "give the folder of a scan; or remove it, then the same scan command writes it again"
 
@@ -53,9 +55,15 @@ class SearchRecord:
                 raise UserError(f"runs has {run!r}, which isn't the name of a run's folder")
 
     def answers(self, experiment: Experiment) -> bool:
-        """True if an experiment asks no more of this cell than the search answered, whichever way it searched."""
+        """True if an experiment asks no more of this cell than the search answered, whichever way it searched.
+
+        A search with the places that were the default then answers an experiment with those that are it now.
+        """
         subject = experiment.subject(self.model)
         asked = dataclasses.replace(self.learning_rates, search=subject.learning_rates.search)
+        defaults = _PLACES_BEFORE, LearningRates.places
+        if self.schema < 5 and (asked.places, subject.learning_rates.places) == defaults:
+            asked = dataclasses.replace(asked, places=LearningRates.places)
         return (
             set(subject.target_losses) <= set(self.target_losses)
             and asked == subject.learning_rates
@@ -120,7 +128,7 @@ def parse_experiment(path: Path, remedy: str) -> Experiment:
         if schema < 3 and isinstance(values, dict):
             values.setdefault("warmup_steps", _WARMUP_BEFORE)
         if schema < 4 and isinstance(values, dict):
-            _search_on_the_grid(values)
+            _as_before_schema_4(values)
         return from_dict(Experiment, values)
     except UserError as error:
         raise UserError(f"{path} is from another version, or damaged ({error}): {remedy}") from None
@@ -128,13 +136,14 @@ def parse_experiment(path: Path, remedy: str) -> Experiment:
         raise UserError(f"can't read {path} ({error}): {remedy}") from None
 
 
-def _search_on_the_grid(values: dict[str, Any]) -> None:
+def _as_before_schema_4(values: dict[str, Any]) -> None:
     """Adds what the learning rates of an older experiment.json leave unsaid."""
     subjects = values.get("subjects")
     for subject in subjects if isinstance(subjects, list) else ():
         rates = subject.get("learning_rates") if isinstance(subject, dict) else None
         if isinstance(rates, dict):
             rates.setdefault("search", "grid")
+            rates.setdefault("places", _PLACES_BEFORE)
 
 
 def is_without_searches(workdir: Path) -> bool:

@@ -58,7 +58,7 @@ def test_the_demo_has_two_sizes_seven_batches_and_two_seeds():
 
 
 def test_learning_rates_follow_the_rule_in_steps_of_the_factor():
-    rates = LearningRates(peak=1e-2, reference_batch_tokens=1_000, factor=3.0)
+    rates = LearningRates(peak=1e-2, reference_batch_tokens=1_000, factor=3.0, places=1)
     assert rates.rate(1_000, 0) == pytest.approx(1e-2 / 2**0.5, rel=1e-2)
     assert rates.rate(1_000, 1) == pytest.approx(3 * rates.rate(1_000, 0), rel=1e-2)
     assert rates.rate(10, 0) == pytest.approx(rates.rate(40, 0) / 2, rel=0.02)
@@ -66,7 +66,7 @@ def test_learning_rates_follow_the_rule_in_steps_of_the_factor():
 
 @pytest.mark.parametrize("rule", ["run", "sqrt", "timescale"])
 def test_a_scan_has_its_weight_decay_at_the_reference_batch_and_changes_it_by_the_rule(rule):
-    rates = LearningRates(peak=1e-2, reference_batch_tokens=1_024, factor=2.0)
+    rates = LearningRates(peak=1e-2, reference_batch_tokens=1_024, factor=2.0, places=1)
     scan = Experiment(
         name="decay",
         subjects=(Subject(model_config("1x16"), (3.0, 2.9), rates),),

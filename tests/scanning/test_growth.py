@@ -19,7 +19,7 @@ from scaling_jax.training.records import read_run_config
 from tests.made_up_scan import evaluated_lines, write_run
 from tests.training.counting import CORPUS, RUN
 
-TARGETS, RATES = (5.3, 5.2, 5.1), LearningRates(2e-3, 256, most=2, search="grid")
+TARGETS, RATES = (5.3, 5.2, 5.1), LearningRates(2e-3, 256, places=1, most=2, search="grid")
 EXPERIMENT = Experiment(
     name="tiny",
     subjects=(Subject(RUN.model, TARGETS, RATES),),

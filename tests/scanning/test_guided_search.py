@@ -188,6 +188,18 @@ def test_a_search_that_has_ended_answers_whichever_way_it_went():
     assert not dataclasses.replace(record, learning_rates=dataclasses.replace(RATES, most=3)).answers(EXPERIMENT)
 
 
+def test_a_search_made_with_the_former_default_places_stays_finished():
+    now = dataclasses.replace(RATES, places=LearningRates.places)
+    subject = dataclasses.replace(EXPERIMENT.subjects[0], learning_rates=now)
+    experiment = dataclasses.replace(EXPERIMENT, subjects=(subject,))
+    before = dataclasses.replace(RATES, places=1)
+    record = SearchRecord("1x16", 128, 0, TARGETS, before, 10_000_000, ("a",), schema=4)
+    assert record.answers(experiment)
+    assert not dataclasses.replace(record, schema=5).answers(experiment)
+    finer = dataclasses.replace(subject, learning_rates=dataclasses.replace(now, places=8))
+    assert not record.answers(dataclasses.replace(EXPERIMENT, subjects=(finer,)))
+
+
 @pytest.mark.slow
 def test_noisy_quadratics_at_two_and_a_half_times_the_tokens_of_the_best_runs():
     ratios, spent = [], []

@@ -17,7 +17,7 @@ from scaling_jax.tasks import model_config
 from tests.made_up_scan import evaluated_lines, write_run
 
 TARGETS = (3.0, 2.5, 2.0)
-RATES = LearningRates(1e-2, 1_000, search="grid")
+RATES = LearningRates(1e-2, 1_000, places=1, search="grid")
 EXPERIMENT = Experiment(
     name="made up",
     subjects=(Subject(model_config("1x16"), TARGETS, RATES),),

@@ -28,7 +28,7 @@ def test_the_exact_steps_are_those_of_the_recursion():
 def test_simulated_runs_follow_the_expected_loss():
     """Mean and spread over seeds, against one that takes every step."""
     problem = quadratic.draw(1, multiplicity=20)
-    experiment = quadratic.scan_experiment((0.01,), BATCH_TOKENS, factor=COARSE)
+    experiment = quadratic.scan_experiment((0.01,), BATCH_TOKENS, factor=COARSE, places=1)
     run = experiment.run(experiment.cells[0], -1)
     training = quadratic.NoisyTraining(problem, 0)
     generator = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def test_simulated_runs_follow_the_expected_loss():
 def ratios(seeds, factor):
     for seed in seeds:
         problem = quadratic.draw(seed)
-        experiment = quadratic.scan_experiment(quadratic.LOSSES, BATCH_TOKENS, factor=factor)
+        experiment = quadratic.scan_experiment(quadratic.LOSSES, BATCH_TOKENS, factor=factor, places=1)
         fit, _ = quadratic.run_instrument(problem, experiment, seed)
         for point in fit.points:
             true = quadratic.true_tradeoff(problem, BATCH_TOKENS, point.loss).b_crit
@@ -78,7 +78,7 @@ def test_intervals_cover_the_truth():
         problem = quadratic.draw(number, multiplicity=30)
         true = quadratic.true_tradeoff(problem, batch_tokens, loss).b_crit
         for seed in range(10):
-            experiment = quadratic.scan_experiment((loss,), batch_tokens, factor=FINE)
+            experiment = quadratic.scan_experiment((loss,), batch_tokens, factor=FINE, places=1)
             fit, _ = quadratic.run_instrument(problem, experiment, seed)
             low, high = fit.points[0].tradeoff.b_crit_interval
             covered.append(low < true < high)

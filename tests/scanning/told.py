@@ -9,7 +9,7 @@ from tests.scanning.made_up_loss import B_CRIT, loss_after
 
 __all__ = ["B_CRIT", "EXPERIMENT", "SUBJECT", "Study", "least_steps", "loss_after", "train", "work"]
 
-SUBJECT = Subject(OtherModel("net", 1_000, "images"), (2.6, 2.3, 2.0), LearningRates(0.1, 128, search="grid"))
+SUBJECT = Subject(OtherModel("net", 1_000, "images"), (2.6, 2.3, 2.0), LearningRates(0.1, 128, places=1, search="grid"))
 EXPERIMENT = Experiment(
     name="study", subjects=(SUBJECT,), batch_tokens=powers_of_two(8, 512), max_tokens=1_000_000, text="made up"
 )
