@@ -26,8 +26,8 @@ class Wider(NamedTuple):
 def wider(experiment: Experiment, fit: ScanFit, least: int | None, most: int | None) -> Wider | None:
     """The experiment with half its smallest batch, twice its largest, or both; None if both limits are seen.
 
-    A limit is seen if, at every loss, the slope at that end is near it within a standard error: below -2/3 or above
-    -1/3, as those of a hyperbola at B_crit/2 and at 2·B_crit.
+    A limit is seen if the slope at that end is near it at every loss, by a standard error: below -2/3 or above -1/3, as
+    those of a hyperbola at B_crit/2 and at 2·B_crit.
 
     Args:
       least, most: batch sizes in tokens to which the ends may go; None: not beyond the experiment's own.
@@ -37,10 +37,10 @@ def wider(experiment: Experiment, fit: ScanFit, least: int | None, most: int | N
     for model in dict.fromkeys(point.model for point in fit.points):
         shapes = [point.tradeoff.shape for point in fit.points if point.model == model]
         low, high = np.array([shape.end_slopes for shape in shapes]).T
-        low_error, high_error = np.nan_to_num([shape.end_slope_errors for shape in shapes]).T
-        if (low - low_error > LINEAR).any():
+        low_error, high_error = np.array([shape.end_slope_errors for shape in shapes]).T  # NaN with three batches
+        if not (low + low_error < LINEAR).all():
             not_linear.append(model)
-        if (high + high_error < SATURATED).any():
+        if not (high - high_error > SATURATED).all():
             not_saturated.append(model)
     down = bool(not_linear) and least is not None and small // 2 >= least
     up = bool(not_saturated) and most is not None and 2 * large <= most

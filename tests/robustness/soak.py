@@ -1,8 +1,8 @@
-"""Kills the quick demo and a run with a ramp again and again, and compares their ends to those that nobody disturbed.
+"""Kills the quick demo, a guided scan and a run with a ramp again and again, and compares their ends to undisturbed ones.
 
     python -m tests.robustness.soak --kills 30
 
-Takes about 20 minutes on two CPU cores. What gets to its end before its next kill is compared, and the other of the two
+Takes about 20 minutes on two CPU cores. What gets to its end before its next kill is compared, and the next of the three
 is begun, with an empty cache. So kills meet packing, compilation, training, evaluations, stages of the ramp, fits,
 figures and the report. Exit code 0: everything ended with the same bytes.
 """
@@ -20,13 +20,22 @@ import time
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
+_OF_SCANS = (
+    *("measurements.csv", "fit.json", "noise_scale.csv", "experiment.json", "figures/*.svg", "figures/*.png"),
+    *("report.html", "cells/*.json", "runs/*/metrics.jsonl", "runs/*/result.json"),
+)
 COMPARED = {  # files that each ends with
-    "demo": (
-        *("measurements.csv", "fit.json", "noise_scale.csv", "experiment.json", "figures/*.svg", "figures/*.png"),
-        *("report.html", "cells/*.json", "runs/*/metrics.jsonl", "runs/*/result.json"),
-    ),
+    "demo": _OF_SCANS,
+    "scan": _OF_SCANS,
     "train": ("runs/*/metrics.jsonl", "runs/*/result.json", "runs/*/config.json"),
 }
+GUIDED = """
+import dataclasses
+from scaling_jax.scanning import LearningRates
+from scaling_jax.scanning.experiment import QUICK
+subject = dataclasses.replace(QUICK.subjects[0], learning_rates=LearningRates(1.6e-2, 2_048))
+EXPERIMENT = dataclasses.replace(QUICK, subjects=(subject,), batch_tokens=(256, 512, 1_024, 2_048))
+"""  # a search that each batch's neighbours guide, and ends that go on until both limits show
 STAGES = [{"tokens": 100_000 * k, "batch_tokens": 128 << k} for k in range(4)]
 LONGEST_SECONDS = 15.0  # until a kill
 EXPECTED_CODES = (0, 130, -signal.SIGKILL, -signal.SIGTERM)
@@ -36,6 +45,9 @@ def start(kind: str, place: Path) -> subprocess.Popen:
     """Starts a command, or continues it, in a folder with its results and its cache."""
     place.mkdir(exist_ok=True)
     arguments = ["--quick"]
+    if kind == "scan":
+        (place / "guided.py").write_text(GUIDED)
+        arguments = [str(place / "guided.py"), "--min-batch-tokens", "128", "--max-batch-tokens", "4096"]
     if kind == "train":
         (place / "ramp.json").write_text(json.dumps(STAGES))
         arguments = ["--model", "1x16", "--learning-rate", "1e-2", "--max-tokens", "600k"]
