@@ -305,8 +305,8 @@ def branch(
 
 
 def _scan(experiment, results, dry_run, tensorboard, wandb, ends=(None, None), **options) -> None:
+    from scaling_jax.console.commands import scan_and_widen
     from scaling_jax.console.dashboards import asked_for
-    from scaling_jax.console.widening import scan_and_widen
     from scaling_jax.io.stores import working_copy
     from scaling_jax.parallel import is_first, together
     from scaling_jax.scanning.widening import widest

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.console.commands import ScanDisplay
+from scaling_jax.console.scan_display import ScanDisplay
 from scaling_jax.console.signals import leave, sigterm_interrupts
 from scaling_jax.console.terminal import Terminal
 from scaling_jax.io import UserError

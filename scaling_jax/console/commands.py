@@ -1,44 +1,37 @@
 """Trains a scan, a run or branches, with progress on the console. A signal saves the runs, then ends the command."""
 
 import contextlib
+import dataclasses
 import functools
 import math
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from scaling_jax.console.dashboards import Follower, Writer
-from scaling_jax.console.grid import Grid
+from scaling_jax.console.scan_display import ScanDisplay
 from scaling_jax.console.signals import Limits, heard_at_once, leave, sigterm_interrupts
 from scaling_jax.console.terminal import Terminal
 from scaling_jax.io import UserError
-from scaling_jax.parallel import Sharding, is_first, together
+from scaling_jax.parallel import Sharding, from_first, is_first, together
 from scaling_jax.parallel.devices import keep_compiled_programs
 from scaling_jax.parallel.processes import Asked, stop_on_signals
 from scaling_jax.report.units import in_unit
-from scaling_jax.report.words import branch_line, clock, ending, short
+from scaling_jax.report.words import branch_line, ending, short
 from scaling_jax.results import Results, read_results
 from scaling_jax.results.branches import check_tolerance, measure_branches, planned, write_branches
 from scaling_jax.results.runs import last_noise_scale
-from scaling_jax.results.status import part_done
-from scaling_jax.scanning import Cell, Event, Experiment, relative_cost, scan
+from scaling_jax.scanning import Cell, Event, Experiment, scan
 from scaling_jax.scanning.branches import BranchPlan, plan_branches, train_branches
 from scaling_jax.scanning.cells import done_part, finished_runs
 from scaling_jax.scanning.experiment import FEWEST_BATCHES
+from scaling_jax.scanning.widening import wider
 from scaling_jax.training import Interrupted, Progress, Run, run_folder, train
 from scaling_jax.training.examples import Data
 from scaling_jax.training.records import read_course
-
-LOG_SECONDS = 60.0  # between lines if the output is no terminal
 
 
 def scan_on_console(
@@ -91,6 +84,21 @@ def scan_on_console(
     return True
 
 
+def scan_and_widen(experiment: Experiment, results: Path, least: int | None, most: int | None, **options: Any) -> bool:
+    """`scan_on_console`, then again with half the smallest or twice the largest batch while `wider` asks for it.
+
+    Args:
+      least, most: see `wider`.
+      options: see `scan_on_console`.
+    """
+    found: Experiment | None = experiment
+    complete = True
+    while found is not None:
+        complete = scan_on_console(found, results, **options)
+        found = _wider(found, results, least, most) if complete else None
+    return complete
+
+
 def _keep_what_is_done(experiment: Experiment, results: Path, why: str, say: Callable[[str], None]) -> bool:
     """Makes a stopped scan one of the models and batch sizes that are done; False if they are too few."""
     again, done = "run the same command again to continue", done_part(experiment, results)
@@ -101,6 +109,24 @@ def _keep_what_is_done(experiment: Experiment, results: Path, why: str, say: Cal
     names = ", ".join(subject.model.name for subject in done.subjects)
     say(f"{why}: {names} at {len(done.batch_tokens)} of {len(experiment.batch_tokens)} batch sizes; {again}")
     return True
+
+
+def _wider(experiment: Experiment, results: Path, least: int | None, most: int | None) -> Experiment | None:
+    """What the first process finds, in all processes."""
+    if least is None and most is None:
+        return None
+    found, console = None, Terminal(functools.partial(in_unit, unit=experiment.unit), quiet=not is_first())
+    with together():
+        if is_first() and (found := wider(experiment, read_results(results).fit(), least, most)) is not None:
+            batches = found.experiment.batch_tokens
+            for models, end, what in (
+                (found.not_linear, batches[0], "aren't yet in proportion to 1/B at the smallest batch"),
+                (found.not_saturated, batches[-1], "still fall with the batch at the largest"),
+            ):
+                if models:
+                    console.print(f"{', '.join(models)}: steps {what}, so {end:,} tokens are next", soft_wrap=True)
+    batches = from_first(() if found is None else found.experiment.batch_tokens)
+    return dataclasses.replace(experiment, batch_tokens=tuple(batches)) if batches else None
 
 
 def train_on_console(
@@ -185,7 +211,10 @@ def branch_on_console(
     plans = _branch_plans(results, models, batch_tokens, **options)
     if tasks is not None:
         known = {subject.model.name: subject.model for subject in tasks.subjects}
-        plans = [replace(p, run=replace(p.run, model=known.get(p.run.model.name, p.run.model))) for p in plans]
+        plans = [
+            dataclasses.replace(p, run=dataclasses.replace(p.run, model=known.get(p.run.model.name, p.run.model)))
+            for p in plans
+        ]
     for plan in plans:
         _ = plan.run.trainable  # refuses models of other trainers, and tasks without their code
     console = Terminal(functools.partial(in_unit, unit=plans[0].run.model.unit if plans else "tokens"))
@@ -215,107 +244,6 @@ def branch_on_console(
     if left_out := sum(len(plan.points) for plan in plans) - len(measured):
         say(f"note: {left_out} points are left out, because the run or its branches diverged there")
     write_branches(results.folder, measured)
-
-
-class ScanDisplay:
-    """Shows the progress of a scan: a live table on a terminal, else a line now and then. Use it as a context manager.
-
-    Args:
-      done: cells that were done before.
-    """
-
-    def __init__(self, experiment: Experiment, console: Console, done: Collection[Cell] = ()):
-        self._experiment = experiment
-        self._console = console
-        self._latest: dict[Cell, Progress] = {}  # newest progress of each running cell
-        self._runs: dict[Cell, dict[str, float]] = {}  # {run id: lowest loss} of each cell
-        self._cost = {cell: relative_cost(experiment, cell) for cell in experiment.cells}
-        self._done = set(done)
-        self._fraction_before = self._fraction()
-        self._started = self._printed = time.monotonic()
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=True)
-
-    def __enter__(self) -> "ScanDisplay":
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_):
-        self._live.stop()
-
-    def on_event(self, event: Event) -> None:
-        cell = event.cell
-        if cell is None:
-            self._print("stopping: runs are being saved …")
-        elif event.progress is not None:
-            self._latest[cell] = event.progress
-            losses = self._runs.setdefault(cell, {})
-            # NaN, of a run that diverged, is never below
-            losses[event.progress.run_id] = min(losses.get(event.progress.run_id, math.inf), event.progress.test_loss)
-            if time.monotonic() - self._printed > LOG_SECONDS:
-                self._log(f"running: {'; '.join(self._running())}")
-        else:
-            self._done.add(cell)
-            self._latest.pop(cell, None)
-            losses = self._runs.get(cell, {})
-            lowest = min(losses.values(), default=math.inf)
-            loss = f", lowest loss {lowest:.3f}" if lowest < math.inf else ""
-            self._log(f"done: {cell.name}, {len(losses)} learning rates{loss}")
-
-    def _log(self, what: str) -> None:
-        """Prints a line for a log. A terminal shows the same live, so it gets no line."""
-        if not self._console.is_terminal:
-            count = f"{len(self._done)} of {len(self._cost)} done"
-            self._print(f"{self._clock()}  {count}, about {self._time_left()} left  {what}")
-            self._printed = time.monotonic()
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
-
-    def _running(self) -> list[str]:
-        return [
-            f"{cell.name} at step {p.step:,}, loss {p.test_loss:.3f}, {short(p.tokens_per_second)} tokens/s"
-            for cell, p in sorted(self._latest.items())
-        ]
-
-    def _fraction(self) -> float:
-        """Part of the scan's expected cost that is done."""
-        spent = sum(self._cost[cell] for cell in self._done)
-        for cell, p in self._latest.items():
-            within = p.step / p.last_step if len(self._runs[cell]) > 1 else 0.5
-            spent += self._cost[cell] * part_done(len(self._runs[cell]) - 1 + within)
-        return spent / sum(self._cost.values())
-
-    def _time_left(self) -> str:
-        gained = self._fraction() - self._fraction_before
-        if gained < 0.02:
-            return "…"
-        return clock((time.monotonic() - self._started) * (1 - self._fraction()) / gained)
-
-    def _clock(self) -> str:
-        return clock(time.monotonic() - self._started)
-
-    def _render(self) -> Group:
-        rows = [
-            (
-                cell.name,
-                f"{p.learning_rate:.3g}".rjust(9),  # so that columns don't move
-                f"{p.step:,}".rjust(9),
-                f"{p.test_loss:.3f}",
-                short(p.tokens_per_second).rjust(6),
-                "·" if math.isnan(p.noise_scale_tokens) else short(p.noise_scale_tokens),
-            )
-            for cell, p in sorted(self._latest.items())
-        ]
-        columns = ("model · batch", "learning\nrate", "step", "test\nloss", "tokens/s", "noise\nscale")
-        table = Grid(columns, rows, "", columns[:1], bordered=False)
-        head = Text(
-            f"{self._experiment.name}: {len(self._done)} of {len(self._cost)} batch sizes done · {self._clock()} · "
-            f"about {self._time_left()} left"
-        )
-        bar = Table.grid()  # a progress bar outside of a table has no line end
-        bar.add_row(ProgressBar(total=1.0, completed=self._fraction(), width=60))
-        return Group(head, bar, table)
 
 
 def _told_at_once(console: Console, asked: Asked) -> contextlib.AbstractContextManager[None]:

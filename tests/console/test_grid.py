@@ -12,8 +12,8 @@ from rich.console import Console, Group
 from scaling_jax.advice.advise import advise
 from scaling_jax.compile.ahead_of_time import CompiledBatch, Executable
 from scaling_jax.console.advice import advice_table
-from scaling_jax.console.commands import ScanDisplay
 from scaling_jax.console.grid import Grid
+from scaling_jax.console.scan_display import ScanDisplay
 from scaling_jax.console.tables import _compiled_table, plan_table, print_fit, status_table, summary
 from scaling_jax.results.status import PartStatus, Status
 from scaling_jax.results.table import fit_table

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from scaling_jax.console import commands
-from scaling_jax.console.commands import ScanDisplay
+from scaling_jax.console import commands, scan_display
+from scaling_jax.console.scan_display import ScanDisplay
 from scaling_jax.results import read_results
 from scaling_jax.scanning import Event, Experiment, LearningRates, Subject, powers_of_two
 from scaling_jax.tasks import ModelConfig
@@ -31,7 +31,7 @@ CELLS = EXPERIMENT.cells
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(commands.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scan_display.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -1,10 +1,10 @@
-"""Kills the quick demo, a guided scan and a run with a ramp again and again, and compares their ends to undisturbed ones.
+"""Kills the quick demo, a guided scan and a run with a ramp again and again; their ends must be the undisturbed ones.
 
     python -m tests.robustness.soak --kills 30
 
-Takes about 20 minutes on two CPU cores. What gets to its end before its next kill is compared, and the next of the three
-is begun, with an empty cache. So kills meet packing, compilation, training, evaluations, stages of the ramp, fits,
-figures and the report. Exit code 0: everything ended with the same bytes.
+Takes about 20 minutes on two CPU cores. What gets to its end before its next kill is compared, and the next kind is
+begun, with an empty cache. So kills meet packing, compilation, training, evaluations, stages of the ramp, fits, figures
+and the report. Exit code 0: everything ended with the same bytes.
 """
 
 import argparse
