@@ -20,7 +20,7 @@ import numpy as np
 from scaling_jax.scanning.experiment import Cell, Experiment, LearningRates
 from scaling_jax.scanning.grid_search import vertex
 from scaling_jax.scanning.tried import Tried, best_of, contender, index_of, too_late, two_evaluations_on
-from scaling_jax.training import Run
+from scaling_jax.training import Deadline, Run
 
 _CATCH_UP = 0.08  # part of the way left, in log steps, that half or twice the best rate may make up
 _EARLY_STEP, _EARLY_GAIN = 8, 0.1  # runs that are so late so early are given up: at large batches all of a run is early
@@ -86,10 +86,17 @@ def challenger(
     if not math.isfinite(steps):
         return _limited(experiment, cell, index, inner, num_tried)
     octaves = abs(math.log2(rates.rate(cell.batch_tokens, index) / best.run.learning_rate))
-    catch_up = min(1.0, (_CATCH_UP if rates.catch_up is None else rates.catch_up) * octaves)
-    early = max(_EARLY_STEP, _EARLY_PART * steps)
-    late = too_late(best, steps, catch_up, rates.rate_tolerance, early, _EARLY_GAIN)
+    catch_up = _CATCH_UP if rates.catch_up is None else rates.catch_up
+    late = guided_deadlines(best, steps, octaves, catch_up, rates.rate_tolerance)
     return contender(experiment, cell, index, best, target, late)
+
+
+def guided_deadlines(
+    best: Tried, steps: float, octaves: float, catch_up: float, tolerance: float
+) -> tuple[Deadline, ...]:
+    """`too_late` for a run whose rate is so many octaves away from the best; see `LearningRates` for the rest."""
+    early = max(_EARLY_STEP, _EARLY_PART * steps)
+    return too_late(best, steps, min(1.0, catch_up * octaves), tolerance, early, _EARLY_GAIN)
 
 
 def _step(rates: LearningRates, inner: Inner) -> int:
