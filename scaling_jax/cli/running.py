@@ -104,8 +104,14 @@ def scan(
     """
     from scaling_jax.parallel import connect
 
-    if minutes is not None:
-        check_positive("--minutes", minutes)
+    for name, value in (
+        ("--minutes", minutes),
+        ("--tokens", tokens),
+        ("--min-batch-tokens", min_batch_tokens),
+        ("--max-batch-tokens", max_batch_tokens),
+    ):
+        if value is not None:
+            check_positive(name, value)
     limited = minutes is not None or tokens is not None
     if limited and (coordinator is not None or command is not None):
         raise UserError("--minutes and --tokens work in one process that trains models of this package: leave them out")

@@ -64,7 +64,7 @@ def widest(experiment: Experiment, least: int | None, most: int | None) -> Exper
         raise UserError(f"--min-batch-tokens {least:,} is above the smallest batch size of the scan, {small:,}")
     if most is not None and most < large:
         raise UserError(f"--max-batch-tokens {most:,} is below the largest batch size of the scan, {large:,}")
-    while least is not None and batches[0] // 2 >= least:
+    while least is not None and batches[0] // 2 >= max(least, 1):
         batches.insert(0, batches[0] // 2)
     while most is not None and 2 * batches[-1] <= most:
         batches.append(2 * batches[-1])

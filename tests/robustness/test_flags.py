@@ -263,3 +263,23 @@ def test_a_mistyped_text_leaves_the_folder_to_the_corrected_command(cli, tmp_pat
     assert done.code == 2
     assert "/nowhere/*" in done.errors
     assert not (tmp_path / "results" / "experiment.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--minutes", "0"], "--minutes = 0.0 must be positive"),
+        (["--minutes", "nan"], "--minutes = nan must be positive"),
+        (["--tokens", "0"], "--tokens = 0 must be positive"),
+        (["--min-batch-tokens", "0"], "--min-batch-tokens = 0 must be positive"),
+        (["--max-batch-tokens", "0"], "--max-batch-tokens = 0 must be positive"),
+        (["--max-batch-tokens", "512"], "--max-batch-tokens 512 is below the largest batch size of the scan, 8,192"),
+        (["--min-batch-tokens", "1"], "must be two or more whole sequences"),
+        (["--min-batch-tokens", "128", "--minutes", "3"], "go with none of --minutes"),
+        (["--tokens", "1e6", "--command", "x {batch}"], "--minutes and --tokens work in one process"),
+    ],
+)
+def test_limits_of_a_scan_are_refused_before_it_starts(refuses, tmp_path, flags, names):
+    experiment = tmp_path / "mine.py"
+    experiment.write_text("from scaling_jax.scanning.experiment import QUICK as EXPERIMENT\n")
+    refuses("scan", experiment, *flags, "--results", tmp_path / "results", names=names, watched=[tmp_path])
