@@ -74,7 +74,9 @@ def cross_entropy(params, h_BxW, mean, variance, digits):
 EXPERIMENT = sj.Experiment(
     name="digits",
     subjects=(
-        sj.Subject(Digits(), sj.log_spaced(0.5, 0.32, 6), sj.LearningRates(peak=1.6, reference_batch_tokens=64)),
+        sj.Subject(
+            Digits(), sj.log_spaced(0.5, 0.32, 6), sj.LearningRates(peak=1.6, reference_batch_tokens=64, places=1)
+        ),
     ),
     batch_tokens=sj.powers_of_two(8, 512),  # images
     max_tokens=150_000,

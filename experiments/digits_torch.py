@@ -26,7 +26,7 @@ EXPERIMENT = sj.Experiment(
         sj.Subject(
             sj.OtherModel("mlp", 4_874, unit="images"),
             sj.log_spaced(0.5, 0.32, 6),
-            sj.LearningRates(peak=1.6, reference_batch_tokens=64),
+            sj.LearningRates(peak=1.6, reference_batch_tokens=64, places=1),
         ),
     ),
     batch_tokens=sj.powers_of_two(8, 512),  # images
