@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.demo_dense import EXPERIMENT
-from scaling_jax.fitting import ScanFit, fit_scan
+from experiments.quadratic_scan import fitted
+from scaling_jax.fitting import ScanFit
 from scaling_jax.results import Results, RunRecord, read_results
-from scaling_jax.results.measurements import columns, measure
-from scaling_jax.results.runs import cell_runs
 from scaling_jax.scanning import Experiment, scan
 from scaling_jax.scanning.experiment import DEMO
 from scaling_jax.scanning.guided_search import guided_deadlines
@@ -66,11 +65,6 @@ class Replay:
         result = RunResult(run.run_id, status, step, step * run.batch_tokens, loss, "")
         self.records.append(RunRecord(Path(run.run_id), run, {}, result, course(lines)))
         return self.records[-1].outcome
-
-
-def fitted(experiment: Experiment, records) -> ScanFit:
-    found = cell_runs(experiment, records)
-    return fit_scan(**columns(measure([found[cell] for cell in experiment.cells])), resamples=50)
 
 
 def with_rates(**changes) -> Experiment:
@@ -126,14 +120,14 @@ def width(fit: ScanFit) -> float:
 
 def main(folder: Path) -> None:
     results = read_results(scan(EXPERIMENT, folder))
-    dense = fitted(EXPERIMENT, results.runs)
+    dense = fitted(EXPERIMENT, results.runs, resamples=50)
     of_all = {(point.model, point.loss): point.b_crit for point in dense.points}
     print(f"{'':24}{'runs':>6}{'tokens':>9}{'/ best':>8}{'width':>8}{'median off':>12}{'most':>7}{'within 3 %':>12}")
     for name, experiment in SEARCHES.items():
         replay = Replay(results)
         tried = list(search_all(experiment, replay).values())
         tokens = sum(t.result.tokens for cell in tried for t in cell)
-        fit = fitted(experiment, replay.records)
+        fit = fitted(experiment, replay.records, resamples=50)
         off = np.abs([math.log(point.b_crit / of_all[point.model, point.loss]) for point in fit.points])
         print(
             f"{name:24}{sum(map(len, tried)):6}{tokens / 1e6:8.1f}M"

@@ -24,6 +24,7 @@ tenth of the tokens here.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,14 +189,18 @@ def scan_experiment(losses: tuple[float, ...], batch_tokens: tuple[int, ...], **
     )
 
 
+def fitted(experiment: Experiment, records: Sequence[RunRecord], **options: Any) -> ScanFit:
+    """The measurements and the fit of a scan whose runs are in memory; for the options see `fit_scan`."""
+    found = cell_runs(experiment, records)
+    return fit_scan(**columns(measure([found[cell] for cell in experiment.cells])), **options)
+
+
 def run_instrument(problem: Quadratic, experiment: Experiment, seed: int) -> tuple[ScanFit, float]:
     """Search, crossings, measurements and fit, as of any scan; and all tokens as a multiple of the best runs'."""
     train = NoisyTraining(problem, seed)
     searches = search_all(experiment, train).values()
     cost = sum(t.result.tokens for tried in searches for t in tried)
-    found = cell_runs(experiment, train.records)
-    fit = fit_scan(**columns(measure([found[cell] for cell in experiment.cells])))
-    return fit, cost / sum(best_of(tried).result.tokens for tried in searches)
+    return fitted(experiment, train.records), cost / sum(best_of(tried).result.tokens for tried in searches)
 
 
 def main() -> None:

@@ -18,11 +18,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from quadratic_scan import NoisyTraining, draw, scan_experiment, true_tradeoff
+from quadratic_scan import NoisyTraining, draw, fitted, scan_experiment, true_tradeoff
 
-from scaling_jax.fitting import fit_scan
-from scaling_jax.results.measurements import columns, measure
-from scaling_jax.results.runs import cell_runs
 from scaling_jax.scanning import Experiment, log_spaced
 from scaling_jax.scanning.search import search_all
 
@@ -83,11 +80,11 @@ def measured(design: Design) -> Iterator[Measured]:
     experiment = design.experiment()
     losses = experiment.subjects[0].target_losses
     for number in range(SCANS):
-        problem, train = draw(number, MULTIPLICITY), NoisyTraining(draw(number, MULTIPLICITY), number)
+        problem = draw(number, MULTIPLICITY)
+        train = NoisyTraining(problem, number)
         tried = search_all(experiment, train).values()
         tokens = sum(t.result.tokens for cell in tried for t in cell)
-        found = cell_runs(experiment, train.records)
-        fit = fit_scan(**columns(measure([found[cell] for cell in experiment.cells])), resamples=50)
+        fit = fitted(experiment, train.records, resamples=50)
         truths = {loss: true_tradeoff(problem, (LOW, HIGH), loss).b_crit for loss in losses}
         for point in fit.points:
             true, (low, high) = truths[point.loss], point.tradeoff.b_crit_interval

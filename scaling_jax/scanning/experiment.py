@@ -213,8 +213,10 @@ class Experiment(ScanBase, Recipe):
 
     def inner(self, cell: Cell) -> tuple[Cell, ...]:
         """The cells whose searches guide that of a cell: from the next batch size up to the middle one."""
-        if self.subject(cell.model).learning_rates.search == "grid":
-            return ()
+        return () if self.subject(cell.model).learning_rates.search == "grid" else self.towards_middle(cell)
+
+    def towards_middle(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells from the next batch size up to the middle one; none for the middle one."""
         batches = sorted(self.batch_tokens)
         middle, here = len(batches) // 2, batches.index(cell.batch_tokens)
         between = batches[middle:here][::-1] if here > middle else batches[here + 1 : middle + 1]

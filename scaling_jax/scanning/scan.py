@@ -153,11 +153,9 @@ def _missing(experiment: Experiment, workdir: Path, outwards: bool) -> list[Cell
             missing.append(cell)
         elif read_search(workdir, cell) is None:  # schema 1 has no search records
             write_search(workdir, experiment, cell, runs)
-    batches = sorted(experiment.batch_tokens)
 
     def rank(cell: Cell) -> tuple[int, float]:
-        from_middle = abs(batches.index(cell.batch_tokens) - len(batches) // 2)
-        return from_middle if outwards else 0, -relative_cost(experiment, cell)
+        return len(experiment.towards_middle(cell)) if outwards else 0, -relative_cost(experiment, cell)
 
     return in_order(experiment, sorted(missing, key=rank))
 

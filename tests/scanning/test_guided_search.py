@@ -14,11 +14,10 @@ from scaling_jax.scanning import Experiment, LearningRates, Subject, powers_of_t
 from scaling_jax.scanning.guided_search import predict
 from scaling_jax.scanning.records import SearchRecord, read_experiment
 from scaling_jax.scanning.search import in_order, search_all
-from scaling_jax.scanning.tried import Outcome, best_at, best_of, look_at
+from scaling_jax.scanning.tried import best_at, best_of, look_at
 from scaling_jax.tasks import model_config
-from scaling_jax.training import RunResult, next_evaluation
-from scaling_jax.training.journal import ending
-from scaling_jax.training.metrics import MetricsLine, course
+from scaling_jax.training.metrics import MetricsLine
+from tests.scanning.simulated import outcome, simulated
 
 RATES = LearningRates(1e-2, 1_000, places=4, most=20)
 TARGETS = (3.0, 2.5, 2.0)
@@ -29,12 +28,6 @@ EXPERIMENT = Experiment(
     max_tokens=10_000_000,
 )
 B_CRIT, CURVATURE = 1_000, 0.8
-
-
-def outcome(run, lines, status):
-    found, last = course(lines), lines[-1]
-    result = RunResult(run.run_id, status, last.step, last.tokens, last.test_loss, "")
-    return Outcome(run, result, found.eval_steps.tolist(), found.eval_losses.tolist())
 
 
 def steps_to(loss, batch_tokens):
@@ -52,15 +45,12 @@ class Planted:
         self.runs.append(run)
         distance = math.log(run.learning_rate / self.best(run.batch_tokens))
         slower = math.exp(CURVATURE / 2 * distance**2)
-        lines, status, step = [], None, 0
-        while status is None:
-            before, step = step, min(next_evaluation(step, run.eval_growth), run.steps_left(0, 0, run.batch_tokens))
+
+        def loss_after(step):
             loss = 3.5 * (1 + step / slower / steps_to(3.5, run.batch_tokens)) ** (-1 / 6)
-            if distance > self.cliff:
-                loss = max(loss, 3.4)
-            lines.append(MetricsLine.told(before, step, run.batch_tokens, loss))
-            status = ending(run, lines[-2:])
-        return outcome(run, lines, status)
+            return max(loss, 3.4) if distance > self.cliff else loss
+
+        return simulated(run, loss_after)
 
 
 def place(run):

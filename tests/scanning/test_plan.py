@@ -24,13 +24,10 @@ from scaling_jax.scanning.plan import (
     refuse_what_cannot_fit,
 )
 from scaling_jax.scanning.search import search_all
-from scaling_jax.scanning.tried import Outcome
 from scaling_jax.tasks import batch_loss, model_config
-from scaling_jax.training import RunResult, next_evaluation
-from scaling_jax.training.journal import ending
-from scaling_jax.training.metrics import MetricsLine, course
 from scaling_jax.training.program import program_for
 from tests.made_up_scan import b_crit, s_min
+from tests.scanning.simulated import simulated
 
 MODEL = model_config("2x64")
 EXPERIMENT = Experiment(
@@ -104,15 +101,12 @@ def test_the_expected_tokens_of_kaplan_small_are_those_of_a_simulated_scan(b_cri
         tokens = e_min * (2.5 / losses) ** 6 * (1 + run.batch_tokens / b_crit / (2.5 / losses) ** 4.8)
         late = math.log(run.learning_rate / rates.rate(run.batch_tokens, 0)) - shift * math.log(2)
         slower = math.exp(0.3 * late**2)
-        lines, status, step = [], None, 0
-        while status is None:
-            before, step = step, min(next_evaluation(step, run.eval_growth), run.steps_left(0, 0, run.batch_tokens))
-            loss = max(float(np.interp(step * run.batch_tokens / slower, tokens, losses)), 6.0 if late > 0.9 else 0.0)
-            lines.append(MetricsLine.told(before, step, run.batch_tokens, loss))
-            status = ending(run, lines[-2:])
-        found, last = course(lines), lines[-1]
-        result = RunResult(run.run_id, status, last.step, last.tokens, last.test_loss, "")
-        return Outcome(run, result, found.eval_steps.tolist(), found.eval_losses.tolist())
+
+        def loss_after(step):
+            loss = float(np.interp(step * run.batch_tokens / slower, tokens, losses))
+            return max(loss, 6.0) if late > 0.9 else loss
+
+        return simulated(run, loss_after)
 
     taken = sum(t.result.tokens for tried in search_all(experiment, train).values() for t in tried)
     cells = [plan_cell(experiment, cell, 0, 1) for cell in experiment.cells]
